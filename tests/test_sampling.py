@@ -1,0 +1,179 @@
+"""Patches: what is guaranteed of every one, and that storing changes nothing."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyseg.data import augment, decathlon, nifti, phantom, sampling
+from tinyseg.data.ct import Plan
+
+sizes = st.tuples(*[st.integers(1, 9)] * 3)
+
+
+def prepared(shape=(6, 8, 10), channels=2, name="case", foreground=True):
+    """Every voxel knows where it is: image[..., 0] counts voxels, so patches can be located."""
+    label = np.zeros(shape, np.uint8)
+    if foreground:
+        label[shape[0] // 2, :, :] = 1
+        label[-1, -1, -1] = 2
+    count = np.arange(label.size, dtype=np.float16).reshape(shape)
+    image = np.stack([count + c for c in range(channels)], -1)
+    coordinates = {int(c): np.argwhere(label == c) for c in np.unique(label[label > 0])}
+    return sampling.Prepared(name, image, label, coordinates)
+
+
+@given(shape=sizes, size=sizes, value=st.sampled_from([None, 255]))
+def test_padding_is_centred_and_undone_by_its_slices(shape, size, value):
+    array = np.random.default_rng(0).integers(0, 9, (*shape, 2))
+    padded, slices = sampling.pad(array, size, value)
+    assert padded.shape == (*np.maximum(shape, size), 2)
+    np.testing.assert_array_equal(padded[slices], array)
+    for n, want, cut in zip(shape, size, slices, strict=True):
+        before, after = cut.start, max(n, want) - cut.stop
+        assert after - before in (0, 1)
+    if all(n >= want for n, want in zip(shape, size, strict=True)):
+        assert padded is array
+    elif value is None:
+        index = np.ix_(*[np.clip(np.arange(m) - cut.start, 0, n - 1)
+                         for m, cut, n in zip(padded.shape, slices, shape, strict=False)])
+        np.testing.assert_array_equal(padded, array[index])
+    else:
+        assert (padded == 255).sum() == padded.size - array.size
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape=sizes, size=sizes, seed=st.integers(0, 999), foreground=st.sampled_from([0, 0.5, 1]))
+def test_a_patch_is_a_window_of_the_volume(shape, size, seed, foreground):
+    case = prepared(shape)
+    image, labels = sampling.patch(case, size, np.random.default_rng(seed), foreground)
+    assert image.shape == (*size, 2) and image.dtype == np.float32
+    assert labels.shape == size and labels.dtype == np.uint8
+    np.testing.assert_array_equal(image[..., 1], image[..., 0] + 1)
+    inside = labels != sampling.IGNORE
+    flat = image[inside][:, 0].astype(int)
+    np.testing.assert_array_equal(labels[inside], case.label.ravel()[flat])
+    assert inside.sum() == np.prod(np.minimum(shape, size))  # no more padding than there must be
+    if foreground == 1:
+        assert (labels[inside] > 0).any()
+
+
+def test_the_centre_is_a_voxel_of_a_class_drawn_uniformly():
+    case = prepared((11, 11, 11))
+    case.label[:] = 0
+    case.label[5, 5, 5], case.label[3:8, 3, 3] = 2, 1
+    case.foreground = {1: np.argwhere(case.label == 1), 2: np.argwhere(case.label == 2)}
+    rng = np.random.default_rng(0)
+    centres = [sampling.patch(case, (3, 3, 3), rng, 1.0)[1][1, 1, 1] for _ in range(400)]
+    assert set(centres) == {1, 2} and 160 < centres.count(2) < 240
+
+
+def test_uniform_patches_reach_every_corner():
+    case, rng = prepared((3, 4, 5)), np.random.default_rng(0)
+    starts = {int(sampling.patch(case, (2, 2, 2), rng, 0)[0][0, 0, 0, 0]) for _ in range(600)}
+    expected = {d * 20 + h * 5 + w for d in range(2) for h in range(3) for w in range(4)}
+    assert starts == expected
+
+
+@pytest.mark.parametrize("size", [(3, 4, 5), (4, 5)])
+def test_a_batch_keeps_its_promise(size):
+    cases = [prepared(name="full"), prepared(name="void", foreground=False)]
+    for count, share, certain in ((5, 0.5, 3), (2, 0.33, 1), (4, 1.0, 4), (3, 0.0, 0)):
+        images, labels = sampling.batch(cases, size, count, np.random.default_rng(count), share)
+        assert images.shape == (count, *size, 2) and images.dtype == np.float32
+        assert labels.shape == (count, *size) and labels.dtype == np.uint8
+        assert all((label > 0).any() for label in labels[:certain])
+
+
+def test_slices_are_planes_of_volumes():
+    case = prepared()
+    images, labels = sampling.batch([case], (8, 10), 6, np.random.default_rng(0))
+    for image, label in zip(images, labels, strict=True):
+        depth = int(image[0, 0, 0]) // 80
+        np.testing.assert_array_equal(image, case.image[depth])
+        np.testing.assert_array_equal(label, case.label[depth])
+
+
+def test_only_the_generator_decides():
+    cases = [prepared(), prepared((5, 9, 7))]
+    args = (cases, (3, 4, 5), 4)
+    first = sampling.batch(*args, np.random.default_rng(7), augment=augment.mild)
+    again = sampling.batch(*args, np.random.default_rng(7), augment=augment.mild)
+    other = sampling.batch(*args, np.random.default_rng(8), augment=augment.mild)
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert (first[0] != other[0]).any()
+    seen = []
+    sampling.batch(cases, (4, 5), 3, np.random.default_rng(0),
+                   augment=lambda x, y, rng: (seen.append(x.shape), (x, y))[1])
+    assert seen == [(4, 5, 2)] * 3
+
+
+def test_wrong_batches():
+    for cases, size, count in (([], (2, 2, 2), 1), ([prepared()], (2,), 1),
+                               ([prepared()], (2, 2, 2, 2), 1), ([prepared()], (2, 2), 0)):
+        with pytest.raises(ValueError, match="expected two or three"):
+            sampling.batch(cases, size, count, np.random.default_rng(0))
+
+
+def test_a_case_is_prepared_stored_and_mapped(tmp_path):
+    folder = phantom.write(tmp_path / "task", cases=1, shape=(16, 40, 44), spacing=(5, 3.6, 3.5))
+    case = decathlon.load(folder).cases[0]
+    plan = Plan.fit([case], spacing=(5.0, 3.0, 3.0))
+    ready = sampling.prepare(case, plan, seed=1)
+    volume, label = case.read()
+    np.testing.assert_array_equal(ready.image, plan.prepare(volume).astype(np.float16))
+    np.testing.assert_array_equal(ready.label, plan.prepare_labels(label, volume.spacing))
+    assert ready.image.dtype == np.float16 and ready.image.shape == (*ready.label.shape, 1)
+    for number in (1, 2):
+        np.testing.assert_array_equal(ready.foreground[number], np.argwhere(ready.label == number))
+
+    sampling.store(tmp_path / "store", ready)
+    mapped = sampling.open(tmp_path / "store", case.id)
+    assert isinstance(mapped.image, np.memmap) and isinstance(mapped.label, np.memmap)
+    assert list(mapped.foreground) == [1, 2] and len(list((tmp_path / "store").iterdir())) == 3
+    draws = [sampling.batch([c], (4, 8, 8), 3, np.random.default_rng(0)) for c in (ready, mapped)]
+    np.testing.assert_array_equal(draws[0][0], draws[1][0])
+    assert type(draws[1][0]) is np.ndarray
+
+
+def test_coordinates_are_bounded_drawn_without_repeats_and_seeded(monkeypatch):
+    monkeypatch.setattr(sampling, "COORDINATES", 50)
+    label = np.ones((8, 9, 10), np.uint8)
+    label[0] = 0
+    volume = nifti.Volume(label[..., None].astype(np.float32), (1, 1, 1), np.eye(4), None, (), None)
+    case = SimpleNamespace(id="x", read=lambda: (volume, label))
+    first, again, other = (sampling.prepare(case, Plan((1, 1, 1)), seed).foreground[1]
+                           for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any() and len(np.unique(first, axis=0)) == 50
+    assert (label[tuple(first.T)] == 1).all()
+
+
+def test_a_case_without_foreground_is_stored_too(tmp_path):
+    sampling.store(tmp_path, prepared(foreground=False))
+    assert sampling.open(tmp_path, "case").foreground == {}
+
+
+def test_wrong_stores_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"case\.image\.npy"):
+        sampling.open(tmp_path, "case")
+    sampling.store(tmp_path, prepared())
+    for content in (b"", b"junk", (tmp_path / "case.label.npy").read_bytes()[:-9]):
+        (tmp_path / "case.label.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"case\.label\.npy"):
+            sampling.open(tmp_path, "case")
+    np.save(tmp_path / "case.label.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"case\.label\.npy"):
+        sampling.open(tmp_path, "case")
+
+
+def test_a_failed_store_leaves_the_old_one(tmp_path, monkeypatch):
+    sampling.store(tmp_path, prepared())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(np, "save", lambda path, *a, **k: path.write_bytes(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampling.store(tmp_path, prepared((2, 3, 4)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,59 @@
+"""Which array library an array belongs to, and how arrays move between devices.
+
+The whole library is written against the interface that NumPy and CuPy share. `array_module(x)` is
+the `np` or `cupy` that owns `x`; no other module asks for CuPy by name, and importing tinyseg
+never imports it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # an n-dimensional array of NumPy, CuPy or a library with their interface
+
+
+def array_module(x: Array) -> ModuleType:
+    """The library that `x` belongs to: the top-level package that defines its type."""
+    if isinstance(x, (np.ndarray, np.generic, int, float)):
+        return np
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def device(name: str) -> ModuleType:
+    """The array library of a device: "cpu" is NumPy, "cuda" is CuPy on the current GPU.
+
+    Raises ValueError for another name and RuntimeError, with what to do, where "cuda" has no
+    working CuPy or no GPU.
+    """
+    if name == "cpu":
+        return np
+    if name != "cuda":
+        raise ValueError(f'device is {name!r}; expected "cpu" or "cuda"')
+    try:
+        cupy = importlib.import_module("cupy")
+        count = cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise RuntimeError(
+            "device cuda needs CuPy: install tinyseg[cuda13] for a CUDA 13 driver or "
+            f"tinyseg[cuda12] for CUDA 12, never both ({error})"
+        ) from None
+    except Exception as error:  # a half-installed CUDA raises OSError, RuntimeError and its own
+        raise RuntimeError(f"CuPy is installed but finds no working GPU: {error}") from None
+    if count == 0:
+        raise RuntimeError("CuPy is installed but the driver shows no GPU")
+    return cupy
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """`array` in host memory; no copy where it already is a NumPy array."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def to_library(array: Array, library: ModuleType) -> Array:
+    """`array` as an array of `library`, which `device` returned."""
+    return to_numpy(array) if library is np else library.asarray(array)

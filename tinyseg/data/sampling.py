@@ -1,0 +1,143 @@
+"""Prepared cases on disk, and the random patches that training sees of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .ct import Plan
+from .nifti import whole
+
+IGNORE = 255  # the label of padding: no class, left out of losses
+COORDINATES = 10_000  # per class and case: enough to centre patches on, and it bounds memory
+
+
+@dataclass
+class Prepared:
+    """A case as the network sees it; the arrays may be memory maps.
+
+    image (D, H, W, C) float16, label (D, H, W) uint8, foreground {class: (n, 3) int32 voxels}.
+    float16 because z-scores of a few units keep three digits in it, finer than a scanner's noise,
+    at half the disk, memory and reading of float32.
+    """
+
+    id: str
+    image: np.ndarray
+    label: np.ndarray
+    foreground: dict[int, np.ndarray]
+
+
+def prepare(case: Any, plan: Plan, seed: int) -> Prepared:
+    """Read a case, normalise and resample it, and draw the voxels that patches centre on."""
+    volume, label = case.read()
+    image = plan.prepare(volume).astype(np.float16)
+    label = plan.prepare_labels(label, volume.spacing)
+    rng, foreground = np.random.default_rng(seed), {}
+    for number in np.unique(label[(label > 0) & (label != IGNORE)]).tolist():
+        voxels = np.argwhere(label == number).astype(np.int32)
+        if len(voxels) > COORDINATES:
+            voxels = voxels[np.sort(rng.choice(len(voxels), COORDINATES, replace=False))]
+        foreground[number] = voxels
+    return Prepared(case.id, image, label, foreground)
+
+
+def store(folder: str | Path, prepared: Prepared) -> None:
+    """Write the case as three .npy files, each of them whole or not at all, the image last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [np.insert(voxels, 0, number, axis=1)
+            for number, voxels in prepared.foreground.items()]
+    table = np.concatenate(rows) if rows else np.empty((0, 4), np.int32)  # (class, d, h, w)
+    for part, array in (("foreground", table), ("label", prepared.label),
+                        ("image", prepared.image)):
+        with whole(folder / f"{prepared.id}.{part}.npy") as draft:
+            np.save(draft, array, allow_pickle=False)
+
+
+def open(folder: str | Path, id: str) -> Prepared:
+    """The stored case with image and label memory-mapped: hundreds of CTs need no memory.
+
+    FileNotFoundError and ValueError name the file.
+    """
+    parts = {}
+    for part in ("image", "label", "foreground"):
+        path = Path(folder) / f"{id}.{part}.npy"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; prepare and store case {id} first")
+        try:
+            parts[part] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as fault:
+            raise ValueError(f"{path}: cannot be read ({fault}); remove it and prepare case {id}"
+                             " again") from fault
+    table = np.array(parts["foreground"])  # small, and looked up at random
+    foreground = {int(number): table[table[:, 0] == number, 1:]
+                  for number in np.unique(table[:, 0])}
+    return Prepared(id, parts["image"], parts["label"], foreground)
+
+
+def pad(array: np.ndarray, size: Sequence[int],
+        value: int | None = None) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Centre (*S, ...) in at least `size` along the first len(size) axes, by its edge or `value`.
+
+    The slices cut the original back out. Nothing to pad: the very same array comes back.
+    """
+    missing = [max(want - n, 0) for n, want in zip(array.shape, size, strict=False)]
+    slices = tuple(slice(m // 2, m // 2 + n) for n, m in zip(array.shape, missing, strict=False))
+    if not any(missing):
+        return array, slices
+    widths = [(m // 2, m - m // 2) for m in missing] + [(0, 0)] * (array.ndim - len(missing))
+    if value is None:
+        return np.pad(array, widths, mode="edge"), slices
+    return np.pad(array, widths, constant_values=value), slices
+
+
+def patch(case: Prepared, size: Sequence[int], rng: np.random.Generator,
+          foreground: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """One patch: image (*size, C) float32, labels (*size) uint8, size of three ints.
+
+    With probability `foreground` it is centred, as far as the volume's border allows, on a voxel
+    of a class drawn uniformly among those present (so a small tumour is seen as often as its
+    organ); else its place is uniform. Smaller volumes are padded: the edge, and IGNORE.
+    """
+    room = np.maximum(np.subtract(case.label.shape, size), 0)
+    if rng.random() < foreground and case.foreground:
+        voxels = case.foreground[int(rng.choice(sorted(case.foreground)))]
+        centre = voxels[rng.integers(len(voxels))]
+        start = np.clip(centre - np.array(size) // 2, 0, room)
+    else:
+        start = rng.integers(0, room + 1)
+    window = tuple(slice(a, a + s) for a, s in zip(start.tolist(), size, strict=True))
+    image = np.array(case.image[window], dtype=np.float32)  # a memory map reads only the window
+    labels = np.array(case.label[window], dtype=np.uint8)
+    return pad(image, size)[0], pad(labels, size, IGNORE)[0]
+
+
+def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
+          foreground: float = 0.5, augment: Callable | None = None
+          ) -> tuple[np.ndarray, np.ndarray]:
+    """Patches (N, *size, C) float32 and labels (N, *size) uint8 of cases drawn uniformly.
+
+    Two sizes (H, W) mean slices: patches of depth one without the depth axis. The first
+    ceil(count * foreground) patches are centred on foreground, by index and not by chance, so
+    that no batch is empty (nnU-Net's oversampling); those cases are drawn among the ones that
+    have any. `augment(image, labels, rng)` changes each patch.
+    """
+    if len(size) not in (2, 3) or not cases or count < 1:
+        raise ValueError(f"found size {tuple(size)}, {len(cases)} cases and count {count},"
+                         " expected two or three sizes, a case and a patch at least")
+    certain = math.ceil(count * foreground)
+    inhabited = [case for case in cases if case.foreground] or cases
+    patches = []
+    for index in range(count):
+        among = inhabited if index < certain else cases
+        case = among[int(rng.integers(len(among)))]
+        image, labels = patch(case, (1, *size)[-3:], rng, foreground=float(index < certain))
+        if len(size) == 2:
+            image, labels = image[0], labels[0]
+        patches.append(augment(image, labels, rng) if augment else (image, labels))
+    return np.stack([image for image, _ in patches]), np.stack([labels for _, labels in patches])

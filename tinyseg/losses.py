@@ -1,0 +1,94 @@
+"""Losses of segmentation: cross-entropy, soft Dice, and their sum.
+
+logits (N, *S, C) as a tensor, labels (N, *S) as an integer array -> a single number. Voxels
+labelled `ignore` count nowhere. One operation serves all three: they share the softmax.
+"""
+
+from __future__ import annotations
+
+from .backend import Array, array_module
+from .ops import _softmax
+from .tensor import Tensor, op
+
+
+def cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
+                  weight: Array | None = None) -> Tensor:
+    """Σ w_y (-log softmax(logits)_y) / Σ w_y over the voxels; `weight` is (C,), by default one."""
+    return _segmentation(logits, labels, entropy=True, ignore=ignore, weight=weight)
+
+
+def dice(logits: Tensor, labels: Array, ignore: int | None = None, *, smooth: float = 1e-5,
+         background: bool = False) -> Tensor:
+    """1 minus the mean over classes of the soft Dice of the softmax p and the labels t,
+
+        (2 Σ p t + smooth) / (Σ p + Σ t + smooth)    (Milletari et al. 2016; nnU-Net's form),
+
+    summed over batch and space; without the background (class 0) unless asked for.
+    """
+    return _segmentation(logits, labels, overlap=True, ignore=ignore, smooth=smooth,
+                         background=background)
+
+
+def dice_cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
+                       weight: Array | None = None, *, smooth: float = 1e-5,
+                       background: bool = False) -> Tensor:
+    """`dice` + `cross_entropy`, one to one (nnU-Net's loss)."""
+    return _segmentation(logits, labels, entropy=True, overlap=True, ignore=ignore, weight=weight,
+                         smooth=smooth, background=background)
+
+
+@op
+def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, weight=None,
+                  smooth=1e-5, background=False):
+    library, classes = array_module(logits), logits.shape[-1]
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {labels.shape} do not fit logits {logits.shape}")
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels.dtype}; expected integers")
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(f"weight {weight.shape} does not fit {classes} classes")
+    if overlap and classes == 1 and not background:
+        raise ValueError("soft Dice without background needs at least two classes")
+    counted = library.ones_like(labels, dtype=bool) if ignore is None else labels != ignore
+    known = ((labels >= 0) & (labels < classes)) | ~counted
+    if not known.all():
+        raise ValueError(f"labels hold {int(labels[~known][0])}; expected 0 to {classes - 1}"
+                         + ("" if ignore is None else f", or {ignore} to ignore"))
+
+    p = _softmax(logits)
+    t = (labels[..., None] == library.arange(classes)) & counted[..., None]
+    t = t.astype(logits.dtype)
+    space = tuple(range(labels.ndim))
+    value, parts = library.zeros((), logits.dtype), []
+
+    if entropy:
+        weighted = t if weight is None else t * weight.astype(logits.dtype)
+        voxel = weighted.sum(axis=-1, keepdims=True)
+        total = voxel.sum() if counted.any() else 1
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        log_p = shifted - library.log(library.exp(shifted).sum(axis=-1, keepdims=True))
+        value = value - (weighted * log_p).sum() / total
+        parts.append(lambda: (p * voxel - weighted) / total)
+
+    if overlap:
+        first = 0 if background else 1
+        inside = p * counted[..., None]
+        both = 2 * (inside * t).sum(axis=space) + smooth
+        either = inside.sum(axis=space) + t.sum(axis=space) + smooth
+        ratio = both / either
+        value = value + 1 - ratio[first:].mean()
+
+        def through_softmax():
+            dp = (ratio * counted[..., None] - 2 * t) / (either * (classes - first))
+            dp[..., :first] = 0
+            return p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+
+        parts.append(through_softmax)
+
+    def pull(g):
+        gradient = parts[0]()
+        for part in parts[1:]:
+            gradient += part()
+        return gradient * g
+
+    return value, (pull,)

@@ -1,0 +1,114 @@
+"""Optimisers and schedules. `step` changes parameters in place; nothing else does.
+
+Both keep PyTorch's conventions, so that published settings carry over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import cos, pi, sqrt
+
+from .backend import Array, array_module, to_library
+from .tensor import Tensor
+
+
+class Optimizer:
+    """Parameters, a learning rate `lr` that may be set at any time, and arrays beside them."""
+
+    slots: tuple[str, ...] = ()  # names of the running arrays, one per parameter each
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float):
+        self.parameters = list(parameters)
+        self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
+        if not self.parameters:
+            raise ValueError("the optimiser got no parameters")
+        self.running = {
+            name: [array_module(p.data).zeros_like(p.data) for p in self.parameters]
+            for name in self.slots
+        }
+
+    def step(self) -> None:
+        """Move every parameter that has a gradient, in place."""
+        self.steps += 1
+        for i, p in enumerate(self.parameters):
+            if p.grad is not None:
+                self.update(p.data, p.grad, *(self.running[name][i] for name in self.slots))
+
+    def update(self, p: Array, g: Array, *running: Array) -> None:
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in self.parameters:
+            p.grad = None
+
+    def state(self) -> dict[str, Array]:
+        """Copies of the running arrays and the number of steps, {name: array}."""
+        arrays = {f"{name}.{i}": a.copy() for name in self.slots
+                  for i, a in enumerate(self.running[name])}
+        return {**arrays, "steps": array_module(0).asarray(self.steps)}
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """The inverse of `state`; KeyError or ValueError where it does not fit."""
+        for name in self.slots:
+            for i, array in enumerate(self.running[name]):
+                array[...] = to_library(state[f"{name}.{i}"], array_module(array))
+        self.steps = int(state["steps"])
+
+
+class SGD(Optimizer):
+    """v <- momentum v + (g + weight_decay p);  p <- p - lr v, or with Nesterov's
+    momentum p - lr (g + weight_decay p + momentum v)  (Sutskever et al. 2013, PyTorch's form)."""
+
+    slots = ("velocity",)
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0,
+                 nesterov: bool = False, weight_decay: float = 0):
+        super().__init__(parameters, lr, weight_decay)
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum above zero")
+        self.momentum, self.nesterov = momentum, nesterov
+
+    def update(self, p: Array, g: Array, velocity: Array) -> None:
+        g = g + self.weight_decay * p if self.weight_decay else g
+        velocity *= self.momentum
+        velocity += g
+        p -= self.lr * (g + self.momentum * velocity if self.nesterov else velocity)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2):
+
+    p <- p - lr (weight_decay p + m̂ / (sqrt(v̂) + eps)),  m̂ = m / (1 - beta1^t), v̂ likewise.
+    """
+
+    slots = ("mean", "square")
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, betas: tuple = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.01):
+        super().__init__(parameters, lr, weight_decay)
+        self.betas, self.eps = betas, eps
+
+    def update(self, p: Array, g: Array, mean: Array, square: Array) -> None:
+        beta1, beta2 = self.betas
+        p *= 1 - self.lr * self.weight_decay
+        mean *= beta1
+        mean += (1 - beta1) * g
+        square *= beta2
+        square += (1 - beta2) * (g * g)
+        root = array_module(p).sqrt(square)
+        root /= sqrt(1 - beta2**self.steps)
+        root += self.eps
+        p -= (self.lr / (1 - beta1**self.steps)) * (mean / root)
+
+
+def poly(step: int, total: int, power: float = 0.9) -> float:
+    """(1 - step / total)^power: nnU-Net's schedule, a factor of the base rate."""
+    return max(0.0, 1 - step / total) ** power
+
+
+def cosine(step: int, total: int, warmup: int = 0) -> float:
+    """From 0 to 1 in a straight line over `warmup` steps, then (1 + cos(pi x)) / 2 down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + cos(pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2

@@ -1,0 +1,89 @@
+"""Training: one step after the other, each telling what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isfinite
+from time import perf_counter
+
+from .backend import Array, array_module, to_library
+from .nn import Module
+from .optim import Optimizer, poly
+from .tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one step did. patch_dice: {class number: Dice of the hard prediction on this step's
+    patches}, classes absent from both left out; it is not the Dice of whole volumes."""
+
+    step: int
+    loss: float
+    lr: float
+    patch_dice: dict[int, float]
+    seconds: float
+
+
+def patch_dice(logits: Array, labels: Array) -> dict[int, float]:
+    """2 |P and T| / (|P| + |T|) per foreground class over all voxels of a batch."""
+    predicted = logits.argmax(axis=-1)
+    scores = {}
+    for c in range(1, logits.shape[-1]):
+        p, t = predicted == c, labels == c
+        size = int(p.sum()) + int(t.sum())
+        if size:
+            scores[c] = 2 * int((p & t).sum()) / size
+    return scores
+
+
+def clip_norm(parameters: list[Tensor], limit: float) -> float:
+    """Scale all gradients so that their joint Euclidean norm is at most `limit`; returns the norm
+    before. Gradients are replaced, not written into."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = sum(float((g * g).sum()) for g in grads) ** 0.5
+    if norm > limit:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad = p.grad * (limit / norm)
+    return norm
+
+
+def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
+        loss: Callable[[Tensor, Array], Tensor], optimizer: Optimizer, steps: int, *,
+        start: int = 0, schedule: Callable[[int, int], float] = poly,
+        clip: float = 12.0) -> Iterator[Record]:
+    """Train from step `start` to `steps`, yielding a `Record` after each.
+
+    batch(step) -> (images (N, *S, C), labels (N, *S)) is a function of the step, so that a run
+    that was interrupted goes on exactly as it would have. The learning rate of a step is the
+    optimiser's rate at the start of this call times schedule(step, steps); gradients are clipped
+    to the norm `clip` (nnU-Net's 12). The network's train or eval mode is the caller's choice.
+    Raises FloatingPointError, before any parameter changes, where the loss or the gradient is
+    not finite.
+    """
+    base, parameters = optimizer.lr, net.parameters()
+    library = array_module(parameters[0].data)
+    try:
+        for step in range(start, steps):
+            began = perf_counter()
+            images, labels = (to_library(a, library) for a in batch(step))
+            logits = net(images)
+            value = loss(logits, labels)
+            number = float(value.data)
+            if not isfinite(number):
+                raise FloatingPointError(f"the loss is {number} at step {step}; lower the learning "
+                                         "rate or look at this step's images")
+            scores = patch_dice(logits.data, labels)
+            del logits
+            optimizer.zero_grad()
+            value.backward()
+            norm = clip_norm(parameters, clip)
+            if not isfinite(norm):
+                raise FloatingPointError(f"the gradient's norm is {norm} at step {step}; lower the "
+                                         "learning rate or look at this step's images")
+            optimizer.lr = base * schedule(step, steps)
+            optimizer.step()
+            yield Record(step, number, optimizer.lr, scores, perf_counter() - began)
+    finally:
+        optimizer.lr = base
