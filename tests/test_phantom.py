@@ -53,7 +53,7 @@ def test_anatomy(seed):
     voxel = np.prod(phantom.SPACING)
     assert 0.6 * 4 / 3 * np.pi * 8**3 < cancer.sum() * voxel < 1.6 * 4 / 3 * np.pi * 14**3
     assert 90 < hu[pancreas].mean() < 125
-    assert 10 < hu[pancreas].mean() - hu[cancer].mean() < 30
+    assert 75 < hu[pancreas].mean() - hu[cancer].mean() < 125
     assert np.median(hu[:, 0]) < -950 and (hu > 180).any()
     assert 10 < np.std(hu[:, :2, :2]) < 14  # noise in air
     depth, height, width = np.array(np.nonzero(pancreas)), *np.array(phantom.SHAPE[1:])

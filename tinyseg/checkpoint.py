@@ -7,7 +7,6 @@ rebuilds the network from the file alone. Nothing in a file is ever executed.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from . import models
 from .backend import Array, to_numpy
+from .data.nifti import whole
 from .nn import Module
 
 FORMAT = "tinyseg 1"
@@ -26,21 +26,14 @@ TEXT = "__description__"  # the JSON text among the arrays, as bytes
 def write(path: str | Path, arrays: Mapping[str, Array], description: dict) -> None:
     """Write arrays and a JSON-able description to `path` (.npz).
 
-    The file appears complete: it is written beside its place, synced and renamed. Raises OSError
-    where that fails; what stood at `path` before is then untouched.
+    Raises OSError where that fails; what stood at `path` before is then untouched.
     """
     path = Path(path)
     text = json.dumps({"format": FORMAT, **description}).encode()
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with open(beside, "wb") as file:
-            np.savez(file, **{TEXT: np.frombuffer(text, np.uint8)},
-                     **{name: to_numpy(array) for name, array in arrays.items()})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    content = {TEXT: np.frombuffer(text, np.uint8),
+               **{name: to_numpy(array) for name, array in arrays.items()}}
+    with whole(path) as draft, open(draft, "wb") as file:
+        np.savez(file, allow_pickle=False, **content)
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:

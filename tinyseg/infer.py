@@ -9,6 +9,8 @@ from math import ceil
 import numpy as np
 
 from .backend import Array, array_module, to_library, to_numpy
+from .data.ct import Plan, resample
+from .data.nifti import Volume
 from .data.sampling import pad
 from .nn import Module
 from .tensor import Tensor, no_grad
@@ -59,9 +61,11 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     corners = list(product(*grid))
     weight = gaussian(size)[..., None]
     total, norm = None, np.zeros((*padded.shape[:-1], 1), "float32")
-    modules = [net, *(m for _, m in net.named(Module))] if isinstance(net, Module) else []
+    modules, library = [], np
+    if isinstance(net, Module):
+        modules = [net, *(m for _, m in net.named(Module))]
+        library = array_module(net.parameters()[0].data)
     modes = [m.training for m in modules]
-    library = array_module(net.parameters()[0].data) if modules else np
     try:
         for module in modules:
             module.training = False
@@ -84,3 +88,18 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     total /= norm
     total = total[inside]
     return total.argmax(axis=-1).astype("uint8") if labels else total
+
+
+def segment(net: Module, scan: Volume, *, overlap: float = 0.5,
+            progress: Callable[[Iterable], Iterable] = iter) -> np.ndarray:
+    """The label map (D, H, W), uint8, of a scan on its own grid, by a network that `load` returned.
+
+    Preparation and patch are those the network was trained with (`net.metadata`); the logits are
+    resampled to the scan's grid before the largest is taken.
+    """
+    plan, patch = Plan(**net.metadata["plan"]), tuple(net.metadata["patch"])
+    patch = patch[-net.config["rank"] :]
+    image = plan.prepare(scan)
+    logits = sliding_window(net, image, patch, overlap, batch=1 if len(patch) == 3 else 8,
+                            progress=progress)
+    return resample(logits, scan.array.shape[:3]).argmax(axis=-1).astype("uint8")

@@ -17,7 +17,7 @@ import numpy as np
 
 from .backend import Array, array_module
 from .models import Depth
-from .nn import Conv, MaxPool, Module
+from .nn import Conv, MaxPool, Module, Network
 from .tensor import Tensor
 
 
@@ -31,7 +31,8 @@ def depth_profile(profile: str | Callable[[int], Array] | Array, slots: int,
     not `slots` or the sum is not one.
     """
     if isinstance(profile, str):
-        at = {"center": slots // 2, "first": 0}.get(slot, slot)
+        places: dict[str | int, str | int] = {"center": slots // 2, "first": 0}
+        at = places.get(slot, slot)
         if not isinstance(at, int) or not 0 <= at < slots:
             raise ValueError(f"slot is {slot!r}; expected center, first or 0 to {slots - 1}")
         named = {"average": np.full(slots, 1 / slots), "zero": np.eye(slots)[at]}
@@ -46,11 +47,11 @@ def depth_profile(profile: str | Callable[[int], Array] | Array, slots: int,
     return alpha
 
 
-def inflate(net: Module, depth: int | tuple[int, int] = 3,
+def inflate(net: Network, depth: int | tuple[int, int] = 3,
             profile: str | Callable[[int], Array] | Array | Mapping[str, Array] = "average", *,
             slot: str | int = "center", alpha: Array | Mapping[str, Array] | None = None,
             depth_stride: str | int = "plane", depth_dilation: str | int = 1,
-            depth_padding: str = "edge") -> Module:
+            depth_padding: str = "edge") -> Network:
     """A rank-3 network made of a rank-2 one; the original is untouched.
 
     depth: slots of every kernel larger than one, or (stem, rest). profile, slot: see

@@ -7,6 +7,7 @@ torchvision's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -179,7 +180,9 @@ class ResNet(Module):
 
     def features(self, x: Tensor) -> Tensor:
         x = self.maxpool(ops.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        return x
 
 
 class Classifier(ResNet):
@@ -287,7 +290,7 @@ def resnet(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: 
 
 def build(config: dict) -> ResNet:
     """The network that a `config` describes, with random weights."""
-    makers = {"resnet_seg": resnet_seg, "resnet": resnet}
+    makers: dict[str, Callable[..., ResNet]] = {"resnet_seg": resnet_seg, "resnet": resnet}
     options = dict(config)
     name = options.pop("model", None)
     if name not in makers:

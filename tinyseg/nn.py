@@ -8,10 +8,10 @@ order in which they were set, and a name is the path of attributes joined by dot
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod, sqrt
 from types import ModuleType
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from .backend import Array, array_module, device, to_library
 from .tensor import Tensor
 from .windows import Window
 
-Parameter = Tensor  # a parameter is a leaf tensor with requires_grad
+Network = TypeVar("Network", bound="Module")
 
 
 class Module:
@@ -30,6 +30,8 @@ class Module:
     """
 
     training = True
+    config: dict  # of a whole network: what rebuilds it, see models.build
+    metadata: dict  # of a loaded network: what was saved with it
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -87,7 +89,7 @@ class Module:
             if name in state:
                 array[...] = to_library(state[name], array_module(array))
 
-    def convert(self, change) -> Module:
+    def convert(self, change: Callable[[Array], Array]) -> Self:
         """Replace every array `a` of the module by `change(a)`, in place; gradients are dropped."""
         for module in [self, *(m for _, m in self.named(Module))]:
             for key, value in vars(module).items():
@@ -97,11 +99,11 @@ class Module:
                     setattr(module, key, change(value))
         return self
 
-    def astype(self, dtype: str) -> Module:
+    def astype(self, dtype: str) -> Self:
         """Convert all parameters and statistics, in place; returns the module."""
         return self.convert(lambda array: array.astype(dtype))
 
-    def train(self, statistics: str = "batch") -> Module:
+    def train(self, statistics: str = "batch") -> Self:
         """Train mode. statistics="running" keeps batch-norm on its running statistics, frozen:
         the choice for batches of one or two and for pretrained networks."""
         if statistics not in ("batch", "running"):
@@ -110,13 +112,13 @@ class Module:
             module.training = not (isinstance(module, BatchNorm) and statistics == "running")
         return self
 
-    def eval(self) -> Module:
+    def eval(self) -> Self:
         """Evaluation mode: batch-norm uses its running statistics."""
         for module in [self, *(m for _, m in self.named(Module))]:
             module.training = False
         return self
 
-    def copy(self) -> Module:
+    def copy(self) -> Self:
         """An independent copy; no array is shared."""
         return copy.deepcopy(self)
 
@@ -125,7 +127,7 @@ def _is_state(thing: Any) -> bool:
     return isinstance(thing, Tensor) or (hasattr(thing, "dtype") and hasattr(thing, "shape"))
 
 
-def to_device(net: Module, where: str | ModuleType) -> Module:
+def to_device(net: Network, where: str | ModuleType) -> Network:
     """Move a network's arrays to "cpu" or "cuda" (or what `device` returned), in place."""
     library = device(where) if isinstance(where, str) else where
     return net.convert(lambda array: to_library(array, library))

@@ -41,24 +41,25 @@ def no_grad() -> Iterator[None]:
 class Node:
     """The result of one operation in the graph: `edges` are the wanted (parent, position) pairs."""
 
-    __slots__ = ("shape", "edges", "pull")
+    __slots__ = ("edges", "pull", "shape")
 
     def __init__(self, shape: tuple[int, ...], edges: list, pull: Callable | list):
-        self.shape, self.edges, self.pull = shape, edges, pull
+        self.shape, self.edges = shape, edges
+        self.pull: Callable | list | None = pull
 
     def gradients(self, g: Array) -> Iterator[tuple[Any, Array]]:
         """(parent, gradient) pairs; the pull-backs, and all they captured, are let go."""
         if self.pull is None:
             raise RuntimeError("backward ran through this graph before and freed it; run the "
                                "forward pass again (or add the losses and go backward once)")
-        edges, pull, self.edges, self.pull = self.edges, self.pull, (), None
+        edges, pull, self.edges, self.pull = self.edges, self.pull, [], None
         if callable(pull):
             count = 1 + max(position for _, position in edges)
             wanted = [False] * count
             for _, position in edges:
                 wanted[position] = True
             pulled = pull(g, tuple(wanted))
-            pull = None
+            del pull
             for parent, position in edges:
                 yield parent, pulled[position]
         else:
@@ -97,9 +98,7 @@ class Tensor:
     __array_ufunc__ = None  # array + tensor asks the tensor
 
     def __init__(self, array: Array, requires_grad: bool = False):
-        if isinstance(array, Tensor):
-            array = array.data
-        self.data = array if hasattr(array, "shape") else array_module(0).asarray(array)
+        self.data: Array = array if hasattr(array, "shape") else array_module(0).asarray(array)
         self.grad: Array | None = None
         self.requires_grad = requires_grad
         self.node: Node | None = None
@@ -298,9 +297,9 @@ def sum(x, *, axis=None, keepdims: bool = False):
     """The sum over `axis` (an int, a tuple, or None for all)."""
     library, shape = array_module(x), x.shape
     axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    axes = {a % x.ndim for a in axes}
-    kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
-    y = x.sum(axis=tuple(axes), keepdims=keepdims)
+    gone = tuple(sorted({a % x.ndim for a in axes}))
+    kept = tuple(1 if a in gone else n for a, n in enumerate(shape))
+    y = x.sum(axis=gone, keepdims=keepdims)
     return library.asarray(y), (lambda g: library.broadcast_to(g.reshape(kept), shape),)
 
 

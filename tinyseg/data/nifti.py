@@ -153,6 +153,8 @@ def whole(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Synthetic abdominal CTs with a pancreas and a tumour in it, as a Decathlon folder.
 
 For proofs that need no download: not anatomy, but its problem. A small curved organ among others,
-a lesion of low contrast in it, partial volume, noise, and files in all kinds of orientations.
+a lesion in it, partial volume, noise, and files in all kinds of orientations.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def volume(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE,
     seat = rng.integers(3, 29)
     offset = rng.normal(0, 1, 3)
     offset *= rng.uniform(0, 0.6) * radius[seat] / np.linalg.norm(offset)
-    cancer = _ellipsoid(grid, line[seat] + offset, np.full(3, rng.uniform(8, 14)))
+    cancer = _ellipsoid(grid, line[seat] + offset, np.full(3, rng.uniform(9, 14)))
     parenchyma = 110 + rng.normal(0, 4)
     paint(pancreas, parenchyma)
-    paint(cancer, parenchyma - rng.uniform(17, 25))
+    paint(cancer, rng.uniform(5, 25))  # a cyst: fluid, as most of the easier lesions are
 
     hu += rng.normal(0, 12, shape)
     labels = np.where(cancer < 0, 2, pancreas < 0).astype(np.uint8)
@@ -86,10 +86,11 @@ def volume(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE,
 
 
 def _ellipsoid(grid: np.ndarray, centre: ArrayLike, radii: ArrayLike) -> np.ndarray:
-    """About the signed distance (mm) to an ellipsoid's surface, negative inside; exact for balls."""
-    square = sum(((x - c) / np.float32(r)) ** 2
-                 for x, c, r in zip(grid, np.asarray(centre, np.float32), np.asarray(radii), strict=True) if r < INF)
-    return (np.sqrt(square) - 1) * np.float32(np.min(radii))
+    """About the signed distance (mm) to an ellipsoid's surface, negative inside; exact for balls.
+    """
+    centre, radii = np.asarray(centre, np.float32), np.asarray(radii, np.float32)
+    square = sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, radii, strict=True) if r < INF)
+    return (np.sqrt(square) - 1) * np.min(radii)
 
 
 def _waves(rng: np.random.Generator, grid: np.ndarray) -> np.ndarray:

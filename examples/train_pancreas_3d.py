@@ -1,0 +1,283 @@
+"""Train on slices, inflate to volumes, fine-tune, and score both on held-out cases.
+
+The scans come as a Medical Segmentation Decathlon folder, as downloaded; without one, a synthetic
+one is written first and takes the same path. Everything lands in --out:
+
+  model_2d.npz, model_3d.npz   the networks with their preparation (tinyseg.load)
+  history.csv, progress.png    loss and Dice on training patches, step by step
+  metrics.json                 Dice and IoU per class and case, on whole volumes
+  predictions/, overlay_*.png  label maps on the scans' own grids, and pictures of them
+  checkpoint.npz               where --resume goes on
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+from tqdm import tqdm
+
+import tinyseg as ts
+from tinyseg import checkpoint, nn, report
+from tinyseg.data import augment, ct, decathlon, nifti, phantom, sampling
+
+EXAMPLES = """\
+examples:
+  python examples/train_pancreas_3d.py --quick
+      two minutes on a synthetic task: does everything work here?
+  python examples/train_pancreas_3d.py --data Task07_Pancreas --out runs/pancreas --device cuda
+      the main job; stop it with Ctrl-C, go on with --resume --out runs/pancreas
+"""
+RATES = {"2d": 1e-3, "3d": 3e-4}  # AdamW; the 3D network starts trained
+SLICES = 8  # slices per step of the 2D stage for every volume per step of the 3D stage
+SAVE_EVERY = 120.0  # seconds between checkpoints
+VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of the default patch: 40x224x224 fits the larger
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, help="Decathlon folder with dataset.json (default: a phantom in OUT)")
+    add("--out", type=Path, default=Path("runs/pancreas"), help="where results go (%(default)s)")
+    add("--pretrained", type=Path, help="start the 2D network from this tinyseg checkpoint")
+    add("--backbone", default="resnet18", choices=list(ts.models.BACKBONES)[:4])
+    add("--profile", default="average", choices=["average", "zero"],
+        help="how 2D kernels spread along depth (%(default)s)")
+    add("--spacing", type=float, nargs=3, metavar=("D", "H", "W"),
+        help="millimetres to resample to (default: the median of the training cases)")
+    add("--patch", type=int, nargs=3, metavar=("D", "H", "W"),
+        help="voxels the 3D network sees at a time (default: as much of the median case as fits)")
+    add("--steps-2d", type=int, metavar="N", help="steps on slices (400; quick 40)")
+    add("--steps-3d", type=int, metavar="N", help="steps on volumes (400; quick 16)")
+    add("--batch", type=int, metavar="N", help=f"volumes a step (2; quick 1); {SLICES}x as many "
+        "slices")
+    add("--folds", type=int, default=5, metavar="K", help="parts of the cross-validation (5)")
+    add("--fold", type=int, default=0, metavar="I", help="the part held out, from 0 (0)")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="go on with the run in OUT, with its settings")
+    add("--quick", action="store_true", help="a small run of under two minutes")
+    args = parser.parse_args(argv)
+    default = {"steps_2d": 40, "steps_3d": 16, "batch": 1} if args.quick else \
+              {"steps_2d": 400, "steps_3d": 400, "batch": 2}
+    for name, value in default.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.resume and args.pretrained:
+        parser.error("--resume goes on with the network in OUT; --pretrained would replace it")
+    if min(args.steps_2d, args.steps_3d) < 0 or args.batch < 1:
+        parser.error("steps must be at least 0 and batch at least 1")
+    if args.patch and min(args.patch) < 1 or args.spacing and min(args.spacing) <= 0:
+        parser.error("--patch and --spacing must be positive")
+    if not 0 <= args.fold < args.folds:
+        parser.error(f"--fold must be 0 to {args.folds - 1}, found {args.fold}")
+    return args
+
+
+def default_patch(cases: list[sampling.Prepared], spacing: tuple, voxels: int) -> tuple:
+    """The median case in multiples of 8 voxels, its longest side in mm cut until it is small
+    enough."""
+    shape = np.median([case.label.shape for case in cases], axis=0)
+    patch = [max(8, 8 * round(n / 8)) for n in shape]
+    while np.prod(patch) > voxels:
+        long = int(np.argmax([n * s * (n > 8) for n, s in zip(patch, spacing, strict=True)]))
+        patch[long] -= 8
+    return tuple(patch)
+
+
+def prepare(dataset, plan, folder: Path, seed: int) -> dict[str, sampling.Prepared]:
+    """All cases, normalised and resampled once and kept in `folder`, by id."""
+    cases = {}
+    for number, case in enumerate(tqdm(dataset.cases, desc="prepare", unit="case")):
+        try:
+            cases[case.id] = sampling.open(folder, case.id)
+        except (FileNotFoundError, ValueError):
+            sampling.store(folder, sampling.prepare(case, plan, seed + number))
+            cases[case.id] = sampling.open(folder, case.id)
+    return cases
+
+
+class Run:
+    """One run in one folder: what it was told, what it has learned, and where it stands."""
+
+    def __init__(self, out: Path, settings: dict):
+        self.out, self.settings = out, settings
+        self.history: list[dict] = []
+        self.device = ts.device(settings["device"])
+
+    def save(self, stage: str, step: int, net, optimizer) -> None:
+        arrays = {f"net/{k}": a for k, a in net.state().items()}
+        arrays |= {f"optimizer/{k}": a for k, a in optimizer.state().items()}
+        checkpoint.write(self.out / "checkpoint.npz", arrays,
+                         {"stage": stage, "step": step, "history": self.history})
+        report.write_table(self.out / "history.csv", self.history)
+
+    def train(self, stage: str, net, batch, steps: int, resume: tuple | None) -> None:
+        """`steps` steps of one stage, from the checkpoint's if it is given."""
+        ts.to_device(net, self.device).train()
+        optimizer = ts.optim.AdamW(net.parameters(), RATES[stage], weight_decay=1e-2)
+        step = 0
+        if resume:
+            arrays, step = resume
+            parts = {part: {k.removeprefix(part): a for k, a in arrays.items()
+                            if k.startswith(part)} for part in ("net/", "optimizer/")}
+            net.load_state(parts["net/"])
+            optimizer.load_state(parts["optimizer/"])
+        loss = partial(ts.losses.dice_cross_entropy, ignore=sampling.IGNORE)
+        names, saved = self.settings["labels"], monotonic()
+        bar = tqdm(total=steps, initial=step, desc=f"train {stage}", unit="step")
+        try:
+            for record in ts.train.fit(net, batch, loss, optimizer, steps, start=step):
+                step = record.step + 1
+                dice = {names[str(c)]: round(x, 4) for c, x in record.patch_dice.items()}
+                self.history.append({
+                    "stage": stage, "step": record.step, "loss": record.loss, "lr": record.lr,
+                    "seconds": round(record.seconds, 4),
+                    **{f"patch_dice {name}": x for name, x in dice.items()},
+                })
+                bar.set_postfix_str(f"loss {record.loss:.3f}, patch Dice "
+                                    + " ".join(f"{name} {x:.2f}" for name, x in dice.items()))
+                bar.update()
+                if monotonic() - saved > SAVE_EVERY:
+                    self.save(stage, step, net, optimizer)
+                    saved = monotonic()
+        finally:  # also after Ctrl-C and a loss that is not finite: the last good step is kept
+            bar.close()
+            self.save(stage, step, net, optimizer)
+            report.progress(self.out / "progress.png", self.history)
+
+
+def equivalence(flat, deep, patch: tuple, seed: int) -> float:
+    """The largest difference of logits between both nets on an input constant along depth."""
+    rng = np.random.default_rng(seed)
+    image = rng.standard_normal((1, *patch[1:], flat.config["in_channels"]), "float32")
+    with ts.no_grad():
+        one = flat.eval()(image).data[:, None]
+        many = deep.eval()(np.repeat(image[:, None], patch[0], axis=1)).data
+    return float(abs(many - one).max())
+
+
+def evaluate(dataset, held_out: list[str], nets: dict, out: Path) -> dict:
+    """Predict every held-out case with every network, write the label maps, score, draw."""
+    scores: dict = {name: {} for name in nets}
+    cases = [case for case in dataset.cases if case.id in held_out]
+    drawn = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}
+    for case in tqdm(cases, desc="evaluate", unit="case"):
+        scan, truth = case.read()
+        maps = {"reference": truth}
+        for name, net in nets.items():
+            maps[name] = ts.infer.segment(net, scan)
+            scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
+            folder = out / ("predictions" if name == "3d" else f"predictions_{name}")
+            folder.mkdir(exist_ok=True)
+            nifti.write(folder / f"{case.id}.nii.gz", maps[name], scan)
+        if case.id in drawn:
+            image = np.clip(scan.array[..., 0], *(net.metadata["plan"]["clip"] or (-1e9, 1e9)))
+            report.overlay(out / f"overlay_{case.id}.png", image, maps, dataset.labels,
+                           scan.spacing, f"{dataset.name} {case.id}, held out")
+    return {name: {"cases": per, "mean": ts.metrics.mean(per)} for name, per in scores.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    out, description = args.out, args.out / "run.json"
+    if args.resume:
+        if not description.exists():
+            raise FileNotFoundError(f"{description}: there is no run to resume in {out}")
+        settings = {**json.loads(description.read_text()), "device": args.device}
+    else:
+        if description.exists():
+            raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose "
+                                  "another --out")
+        settings = {key: str(value) if isinstance(value, Path) else value
+                    for key, value in vars(args).items() if key not in ("out", "resume")}
+    ts.device(settings["device"])  # before any work is done
+    out.mkdir(parents=True, exist_ok=True)
+
+    if settings["data"] is None:
+        settings["data"] = str(out / "phantom")
+        print("no --data: writing a synthetic Decathlon folder to", settings["data"])
+        phantom.write(str(settings["data"]), cases=10 if settings["quick"] else 25,
+                      seed=settings["seed"])
+    dataset = decathlon.load(settings["data"])
+    train_ids, held_out = decathlon.folds([case.id for case in dataset.cases],
+                                          settings["folds"])[settings["fold"]]
+    training = [case for case in dataset.cases if case.id in train_ids]
+    print(f"{dataset.name}: {len(training)} training and {len(held_out)} held-out cases, "
+          f"classes {', '.join(dataset.labels.values())}")
+
+    if "plan" not in settings:
+        plan = ct.Plan.fit(tqdm(training, desc="read", unit="case"), settings["spacing"])
+        settings["plan"], settings["labels"] = asdict(plan), dataset.labels
+    plan = ct.Plan(**settings["plan"])
+    prepared = prepare(dataset, plan, out / "prepared", settings["seed"])
+    cases = [prepared[case.id] for case in training]
+    if not settings["patch"]:
+        settings["patch"] = default_patch(cases, plan.spacing, VOXELS[settings["device"]])
+    patch = settings["patch"] = tuple(settings["patch"])
+    report.write_json(description, settings)
+    settings = json.loads(description.read_text())  # the same types now as after a resume
+    small = sum(any(n < p for n, p in zip(case.label.shape, patch, strict=True)) for case in cases)
+    print(f"spacing {' x '.join(f'{s:.3g}' for s in plan.spacing)} mm, patch "
+          f"{' x '.join(map(str, patch))} voxels"
+          + (f"; {small} smaller cases are padded" if small else ""))
+
+    run = Run(out, settings)
+    stage, resume = "2d", None
+    if args.resume and (out / "checkpoint.npz").exists():
+        arrays, told = checkpoint.read(out / "checkpoint.npz")
+        stage, run.history, resume = told["stage"], told["history"], (arrays, told["step"])
+        print(f"resuming the {stage} stage after step {told['step']}")
+
+    def batches(size, count, salt):
+        return lambda step: sampling.batch(
+            cases, size, count, np.random.default_rng((settings["seed"], salt, step)),
+            augment=augment.mild)
+
+    metadata = {"plan": settings["plan"], "patch": patch, "labels": settings["labels"],
+                "dataset": dataset.name}
+    flat: nn.Module = ts.models.resnet_seg(
+        settings["backbone"], rank=2, in_channels=len(dataset.modalities),
+        classes=1 + max(dataset.labels), seed=settings["seed"])
+    if stage == "2d":
+        if settings["pretrained"] and not resume:
+            flat.load_state(ts.load(settings["pretrained"]).state())
+        run.train("2d", flat, batches(patch[1:], SLICES * settings["batch"], 2),
+                  settings["steps_2d"], resume)
+        ts.save(out / "model_2d.npz", ts.to_device(flat, "cpu"), **metadata)
+        resume = None
+    flat = ts.load(out / "model_2d.npz")
+
+    deep = ts.inflate(flat, profile=settings["profile"])
+    difference = equivalence(flat, deep, patch, settings["seed"])
+    print(f"2D and inflated 3D logits differ by at most {difference:.2g} on an input constant "
+          "along depth")
+    run.train("3d", deep, batches(patch, settings["batch"], 3), settings["steps_3d"], resume)
+    ts.save(out / "model_3d.npz", ts.to_device(deep, "cpu"), **metadata)
+
+    nets = {"2d": flat, "3d": ts.load(out / "model_3d.npz")}
+    for net in nets.values():
+        ts.to_device(net, run.device)
+    models = evaluate(dataset, held_out, nets, out)
+    report.write_json(out / "metrics.json", {
+        "config": settings, "models": models,
+        "equivalence": {"max_abs_difference": difference}})
+    print(report.score_lines({name: m["mean"] for name, m in models.items()}, "dice"))
+    print(f"on {len(held_out)} held-out cases; see {out / 'progress.png'} and overlay_*.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; go on with --resume and the same --out", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, RuntimeError, FloatingPointError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

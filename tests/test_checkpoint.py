@@ -1,0 +1,270 @@
+"""A file is read back as it was written, or refused with its name; never anything else."""
+
+import io
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+
+import tinyseg as ts
+from tinyseg import checkpoint
+
+NUMBERS = np.random.default_rng(0).standard_normal
+ARRAYS = {"a.weight": NUMBERS((3, 2)), "b": NUMBERS(5).astype("float32"), "steps": np.array(7)}
+
+
+def refused(path, read=checkpoint.read):
+    """read(path) must raise ValueError, naming the file."""
+    with pytest.raises(ValueError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def make(kind):
+    net = ts.models.resnet_seg(rank=3 if kind == "rank 3" else 2, in_channels=2, classes=3,
+                               align_corners=False, seed=3)
+    if kind == "classifier":
+        net = ts.models.resnet(rank=2, in_channels=2, classes=3)
+    if kind == "inflated":
+        net = ts.inflate(net, (5, 2), depth_stride=1)
+    if kind == "float64":
+        net.astype("float64")
+    return net
+
+
+@pytest.mark.parametrize("kind", ["rank 2", "rank 3", "inflated", "float64", "classifier"])
+def test_a_network_comes_back(tmp_path, kind):
+    net, path = make(kind), tmp_path / "net.npz"
+    for name, array in net.state().items():
+        if "running" in name:
+            net.load_state({name: 1 + NUMBERS(array.shape) ** 2}, strict=False)
+    ts.save(path, net, spacing=[2.5, 0.8, 0.8], classes={"1": "organ"}, note="ä")
+    again = ts.load(path)
+    assert again.metadata == {"spacing": [2.5, 0.8, 0.8], "classes": {"1": "organ"}, "note": "ä"}
+    assert list(again.state()) == list(net.state()) and again.config == net.config
+    for name, array in again.state().items():
+        assert array.dtype == net.state()[name].dtype
+        np.testing.assert_array_equal(array, net.state()[name])
+    x = NUMBERS((1, *(3, 17, 21)[-net.config["rank"]:], 2)).astype("float32")
+    np.testing.assert_array_equal(again(x).data, net.eval()(x).data)
+    assert not again.training and not again.layer1.training
+    assert all(p.requires_grad for p in again.parameters())
+    ts.save(path, again, note="b")
+    assert ts.load(path).metadata == {**again.metadata, "note": "b"}
+    assert os.listdir(tmp_path) == ["net.npz"]
+
+
+def test_arrays_come_back(tmp_path):
+    path = tmp_path / "any name"
+    checkpoint.write(path, ARRAYS, {"step": 3, "rates": [0.1, 1e-300]})
+    arrays, description = checkpoint.read(path)
+    assert description == {"format": checkpoint.FORMAT, "step": 3, "rates": [0.1, 1e-300]}
+    assert list(arrays) == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(arrays[name], array)
+    with np.load(path, allow_pickle=False) as file:  # an ordinary .npz: readable without us
+        np.testing.assert_array_equal(file["b"], ARRAYS["b"])
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "short.npz"
+    checkpoint.write(path, ARRAYS, {"step": 3})
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        refused(path)
+
+
+def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
+    path = tmp_path / "flipped.npz"
+    checkpoint.write(path, ARRAYS, {"step": 3})
+    whole, (_, description) = path.read_bytes(), checkpoint.read(path)
+    harmless, others = 0, set()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            arrays, text = checkpoint.read(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        except Exception as error:
+            others.add(type(error).__name__)
+        else:  # a date or an attribute in the archive's directory
+            harmless += 1
+            assert text == description
+            assert all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+    assert not others
+    assert harmless < 4 * len(whole)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04", b"\x93NUMPY", b"{}" * 5000])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "other.npz"
+    path.write_bytes(content)
+    refused(path)
+    refused(path, ts.load)
+
+
+def test_missing_and_folder(tmp_path):
+    for read in (checkpoint.read, ts.load):
+        with pytest.raises(FileNotFoundError, match="nothing.npz"):
+            read(tmp_path / "nothing.npz")
+        refused(tmp_path, read)
+
+
+def archive(path, description, **arrays):
+    text = description if isinstance(description, bytes) else json.dumps(description).encode()
+    with open(path, "wb") as file:
+        np.savez(file, **{checkpoint.TEXT: np.frombuffer(text, np.uint8)}, **arrays)
+
+
+@pytest.mark.parametrize("description", [
+    b"", b"{", b"\xff\xfe", [], 3, None, {}, {"format": "tinyseg 0"}, {"format": None},
+    b"[" * 100_000,
+])
+def test_wrong_descriptions(tmp_path, description):
+    path = tmp_path / "described.npz"
+    archive(path, description)
+    refused(path)
+
+
+def test_archives_that_are_not_ours(tmp_path):
+    path = tmp_path / "foreign.npz"
+    np.savez(path, weight=np.ones(3))
+    assert "complete tinyseg" in refused(path)
+    np.save(tmp_path / "array.npy", np.ones(3))
+    refused(tmp_path / "array.npy")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("readme.txt", "hello")
+    refused(path)
+    archive(path, {"format": checkpoint.FORMAT}, **{"a": np.float32(1)})
+    with zipfile.ZipFile(path, "a") as file:  # a member that is no array
+        file.writestr("b.txt", "hello")
+    try:
+        arrays, _ = checkpoint.read(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(isinstance(array, np.ndarray) for array in arrays.values())
+
+
+class Trap:
+    sprung = False
+
+    def __reduce__(self):
+        return exec, ("from test_checkpoint import Trap; Trap.sprung = True",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    path = tmp_path / "trap.npz"
+    archive(path, {"format": checkpoint.FORMAT}, weight=np.array([Trap()], object))
+    refused(path)
+    refused(path, ts.load)
+    assert not Trap.sprung
+    with np.load(path, allow_pickle=True) as file:  # the trap works
+        file["weight"]
+    assert Trap.sprung
+
+
+def test_an_array_that_claims_to_be_huge(tmp_path):
+    path, header = tmp_path / "huge.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (10**14,)})
+    archive(path, {"format": checkpoint.FORMAT})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("weight.npy", header.getvalue())
+    refused(path)
+
+
+STATE = {"fc.bias": np.zeros(3, "float32")}
+RIGHT = {"model": "resnet_seg", "backbone": "resnet18", "rank": 2, "in_channels": 1, "classes": 3}
+
+
+@pytest.mark.parametrize("change", [
+    {"model": "unet"}, {"model": None}, {"backbone": "resnet19"}, {"backbone": []}, {"rank": 4},
+    {"rank": "2"}, {"classes": "three"}, {"classes": None}, {"classes": -1}, {"classes": 2.5},
+    {"in_channels": 0}, {"in_channels": 10**14}, {"colour": "red"}, {"output_stride": 7},
+    {"depth": {}}, {"head": 3}, {},
+])
+def test_wrong_architectures(tmp_path, change):
+    path = tmp_path / "net.npz"
+    checkpoint.write(path, STATE, {"architecture": {**RIGHT, **change}, "metadata": {}})
+    refused(path, ts.load)
+
+
+def test_no_architecture(tmp_path):
+    path = tmp_path / "net.npz"
+    for architecture in (None, [], "resnet18", 3):
+        checkpoint.write(path, STATE, {"architecture": architecture})
+        refused(path, ts.load)
+    checkpoint.write(path, STATE, {"step": 3})
+    refused(path, ts.load)
+
+
+def test_a_state_that_does_not_fit(tmp_path):
+    path, net = tmp_path / "net.npz", make("rank 2")
+    state, description = net.state(), {"architecture": net.config, "metadata": {}}
+    short = dict(state)
+    del short["layer3.1.bn2.running_var"]
+    checkpoint.write(path, short, description)
+    assert "layer3.1.bn2.running_var is missing" in refused(path, ts.load)
+    checkpoint.write(path, {**state, "fc.bias": np.zeros(4, "float32")}, description)
+    assert "fc.bias has shape (4,), expected (3,)" in refused(path, ts.load)
+    checkpoint.write(path, {**state, "extra": np.zeros(4, "float32")}, description)
+    assert "extra is unexpected" in refused(path, ts.load)
+    for dtype in ("int64", "<U7", "complex64"):
+        checkpoint.write(path, {k: a.astype(dtype) for k, a in state.items()}, description)
+        refused(path, ts.load)
+
+
+def test_a_corrupt_network_file(tmp_path):
+    path = tmp_path / "net.npz"
+    ts.save(path, make("rank 2"))
+    whole = path.read_bytes()
+    for place in (40, len(whole) // 3, len(whole) - 100):
+        path.write_bytes(whole[:place])
+        refused(path, ts.load)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        refused(path, ts.load)
+
+
+@pytest.mark.parametrize("where", ["savez", "fsync", "replace", "interrupt"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, where):
+    path = tmp_path / "net.npz"
+    checkpoint.write(path, ARRAYS, {"step": 3})
+    before = path.read_bytes()
+
+    def partly(file, *arrays, **named):
+        file.write(b"PK half a file")
+        raise KeyboardInterrupt if where == "interrupt" else OSError("disk full")
+
+    def failing(*arguments):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        if where in ("savez", "interrupt"):
+            patch.setattr(np, "savez", partly)
+        else:
+            patch.setattr(os, where, failing)
+        for place in (path, tmp_path / "new.npz"):
+            with pytest.raises(KeyboardInterrupt if where == "interrupt" else OSError):
+                checkpoint.write(place, {"a": np.ones(3)}, {"step": 4})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["net.npz"]
+    checkpoint.write(path, {"a": np.ones(3)}, {"step": 4})
+    assert checkpoint.read(path)[1]["step"] == 4
+
+
+def test_what_cannot_be_saved(tmp_path):
+    path = tmp_path / "net.npz"
+    with pytest.raises(ValueError, match="ReLU has no config"):
+        ts.save(path, ts.nn.ReLU())
+    with pytest.raises(TypeError):
+        ts.save(path, make("rank 2"), spacing=np.ones(3))
+    with pytest.raises(FileNotFoundError):
+        checkpoint.write(tmp_path / "no folder" / "net.npz", ARRAYS, {})
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,142 @@
+"""Figures, tables and files that a person reads: curves, overlays, scores."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .data.nifti import whole
+
+COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#009e73", "#56b4e9", "#d55e00")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """JSON with null for every number that is not finite, written whole or not at all."""
+
+    def plain(x):
+        if isinstance(x, Mapping):
+            return {str(key): plain(value) for key, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(value) for value in x]
+        return None if isinstance(x, float) and not isfinite(x) else x
+
+    with whole(Path(path)) as draft:
+        draft.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV with one line a row and all keys that occur as columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with whole(Path(path)) as draft, open(draft, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, Dice on training patches and learning rate over the steps, one column a stage.
+
+    `history` rows have "stage", "step", "loss", "lr" and "patch_dice CLASS". Thin lines are
+    single steps, thick ones an average over the last tenth.
+    """
+    stages = list(dict.fromkeys(row["stage"] for row in history))
+    if not stages:
+        return
+    figure = Figure(figsize=(6 * len(stages), 8), layout="constrained")
+    panels = figure.subplots(3, len(stages), squeeze=False, sharex="col", sharey="row")
+    for column, stage in enumerate(stages):
+        rows = [row for row in history if row["stage"] == stage]
+        keys = list(dict.fromkeys(k for row in rows for k in row if k.startswith("patch_dice")))
+        panels[0, column].set_title(f"{stage}: {len(rows)} steps")
+        _curves(panels[0, column], rows, ["loss"], "loss (cross-entropy + Dice)")
+        _curves(panels[1, column], rows, keys, "Dice on training patches")
+        panels[1, column].set_ylim(0, 1)
+        _curves(panels[2, column], rows, ["lr"], "learning rate")
+        panels[2, column].set_xlabel("step")
+    _save(figure, path)
+
+
+def _curves(panel, rows, keys, label):
+    for key, colour in zip(keys, COLOURS * (1 + len(keys)), strict=False):
+        points = np.array([(r["step"], r[key]) for r in rows if key in r], float).reshape(-1, 2)
+        steps, values = points.T
+        width = max(1, len(values) // 10)
+        panel.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        if width > 1:
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            panel.plot(steps[width - 1 :], smooth, color=colour, linewidth=2,
+                       label=key.removeprefix("patch_dice "))
+    panel.set_ylabel(label)
+    panel.grid(alpha=0.3)
+    if len(keys) > 1 and panel.get_legend_handles_labels()[0]:
+        panel.legend()
+
+
+def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
+            labels: Mapping[int, str], spacing: Sequence[float], title: str = "") -> None:
+    """A scan with several label maps side by side, in the three planes through its foreground.
+
+    image (D, H, W) in (S, A, R) axes, maps {name: (D, H, W)} of which the first is the reference;
+    spacing in mm. Each plane is the one that shows most foreground in the reference. Radiological
+    view: superior or anterior is up, the patient's right is on the left.
+    """
+    reference = next(iter(maps.values()))
+    low, high = np.percentile(image, (1, 99.5))
+    planes = (("axial", 0, (1, 2)), ("coronal", 1, (0, 2)), ("sagittal", 2, (0, 1)))
+    figure = Figure(figsize=(3.2 * (1 + len(maps)), 9.6), layout="constrained")
+    panels = figure.subplots(len(planes), 1 + len(maps), squeeze=False)
+    for row, (plane, axis, rest) in enumerate(planes):
+        at = int((reference > 0).sum(axis=rest).argmax())
+        aspect = spacing[rest[0]] / spacing[rest[1]]
+        for column, (name, shown) in enumerate([("scan", None), *maps.items()]):
+            panel = panels[row, column]
+            panel.imshow(_view(image.take(at, axis)), cmap="gray", vmin=low, vmax=high,
+                         aspect=aspect, interpolation="nearest")
+            if shown is not None:
+                cut = _view(shown.take(at, axis))
+                for number in [n for n in labels if n]:
+                    if (cut == number).any():
+                        panel.contour(cut == number, [0.5], linewidths=1.4,
+                                      colors=COLOURS[(number - 1) % len(COLOURS)])
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if row == 0:
+                panel.set_title(name)
+            if column == 0:
+                panel.set_ylabel(f"{plane} {at}")
+    for number, name in labels.items():
+        if number:
+            panels[-1, 0].plot([], [], color=COLOURS[(number - 1) % len(COLOURS)], label=name)
+    figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(labels))
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _view(plane: np.ndarray) -> np.ndarray:
+    """Rows downwards and the last axis reversed: how a radiologist hangs the picture."""
+    return plane[::-1, ::-1]
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    FigureCanvasAgg(figure)
+    with whole(Path(path)) as draft:
+        figure.savefig(draft, dpi=110)
+
+
+def score_lines(means: Mapping[str, Mapping[str, Mapping[str, float]]], measure: str) -> str:
+    """{model: {class: {measure: mean}}} as a small text table, one line a model."""
+    classes = list(next(iter(means.values())))
+    width = max(10, *(len(c) + 2 for c in classes))
+    lines = [f"{'mean ' + measure:<12}" + "".join(f"{c:>{width}}" for c in classes)]
+    for model, scores in means.items():
+        lines.append(f"{model:<12}" + "".join(f"{scores[c][measure]:>{width}.3f}" for c in classes))
+    return "\n".join(lines)
