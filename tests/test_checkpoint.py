@@ -13,6 +13,14 @@ from tinyseg import checkpoint
 
 NUMBERS = np.random.default_rng(0).standard_normal
 ARRAYS = {"a.weight": NUMBERS((3, 2)), "b": NUMBERS(5).astype("float32"), "steps": np.array(7)}
+STATE = {"fc.bias": np.zeros(3, "float32")}
+RIGHT = {"model": "resnet_seg", "backbone": "resnet18", "rank": 2, "in_channels": 1, "classes": 3}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Nothing here outlives a power cut: do not wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def refused(path, read=checkpoint.read):
@@ -24,8 +32,8 @@ def refused(path, read=checkpoint.read):
 
 
 def make(kind):
-    net = ts.models.resnet_seg(rank=3 if kind == "rank 3" else 2, in_channels=2, classes=3,
-                               align_corners=False, seed=3)
+    options = {"rank": 3, "depth": 1} if kind == "rank 3" else {"rank": 2}
+    net = ts.models.resnet_seg(**options, in_channels=2, classes=3, align_corners=False, seed=3)
     if kind == "classifier":
         net = ts.models.resnet(rank=2, in_channels=2, classes=3)
     if kind == "inflated":
@@ -52,9 +60,14 @@ def test_a_network_comes_back(tmp_path, kind):
     np.testing.assert_array_equal(again(x).data, net.eval()(x).data)
     assert not again.training and not again.layer1.training
     assert all(p.requires_grad for p in again.parameters())
-    ts.save(path, again, note="b")
-    assert ts.load(path).metadata == {**again.metadata, "note": "b"}
     assert os.listdir(tmp_path) == ["net.npz"]
+
+
+def test_metadata_is_kept_and_renewed(tmp_path):
+    path = tmp_path / "net.npz"
+    ts.save(path, make("rank 2"), note="a", patch=[3, 4])
+    ts.save(path, ts.load(path), note="b")
+    assert ts.load(path).metadata == {"note": "b", "patch": [3, 4]}
 
 
 def test_arrays_come_back(tmp_path):
@@ -80,11 +93,13 @@ def test_every_truncation_is_refused(tmp_path):
 
 
 def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
+    """Every bit of the archive's directory, and one in four of the rest."""
     path = tmp_path / "flipped.npz"
     checkpoint.write(path, ARRAYS, {"step": 3})
     whole, (_, description) = path.read_bytes(), checkpoint.read(path)
-    harmless, others = 0, set()
-    for bit in range(8 * len(whole)):
+    directory = 8 * whole.index(b"PK\x01\x02")
+    other, changed, harmless = set(), 0, 0
+    for bit in [*range(0, directory, 4), *range(directory, 8 * len(whole))]:
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
@@ -93,13 +108,13 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
         except ValueError as error:
             assert str(path) in str(error)
         except Exception as error:
-            others.add(type(error).__name__)
-        else:  # a date or an attribute in the archive's directory
-            harmless += 1
-            assert text == description
-            assert all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
-    assert not others
-    assert harmless < 4 * len(whole)
+            other.add(type(error).__name__)
+        else:  # a date or an attribute: nothing that we read
+            same = text == description and list(arrays) == list(ARRAYS) and all(
+                np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+            harmless, changed = harmless + same, changed + (not same)
+    assert not other and not changed
+    assert harmless < len(whole)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04", b"\x93NUMPY", b"{}" * 5000])
@@ -142,15 +157,11 @@ def test_archives_that_are_not_ours(tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("readme.txt", "hello")
     refused(path)
-    archive(path, {"format": checkpoint.FORMAT}, **{"a": np.float32(1)})
-    with zipfile.ZipFile(path, "a") as file:  # a member that is no array
+    archive(path, {"format": checkpoint.FORMAT, "architecture": RIGHT})
+    with zipfile.ZipFile(path, "a") as file:
         file.writestr("b.txt", "hello")
-    try:
-        arrays, _ = checkpoint.read(path)
-    except ValueError as error:
-        assert str(path) in str(error)
-    else:
-        assert all(isinstance(array, np.ndarray) for array in arrays.values())
+    refused(path)
+    refused(path, ts.load)
 
 
 class Trap:
@@ -179,10 +190,6 @@ def test_an_array_that_claims_to_be_huge(tmp_path):
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("weight.npy", header.getvalue())
     refused(path)
-
-
-STATE = {"fc.bias": np.zeros(3, "float32")}
-RIGHT = {"model": "resnet_seg", "backbone": "resnet18", "rank": 2, "in_channels": 1, "classes": 3}
 
 
 @pytest.mark.parametrize("change", [
@@ -226,7 +233,7 @@ def test_a_corrupt_network_file(tmp_path):
     path = tmp_path / "net.npz"
     ts.save(path, make("rank 2"))
     whole = path.read_bytes()
-    for place in (40, len(whole) // 3, len(whole) - 100):
+    for place in (len(whole) // 3, len(whole) // 2):
         path.write_bytes(whole[:place])
         refused(path, ts.load)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])

@@ -2,6 +2,7 @@
 
 from . import data, losses, metrics, models, nn, ops, optim, train, windows
 from . import infer as infer
+from . import checkpoint as checkpoint
 from .backend import device, to_numpy
 from .checkpoint import load, save
 from .inflate import inflate

@@ -64,7 +64,8 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
     if entropy:
         weighted = t if weight is None else t * weight.astype(logits.dtype)
         voxel = weighted.sum(axis=-1, keepdims=True)
-        total = voxel.sum() if counted.any() else 1
+        total = voxel.sum()
+        total = total + (total == 0)  # nothing counts: the sum above it is zero too
         shifted = logits - logits.max(axis=-1, keepdims=True)
         log_p = shifted - library.log(library.exp(shifted).sum(axis=-1, keepdims=True))
         value = value - (weighted * log_p).sum() / total

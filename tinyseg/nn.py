@@ -78,6 +78,8 @@ class Module:
         wrong = [f"{name} has shape {tuple(state[name].shape)}, expected {array.shape}"
                  for name, array in mine.items()
                  if name in state and tuple(state[name].shape) != array.shape]
+        wrong += [f"{name} holds {state[name].dtype}, expected numbers" for name in mine
+                  if name in state and state[name].dtype.kind not in "fiub"]
         if strict:
             wrong += [f"{name} is missing" for name in mine if name not in state]
             wrong += [f"{name} is unexpected" for name in state if name not in mine]

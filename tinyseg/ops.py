@@ -143,8 +143,8 @@ def batch_norm(x, gamma, beta, *, running_mean, running_var, train: bool = False
         g = g.reshape(-1, shape[-1])
         return (
             standardize_dx(g * gamma).reshape(shape) if wanted[0] else None,
-            (g * xhat).sum(axis=0) if any(wanted[1:2]) else None,
-            g.sum(axis=0) if any(wanted[2:3]) else None,
+            (g * xhat).sum(axis=0) if wanted[1] else None,
+            g.sum(axis=0) if wanted[2] else None,
         )
 
     y = xhat * gamma
@@ -169,8 +169,8 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-5):
         g = g.reshape(-1, shape[-1])
         return (
             standardize_dx((g * gamma).reshape(grouped)).reshape(shape) if wanted[0] else None,
-            (g * xhat).sum(axis=0) if any(wanted[1:2]) else None,
-            g.sum(axis=0) if any(wanted[2:3]) else None,
+            (g * xhat).sum(axis=0) if wanted[1] else None,
+            g.sum(axis=0) if wanted[2] else None,
         )
 
     return (xhat * gamma + beta).reshape(shape), pull

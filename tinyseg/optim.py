@@ -50,10 +50,15 @@ class Optimizer:
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         """The inverse of `state`; KeyError or ValueError where it does not fit."""
-        for name in self.slots:
-            for i, array in enumerate(self.running[name]):
-                array[...] = to_library(state[f"{name}.{i}"], array_module(array))
-        self.steps = int(state["steps"])
+        steps = int(state["steps"])
+        pairs = [(f"{name}.{i}", array) for name in self.slots
+                 for i, array in enumerate(self.running[name])]
+        for name, array in pairs:
+            if state[name].shape != array.shape:
+                raise ValueError(f"{name} has shape {state[name].shape}, expected {array.shape}")
+        for name, array in pairs:
+            array[...] = to_library(state[name], array_module(array))
+        self.steps = steps
 
 
 class SGD(Optimizer):

@@ -39,7 +39,7 @@ def no_grad() -> Iterator[None]:
 
 
 class Node:
-    """The result of one operation in the graph: `edges` are the wanted (parent, position) pairs."""
+    """The result of one operation: `edges` are its wanted (parent, input number) pairs."""
 
     __slots__ = ("edges", "pull", "shape")
 
@@ -54,11 +54,7 @@ class Node:
                                "forward pass again (or add the losses and go backward once)")
         edges, pull, self.edges, self.pull = self.edges, self.pull, [], None
         if callable(pull):
-            count = 1 + max(position for _, position in edges)
-            wanted = [False] * count
-            for _, position in edges:
-                wanted[position] = True
-            pulled = pull(g, tuple(wanted))
+            pulled = pull(g)
             del pull
             for parent, position in edges:
                 yield parent, pulled[position]
@@ -75,12 +71,14 @@ def op(function: Callable) -> Callable:
     def apply(*inputs: Any, **options: Any) -> Tensor:
         arrays = [x.data if isinstance(x, Tensor) else x for x in inputs]
         value, pull = function(*arrays, **options)
-        result = Tensor(value)
+        result = Tensor(array_module(value).asarray(value))  # a NumPy scalar is no array
         if _recording.get():
             vertices = [x._vertex() if isinstance(x, Tensor) else None for x in inputs]
             edges = [(v, i) for i, v in enumerate(vertices) if v is not None]
             if edges:
-                kept = pull if callable(pull) else [pull[i] for _, i in edges]
+                wanted = tuple(v is not None for v in vertices)
+                kept = (lambda g: pull(g, wanted)) if callable(pull) else [
+                    pull[i] for _, i in edges]
                 result.node, result.requires_grad = Node(value.shape, edges, kept), True
         return result
 
@@ -98,6 +96,8 @@ class Tensor:
     __array_ufunc__ = None  # array + tensor asks the tensor
 
     def __init__(self, array: Array, requires_grad: bool = False):
+        if isinstance(array, Tensor):
+            raise TypeError("this is a tensor already; Tensor(t.data) makes a leaf of its array")
         self.data: Array = array if hasattr(array, "shape") else array_module(0).asarray(array)
         self.grad: Array | None = None
         self.requires_grad = requires_grad
@@ -133,7 +133,7 @@ class Tensor:
             g, allocated = sums.pop(vertex)
             if isinstance(vertex, Tensor):
                 g = g if allocated else g.copy()  # a pull-back may have returned g or a view
-                vertex.grad = g if vertex.grad is None else vertex.grad + g
+                vertex.grad = library.asarray(g if vertex.grad is None else vertex.grad + g)
                 if ready is not None:
                     ready(vertex)
                 continue
@@ -145,7 +145,7 @@ class Tensor:
                     total = sums[parent][0]
                     total += pulled
                 else:
-                    sums[parent] = sums[parent][0] + pulled, True
+                    sums[parent] = library.asarray(sums[parent][0] + pulled), True
                 waiting[parent] -= 1
                 if not waiting[parent]:
                     complete.append(parent)
@@ -236,7 +236,7 @@ def _sum_to(g: Array, shape: tuple[int, ...]) -> Array:
     if g.shape == shape:
         return g
     g = g.sum(axis=tuple(range(g.ndim - len(shape)))) if g.ndim > len(shape) else g
-    repeated = tuple(a for a, n in enumerate(shape) if n == 1 and g.shape[a] > 1)
+    repeated = tuple(a for a, n in enumerate(shape) if n == 1 and g.shape[a] != 1)
     return g.sum(axis=repeated, keepdims=True) if repeated else g
 
 
@@ -297,10 +297,12 @@ def sum(x, *, axis=None, keepdims: bool = False):
     """The sum over `axis` (an int, a tuple, or None for all)."""
     library, shape = array_module(x), x.shape
     axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if any(not -x.ndim <= a < x.ndim for a in axes):
+        raise ValueError(f"sum over axis {axis} of an array of shape {shape}")
     gone = tuple(sorted({a % x.ndim for a in axes}))
     kept = tuple(1 if a in gone else n for a, n in enumerate(shape))
     y = x.sum(axis=gone, keepdims=keepdims)
-    return library.asarray(y), (lambda g: library.broadcast_to(g.reshape(kept), shape),)
+    return y, (lambda g: library.broadcast_to(g.reshape(kept), shape),)
 
 
 @op
@@ -332,4 +334,4 @@ def index(x, *, key):
             library.add.at(out, key, g)
         return out
 
-    return library.asarray(x[key]), (scatter,)
+    return x[key], (scatter,)

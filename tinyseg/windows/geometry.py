@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -29,7 +28,6 @@ class Window:
     edge: tuple[bool, ...]
 
     @staticmethod
-    @lru_cache(maxsize=1024)
     def of(kernel, stride=1, padding=0, dilation=1, padding_mode="zero") -> Window:
         """A checked window: a number or a name stands for all axes; padding entries are an int
         or (before, after). Raises ValueError naming the argument."""

@@ -1,0 +1,225 @@
+"""The main job as a user runs it, on a phantom of a few thousand voxels; and its commands."""
+
+import csv
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import tinyseg as ts
+from tinyseg import __main__ as commands
+from tinyseg.data import decathlon, phantom
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_pancreas_3d.py"
+SMALL = ["--patch", "12", "24", "32", "--steps-2d", "4", "--steps-3d", "3", "--batch", "1",
+         "--folds", "2", "--seed", "3"]
+FILES = {"model_2d.npz", "model_3d.npz", "history.csv", "metrics.json", "progress.png",
+         "checkpoint.npz", "run.json", "predictions", "predictions_2d", "prepared"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_backbone():
+    """One block a layer: the same code at a third of the arithmetic."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ts.models.BACKBONES, "resnet18", ((1, 1, 1, 1), False))
+        yield
+
+
+spec = importlib.util.spec_from_file_location("train_pancreas_3d", SCRIPT)
+job = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(job)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return phantom.write(tmp_path_factory.mktemp("task"), 4, 1, (14, 40, 44), (5, 3.6, 3.5))
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    job.main(["--data", str(data), "--out", str(out), *SMALL])
+    return out
+
+
+def test_a_run_leaves_what_it_promises(done, data):
+    assert FILES <= {p.name for p in done.iterdir()}
+    assert list(done.glob("overlay_*.png"))
+    for picture in done.glob("*.png"):
+        assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
+    metrics = json.loads((done / "metrics.json").read_text())
+    dataset = decathlon.load(data)
+    _, held_out = decathlon.folds([c.id for c in dataset.cases], 2)[0]
+    assert 0 <= metrics["equivalence"]["max_abs_difference"] < 1e-4
+    for model in ("2d", "3d"):
+        cases = metrics["models"][model]["cases"]
+        assert set(cases) == set(held_out)
+        for scores in [*cases.values(), metrics["models"][model]["mean"]]:
+            assert set(scores) == {"pancreas", "cancer"}
+            assert all(0 <= scores[c][m] <= 1 for c in scores for m in ("dice", "iou"))
+    with open(done / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["stage"], r["step"]) for r in rows] == [
+        *(("2d", str(i)) for i in range(4)), *(("3d", str(i)) for i in range(3))]
+
+
+def test_predictions_lie_on_the_scans_grid_and_score_as_told(done, data, capsys):
+    metrics = json.loads((done / "metrics.json").read_text())["models"]["3d"]["cases"]
+    for path in (done / "predictions").iterdir():
+        scan, map_ = nib.load(data / "imagesTr" / path.name), nib.load(path)
+        assert map_.shape == scan.shape and (map_.affine == scan.affine).all()
+        truth = np.asarray(nib.load(data / "labelsTr" / path.name).dataobj)
+        mine = np.asarray(map_.dataobj)
+        for number, name in ((1, "pancreas"), (2, "cancer")):
+            p, t = mine == number, truth == number
+            want = 2 * (p & t).sum() / (p.sum() + t.sum())
+            assert metrics[path.name.removesuffix(".nii.gz")][name]["dice"] == pytest.approx(want)
+    shutil.copytree(done / "predictions", done / "copy")
+    assert commands.main(["evaluate", str(done / "copy"), str(data / "labelsTr")]) == 0
+    told = json.loads((done / "copy" / "metrics.json").read_text())["cases"]
+    for name, scores in metrics.items():
+        assert told[f"{name}.nii.gz"]["class 1"] == scores["pancreas"]
+
+
+def test_predict_command_repeats_the_evaluation(done, data, tmp_path, capsys):
+    path = next((done / "predictions").iterdir())
+    out = tmp_path / "out.nii.gz"
+    scan = data / "imagesTr" / path.name
+    assert commands.main(["predict", str(done / "model_3d.npz"), str(scan), str(out)]) == 0
+    same = np.asarray(nib.load(out).dataobj) == np.asarray(nib.load(path).dataobj)
+    assert same.all()
+    assert commands.main(["inspect", str(done / "model_2d.npz")]) == 0
+    assert '"rank": 2' in capsys.readouterr().out
+
+
+def test_models_are_an_inflated_pair(done):
+    flat, deep = ts.load(done / "model_2d.npz"), ts.load(done / "model_3d.npz")
+    assert flat.config["rank"] == 2 and deep.config["rank"] == 3
+    assert list(flat.state()) == list(deep.state())
+    assert flat.metadata["patch"] == [12, 24, 32] and flat.metadata["labels"]["2"] == "cancer"
+
+
+@pytest.mark.parametrize("stage, step", [("2d", 2), ("3d", 0), ("3d", 2)])
+def test_interrupted_and_resumed_equals_uninterrupted(done, data, tmp_path, monkeypatch, stage,
+                                                      step):
+    fit = ts.train.fit
+
+    def interrupted(net, *args, **options):
+        for record in fit(net, *args, **options):
+            rank = f"{net.config['rank']}d"
+            yield record
+            if (rank, record.step) == (stage, step):
+                raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(ts.train, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.main(["--data", str(data), "--out", str(out), *SMALL])
+    assert (out / "checkpoint.npz").exists() and not (out / "metrics.json").exists()
+    monkeypatch.setattr(ts.train, "fit", fit)
+    job.main(["--resume", "--out", str(out)])
+    for name in ("model_2d.npz", "model_3d.npz"):
+        ours, theirs = ts.load(out / name).state(), ts.load(done / name).state()
+        assert all((ours[key] == theirs[key]).all() for key in theirs), name
+    mine, whole = (json.loads((o / "metrics.json").read_text())["models"] for o in (out, done))
+    assert mine == whole
+
+
+def test_sigint_exits_130_with_a_checkpoint(data, tmp_path):
+    out = tmp_path / "run"
+    steps = ["--steps-2d", "100000", "--steps-3d", "1"]
+    process = subprocess.Popen([sys.executable, SCRIPT, "--data", data, "--out", out, *SMALL[:4],
+                                *steps, *SMALL[8:]], stderr=open(tmp_path / "told", "w"))
+
+    def read_some():
+        return (tmp_path / "told").read_text()
+
+    deadline = time.monotonic() + 60
+    while "loss" not in read_some() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and "--resume" in read_some()
+    assert (out / "checkpoint.npz").exists() and (out / "progress.png").exists()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_step(data, tmp_path, monkeypatch):
+    fit = ts.train.fit
+
+    def poisoned(net, batch, *args, **options):
+        def bad(step):
+            images, labels = batch(step)
+            return (images * np.nan if step == 2 else images), labels
+        return fit(net, bad, *args, **options)
+
+    monkeypatch.setattr(ts.train, "fit", poisoned)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        job.main(["--data", str(data), "--out", str(tmp_path / "run"), *SMALL])
+    arrays, told = ts.checkpoint.read(tmp_path / "run" / "checkpoint.npz")
+    assert told["step"] == 2
+    assert all(np.isfinite(a).all() for a in arrays.values())
+
+
+def copy_of(data, tmp_path):
+    return Path(shutil.copytree(data, tmp_path / "task"))
+
+
+def broken_label(folder, change):
+    path = sorted((folder / "labelsTr").glob("*.nii.gz"))[0]
+    image = nib.load(path)
+    nib.save(change(np.asarray(image.dataobj), image.affine.copy()), path)
+    return path.name
+
+
+def test_bad_data_is_named_and_nothing_is_trained(data, tmp_path):
+    def truncated(folder):
+        path = sorted((folder / "imagesTr").glob("[!.]*.nii.gz"))[1]
+        path.write_bytes(path.read_bytes()[:-900])
+        return path.name
+
+    def shape(folder):
+        return broken_label(folder, lambda a, m: nib.Nifti1Image(a[1:], m))
+
+    def affine(folder):
+        return broken_label(folder, lambda a, m: nib.Nifti1Image(a, m + np.eye(4)[3:].T * 3))
+
+    def label(folder):
+        return broken_label(folder, lambda a, m: nib.Nifti1Image(a + 5, m))
+
+    for number, damage in enumerate((truncated, shape, affine, label)):
+        folder = copy_of(data, tmp_path / str(number))
+        name = damage(folder)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            job.main(["--data", str(folder), "--out", str(tmp_path / f"out{number}"), *SMALL])
+        assert not list((tmp_path / f"out{number}").glob("model*"))
+
+
+def test_wrong_arguments(data, done, tmp_path, capsys):
+    for words in (["--batch", "0"], ["--fold", "5"], ["--device", "tpu"], ["--patch", "1", "2"],
+                  ["--resume", "--pretrained", "x.npz"], ["--spacing", "1", "0", "1"]):
+        with pytest.raises(SystemExit) as caught:
+            job.main(words)
+        assert caught.value.code == 2
+    with pytest.raises(FileNotFoundError, match="resume"):
+        job.main(["--resume", "--out", str(tmp_path / "nothing")])
+    with pytest.raises(FileExistsError, match="--resume"):
+        job.main(["--data", str(data), "--out", str(done)])
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json"):
+        job.main(["--data", str(tmp_path), "--out", str(tmp_path / "a")])
+    wrong = tmp_path / "wrong.npz"
+    ts.save(wrong, ts.models.resnet_seg(rank=2, in_channels=2, classes=3))
+    with pytest.raises(ValueError, match=r"conv1\.weight"):
+        job.main(["--data", str(data), "--out", str(tmp_path / "b"), "--pretrained", str(wrong),
+                  *SMALL])
+    run = subprocess.run([sys.executable, SCRIPT, "--data", tmp_path / "none", "--out",
+                          tmp_path / "c"], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("error: ") and "none" in run.stderr
+    assert commands.main(["predict", str(wrong), "scan.nii.gz", "out.nii.gz"]) == 1
+    assert commands.main(["evaluate", str(tmp_path), str(tmp_path)]) == 1
