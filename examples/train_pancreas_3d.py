@@ -48,14 +48,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/pancreas"), help="where results go (%(default)s)")
     add("--pretrained", type=Path, help="start the 2D network from this tinyseg checkpoint")
     add("--backbone", default="resnet18", choices=list(ts.models.BACKBONES)[:4])
-    add("--profile", default="average", choices=["average", "zero"],
-        help="how 2D kernels spread along depth (%(default)s)")
+    add("--profile", default="zero", choices=["zero", "average"],
+        help="how 2D kernels spread along depth: the centre slot alone, or all alike; zero keeps "
+        "slices apart and so starts closer to the 2D network on real volumes (%(default)s)")
     add("--spacing", type=float, nargs=3, metavar=("D", "H", "W"),
         help="millimetres to resample to (default: the median of the training cases)")
     add("--patch", type=int, nargs=3, metavar=("D", "H", "W"),
         help="voxels the 3D network sees at a time (default: as much of the median case as fits)")
     add("--steps-2d", type=int, metavar="N", help="steps on slices (400; quick 40)")
-    add("--steps-3d", type=int, metavar="N", help="steps on volumes (400; quick 16)")
+    add("--steps-3d", type=int, metavar="N", help="steps on volumes (400; quick 22)")
     add("--batch", type=int, metavar="N", help=f"volumes a step (2; quick 1); {SLICES}x as many "
         "slices")
     add("--folds", type=int, default=5, metavar="K", help="parts of the cross-validation (5)")
@@ -65,7 +66,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in OUT, with its settings")
     add("--quick", action="store_true", help="a small run of under two minutes")
     args = parser.parse_args(argv)
-    default = {"steps_2d": 40, "steps_3d": 16, "batch": 1} if args.quick else \
+    default = {"steps_2d": 40, "steps_3d": 22, "batch": 1} if args.quick else \
               {"steps_2d": 400, "steps_3d": 400, "batch": 2}
     for name, value in default.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))

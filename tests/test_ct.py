@@ -152,7 +152,8 @@ def test_prepare_resamples_image_and_labels_alike_and_leaves_the_scan_alone():
     np.testing.assert_array_equal(array, before)
     np.testing.assert_allclose(
         image[..., 0], ct.resample((np.clip(array, -100, 200) - 50) / 25, (6, 6, 10)), atol=1e-6)
-    assert (plan.prepare(SimpleNamespace(array=np.full((2, 2, 2), 7.0), spacing=(1, 1, 1))) < 0).all()
+    low = SimpleNamespace(array=np.full((2, 2, 2), 7.0), spacing=(1, 1, 1))
+    assert (plan.prepare(low) < 0).all()
 
 
 def test_a_constant_scan_becomes_zero():

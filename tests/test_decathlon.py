@@ -67,7 +67,8 @@ def test_modalities_are_channels(tmp_path):
 
 def test_small_disagreement_of_affines_is_rounding(tmp_path):
     folder = task(tmp_path)
-    replace(folder, "label", np.ones((3, 4, 5), np.uint8), AFFINE + 5e-4 * np.eye(4)[:, [1, 2, 3, 0]])
+    near = AFFINE + 5e-4 * np.eye(4)[:, [1, 2, 3, 0]]
+    replace(folder, "label", np.ones((3, 4, 5), np.uint8), near)
     decathlon.load(folder).cases[0].read()
 
 
@@ -199,4 +200,5 @@ def test_the_official_pancreas_description(tmp_path):
     dataset = decathlon.load(tmp_path)
     assert (len(dataset.cases), len(dataset.test)) == (281, 139)
     assert dataset.cases[0].id == "pancreas_001"
-    assert [len(held) for _, held in decathlon.folds(c.id for c in dataset.cases)] == [57] + [56] * 4
+    folds = decathlon.folds(case.id for case in dataset.cases)
+    assert [len(held) for _, held in folds] == [57] + [56] * 4

@@ -148,7 +148,7 @@ def resnet():
     return awake(ts.models.resnet_seg(rank=2, in_channels=2, classes=3))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.data(), st.integers(1, 4), st.integers(1, 5), st.sampled_from(["plane", 1]),
        st.sampled_from(["plane", 1]), st.tuples(st.integers(9, 25), st.integers(9, 25)))
 def test_constant_depth_of_a_whole_network(resnet, data, slots, depth, stride, dilation, size):
@@ -158,8 +158,8 @@ def test_constant_depth_of_a_whole_network(resnet, data, slots, depth, stride, d
 
 
 @pytest.mark.parametrize("options", [
-    {"depth": (5, 2)}, {"depth": (2, 1), "profile": "zero", "slot": "first"},
-    {"depth": (1, 3), "profile": lambda n: np.arange(1, n + 1) / (n * (n + 1) / 2)},
+    {"depth": (5, 2)},
+    {"depth": (2, 1), "profile": lambda n: np.arange(1, n + 1) / (n * (n + 1) / 2)},
 ])
 def test_stem_and_rest(resnet, options):
     stem, rest = options["depth"]
@@ -170,16 +170,15 @@ def test_stem_and_rest(resnet, options):
     assert same_on_every_slice(resnet, deep, normal(1, 9, 17, 2), 3)
 
 
-@pytest.mark.parametrize("head", ["linear", "fcn"])
-@pytest.mark.parametrize("padding", ["zero", "edge"])
+@pytest.mark.parametrize("head, padding", [("linear", "zero"), ("fcn", "edge")])
 def test_slices_of_any_volume_through_a_whole_network(resnet, head, padding):
     net = resnet
     if head == "fcn":
         net = awake(ts.models.resnet_seg(rank=2, in_channels=2, classes=3, head="fcn"))
     deep = ts.inflate(net, 2, "zero", depth_stride=1, depth_padding=padding)
     x = normal(1, 4, 17, 11, 2)
-    assert close(deep(x).data[0], net(x[0]).data)
     volume = deep(x).data
+    assert close(volume[0], net(x[0]).data)
     if head == "linear":  # with pooling over depth it is not so
         deep.maxpool.window = Depth(pool_depth=3, depth_stride=1).pool(net.maxpool.window)
         assert not close(deep(x).data, volume, 1e-3)

@@ -188,7 +188,8 @@ def test_bad_data_is_named_and_nothing_is_trained(data, tmp_path):
         return broken_label(folder, lambda a, m: nib.Nifti1Image(a[1:], m))
 
     def affine(folder):
-        return broken_label(folder, lambda a, m: nib.Nifti1Image(a, m + np.eye(4)[3:].T * 3))
+        shift = 3 * np.outer(np.eye(4)[0], np.eye(4)[3])
+        return broken_label(folder, lambda a, m: nib.Nifti1Image(a, m + shift))
 
     def label(folder):
         return broken_label(folder, lambda a, m: nib.Nifti1Image(a + 5, m))

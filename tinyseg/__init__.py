@@ -1,8 +1,8 @@
 """tinyseg: 2D residual networks inflated to segment volumes, from scratch on NumPy and CuPy."""
 
+from . import checkpoint as checkpoint
 from . import data, losses, metrics, models, nn, ops, optim, train, windows
 from . import infer as infer
-from . import checkpoint as checkpoint
 from .backend import device, to_numpy
 from .checkpoint import load, save
 from .inflate import inflate

@@ -7,7 +7,6 @@ rebuilds the network from the file alone. Nothing in a file is ever executed.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ def write(path: str | Path, arrays: Mapping[str, Array], description: dict) -> N
     Raises OSError where that fails; what stood at `path` before is then untouched.
     """
     path = Path(path)
-    text = json.dumps({"format": FORMAT, **description}).encode()
+    text = json.dumps({"format": FORMAT, "arrays": list(arrays), **description}).encode()
     content = {TEXT: np.frombuffer(text, np.uint8),
                **{name: to_numpy(array) for name, array in arrays.items()}}
     with whole(path) as draft, open(draft, "wb") as file:
@@ -42,12 +41,15 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         description = json.loads(arrays.pop(TEXT).tobytes())
-        if description["format"] != FORMAT:
-            raise ValueError(f"its format is {description['format']!r}, expected {FORMAT!r}")
+        if description.pop("format") != FORMAT:
+            raise ValueError(f"its format is another than {FORMAT!r}")
+        if description.pop("arrays") != list(arrays):
+            raise ValueError("its arrays are not those that were written")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a complete tinyseg checkpoint ({error})") from None
+    except Exception as error:  # zip, zlib, npy and JSON readers each raise their own on damage
+        raise ValueError(f"{path}: not a complete tinyseg checkpoint "
+                         f"({type(error).__name__}: {error})") from None
     return arrays, description
 
 
@@ -69,12 +71,20 @@ def load(path: str | Path) -> Module:
     """
     arrays, description = read(path)
     try:
-        net = models.build(description["architecture"])
-        dtypes = {str(a.dtype) for a in arrays.values()}
+        config = description["architecture"]
+        claimed = config["in_channels"], config["classes"]
+        last = "fc.bias" if "fc.bias" in arrays else "classifier.4.bias"
+        held = arrays["conv1.weight"].shape[-2], len(arrays[last])
+        if claimed != held:  # before a network of the claimed size is made
+            raise ValueError(f"{claimed} input channels and classes are claimed, {held} found")
+        dtypes = {a.dtype for a in arrays.values()}
+        if any(d.kind != "f" for d in dtypes):
+            raise ValueError(f"expected arrays of floating-point numbers, found {dtypes}")
+        net = models.build(config)
         if len(dtypes) == 1:
-            net.astype(dtypes.pop())
+            net.astype(str(dtypes.pop()))
         net.load_state(arrays)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: holds no network that can be rebuilt ({error})") from None
     net.metadata = description.get("metadata", {})
     return net.eval()

@@ -18,7 +18,7 @@ from .tensor import Tensor, no_grad
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
     """Evenly spread first voxels of windows that cover an axis, `overlap` of a window shared."""
-    stride = max(1, int(window * (1 - overlap)))
+    stride = max(1, int(window * (1 - overlap) + 1e-9))  # 20 * (1 - 0.8) is 3.999...
     count = ceil((length - window) / stride) + 1
     return [round(i * (length - window) / max(1, count - 1)) for i in range(count)]
 
@@ -54,6 +54,8 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     if len(size) != volume.ndim - 1:
         raise ValueError(f"a patch {patch} does not fit a volume of shape {volume.shape} "
                          "(spatial axes and channels)")
+    if min(size) < 1 or batch < 1:
+        raise ValueError(f"patch is {patch} and batch {batch}; expected at least 1")
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap is {overlap}; expected 0 <= overlap < 1")
     padded, inside = pad(to_numpy(volume), size)
@@ -64,7 +66,7 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     modules, library = [], np
     if isinstance(net, Module):
         modules = [net, *(m for _, m in net.named(Module))]
-        library = array_module(net.parameters()[0].data)
+        library = next((array_module(p.data) for p in net.parameters()), np)
     modes = [m.training for m in modules]
     try:
         for module in modules:

@@ -56,7 +56,7 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
 
     depth: slots of every kernel larger than one, or (stem, rest). profile, slot: see
     `depth_profile`; "scale" takes its numbers from `alpha`, and a mapping {layer name: alpha}
-    gives each convolution with more than one slot its own. depth_stride, depth_dilation,
+    gives each convolution with a kernel larger than one its own. depth_stride, depth_dilation,
     depth_padding: see `models.Depth`.
 
     With depth_padding="edge" the result equals the original on inputs constant along depth, for
@@ -70,6 +70,8 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
         if alpha is None:
             raise ValueError("profile scale needs alpha: numbers that sum to one")
         profile = alpha
+    elif alpha is not None:
+        raise ValueError('alpha goes with profile="scale"')
     out = net.copy()
     kernels = {name: m for name, m in [("", out), *out.named(Module)] if isinstance(m, Conv)}
     wide = [name for name, conv in kernels.items() if max(conv.window.kernel) > 1]
@@ -94,7 +96,8 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
             raise ValueError(f"{name or 'the convolution'}: {error}") from None
         w = conv.weight.data
         numbers = array_module(w).asarray(numbers, dtype=w.dtype)
-        conv.weight = Tensor(numbers.reshape(-1, *(1,) * w.ndim) * w, requires_grad=True)
+        conv.weight = Tensor(numbers.reshape(-1, *(1,) * w.ndim) * w,
+                             requires_grad=conv.weight.requires_grad)
     for _, module in [("", out), *out.named(Module)]:
         if isinstance(module, MaxPool):
             module.window = along.pool(module.window)

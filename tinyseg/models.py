@@ -30,6 +30,10 @@ STRIDES = {8: ((1, 2, 1, 1), (1, 1, 2, 4)),  # output stride: strides and dilati
            32: ((1, 2, 2, 2), (1, 1, 1, 1))}
 
 
+def _positive(n: Any) -> bool:
+    return isinstance(n, int) and n >= 1
+
+
 @dataclass(frozen=True)
 class Depth:
     """What windows do along depth, given what they do in the plane.
@@ -49,15 +53,22 @@ class Depth:
     pool_depth: int | None = None
 
     def __post_init__(self):
+        if isinstance(self.depth, list):  # as JSON has it
+            object.__setattr__(self, "depth", tuple(self.depth))
+        if self.pool_depth is not None and not _positive(self.pool_depth):
+            raise ValueError(f"pool_depth is {self.pool_depth!r}; expected a positive int or None")
         for name in ("depth_stride", "depth_dilation"):
             if getattr(self, name) not in ("plane", 1):
                 raise ValueError(f'{name} is {getattr(self, name)!r}; expected "plane" or 1')
         if self.depth_padding not in ("zero", "edge"):
             raise ValueError(f'depth_padding is {self.depth_padding!r}; expected "zero" or "edge"')
-        pair = self.depth if isinstance(self.depth, tuple | list) else (self.depth,) * 2
-        if len(pair) != 2 or not all(t == "plane" or isinstance(t, int) and t >= 1 for t in pair):
+        pair = self._pair()
+        if len(pair) != 2 or not all(t == "plane" or _positive(t) for t in pair):
             raise ValueError(f'depth is {self.depth!r}; expected "plane", a positive int, or one '
                              "for the stem and one for the rest")
+
+    def _pair(self) -> tuple:
+        return self.depth if isinstance(self.depth, tuple) else (self.depth, self.depth)
 
     def _prepend(self, plane: Window, slots: int) -> Window:
         stride = plane.stride[0] if self.depth_stride == "plane" else 1
@@ -75,13 +86,14 @@ class Depth:
         """The rank-3 window of a convolution that has the window `plane` in the plane."""
         if max(plane.kernel) == 1:
             return self._prepend(plane, 1)
-        pair = self.depth if isinstance(self.depth, tuple | list) else (self.depth,) * 2
-        slots = pair[0] if stem else pair[1]
+        slots = self._pair()[0 if stem else 1]
         return self._prepend(plane, plane.kernel[0] if slots == "plane" else slots)
 
     def pool(self, plane: Window) -> Window:
         """The rank-3 window of max-pooling; its padding never wins, whatever depth_padding is."""
-        slots = self.pool_depth or (plane.kernel[0] if self.depth_stride == "plane" else 1)
+        slots = self.pool_depth
+        if slots is None:
+            slots = plane.kernel[0] if self.depth_stride == "plane" else 1
         window = self._prepend(plane, slots)
         return Window(window.kernel, window.stride, window.padding, window.dilation,
                       (False, *plane.edge))
@@ -160,6 +172,8 @@ class ResNet(Module):
             raise ValueError(f"backbone is {backbone!r}; expected one of {', '.join(BACKBONES)}")
         if output_stride not in STRIDES:
             raise ValueError(f"output_stride is {output_stride!r}; expected 8, 16 or 32")
+        if not _positive(in_channels):
+            raise ValueError(f"in_channels is {in_channels!r}; expected a positive int")
         blocks, bottleneck = BACKBONES[backbone]
         self.conv1 = build.conv(in_channels, 64, 7, 2)
         self.bn1 = BatchNorm(64)
@@ -185,11 +199,17 @@ class ResNet(Module):
         return x
 
 
+def _check_classes(classes: Any) -> None:
+    if not _positive(classes):
+        raise ValueError(f"classes is {classes!r}; expected a positive int")
+
+
 class Classifier(ResNet):
     """Trunk, global average, `fc`: (N, *S, in_channels) -> (N, classes)."""
 
     def __init__(self, build: Builder, classes: int, **trunk: Any):
         super().__init__(build, **trunk)
+        _check_classes(classes)
         self.fc = Linear(self.channels, classes, rng=build.rng)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,6 +221,7 @@ class Segmenter(ResNet):
 
     def __init__(self, build: Builder, classes: int, head: str, align_corners: bool, **trunk: Any):
         super().__init__(build, **trunk)
+        _check_classes(classes)
         if head == "linear":
             self.fc = build.conv(self.channels, classes, 1, bias=True, std=0.01)
         elif head == "fcn":

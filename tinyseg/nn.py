@@ -41,9 +41,12 @@ class Module:
 
     def named(self, kind: type | tuple[type, ...] = object) -> Iterator[tuple[str, Any]]:
         """(dotted name, thing) for every module, tensor and array below, outer before inner."""
-        stack = list(reversed(vars(self).items()))
+        stack, seen = list(reversed(vars(self).items())), {id(self)}
         while stack:
             name, thing = stack.pop()
+            if id(thing) in seen and (isinstance(thing, Module) or _is_state(thing)):
+                continue  # shared: it goes by its first name
+            seen.add(id(thing))
             if isinstance(thing, kind) and (isinstance(thing, Module) or _is_state(thing)):
                 yield name, thing
             inner = vars(thing) if isinstance(thing, Module) else thing
@@ -67,6 +70,10 @@ class Module:
     def _arrays(self) -> dict[str, Array]:
         return {name: t.data if isinstance(t, Tensor) else t
                 for name, t in self.named() if _is_state(t)}
+
+    def statistics(self) -> list[Array]:
+        """The arrays themselves that are state but no parameters: batch-norm's running ones."""
+        return [thing for _, thing in self.named() if not isinstance(thing, Module | Tensor)]
 
     def load_state(self, state: Mapping[str, Array], strict: bool = True) -> None:
         """Write `state` into the parameters and statistics, in place, keeping dtype and device.

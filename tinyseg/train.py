@@ -26,11 +26,12 @@ class Record:
 
 
 def patch_dice(logits: Array, labels: Array) -> dict[int, float]:
-    """2 |P and T| / (|P| + |T|) per foreground class over all voxels of a batch."""
-    predicted = logits.argmax(axis=-1)
+    """2 |P and T| / (|P| + |T|) per foreground class over the voxels of a batch that are
+    labelled with a class."""
+    predicted, counted = logits.argmax(axis=-1), labels < logits.shape[-1]
     scores = {}
     for c in range(1, logits.shape[-1]):
-        p, t = predicted == c, labels == c
+        p, t = (predicted == c) & counted, labels == c
         size = int(p.sum()) + int(t.sum())
         if size:
             scores[c] = 2 * int((p & t).sum()) / size
@@ -59,29 +60,31 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     that was interrupted goes on exactly as it would have. The learning rate of a step is the
     optimiser's rate at the start of this call times schedule(step, steps); gradients are clipped
     to the norm `clip` (nnU-Net's 12). The network's train or eval mode is the caller's choice.
-    Raises FloatingPointError, before any parameter changes, where the loss or the gradient is
-    not finite.
+    Raises FloatingPointError where the loss or the gradient is not finite; parameters and
+    running statistics are then those after the last good step.
     """
     base, parameters = optimizer.lr, net.parameters()
+    statistics = net.statistics()
     library = array_module(parameters[0].data)
     try:
         for step in range(start, steps):
             began = perf_counter()
             images, labels = (to_library(a, library) for a in batch(step))
+            before = [array.copy() for array in statistics]
             logits = net(images)
             value = loss(logits, labels)
             number = float(value.data)
-            if not isfinite(number):
-                raise FloatingPointError(f"the loss is {number} at step {step}; lower the learning "
-                                         "rate or look at this step's images")
             scores = patch_dice(logits.data, labels)
             del logits
             optimizer.zero_grad()
             value.backward()
             norm = clip_norm(parameters, clip)
-            if not isfinite(norm):
-                raise FloatingPointError(f"the gradient's norm is {norm} at step {step}; lower the "
-                                         "learning rate or look at this step's images")
+            if not (isfinite(number) and isfinite(norm)):
+                for array, good in zip(statistics, before, strict=True):
+                    array[...] = good
+                raise FloatingPointError(f"loss {number}, norm of the gradient {norm} at step "
+                                         f"{step}; lower the learning rate or look at this step's "
+                                         "images")
             optimizer.lr = base * schedule(step, steps)
             optimizer.step()
             yield Record(step, number, optimizer.lr, scores, perf_counter() - began)
