@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="Decathlon folder with dataset.json (default: a phantom in OUT)")
     add("--out", type=Path, default=Path("runs/pancreas"), help="where results go (%(default)s)")
-    add("--pretrained", type=Path, help="start the 2D network from this tinyseg checkpoint")
+    add("--pretrained", type=Path, help="start the 2D network from this checkpoint "
+        "(PyTorch, safetensors or ours)")
     add("--backbone", default="resnet18", choices=list(ts.models.BACKBONES)[:4])
     add("--profile", default="zero", choices=["zero", "average"],
         help="how 2D kernels spread along depth: the centre slot alone, or all alike; zero keeps "
@@ -90,6 +92,22 @@ def default_patch(cases: list[sampling.Prepared], spacing: tuple, voxels: int) -
         long = int(np.argmax([n * s * (n > 8) for n, s in zip(patch, spacing, strict=True)]))
         patch[long] -= 8
     return tuple(patch)
+
+
+def begin_from(path: Path, flat, batch) -> None:
+    """Load pretrained weights; the head only where it has these classes. Batch-norm gets the
+    statistics of these images, so that it may train: folded ones would ruin it."""
+    heads = [len(a) for name, a in ts.pretrained.read(path).items()
+             if name.endswith(("fc.bias", "classifier.4.bias"))]
+    fits = heads == [flat.config["classes"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of folded statistics: they are replaced below
+        told = ts.pretrained.load(flat, path, head="keep" if fits else "drop")
+    print(str(told).splitlines()[0])
+    if not fits:
+        print("its head is for other classes: ours starts at random")
+    ts.pretrained.recalibrate(flat, (batch(i)[0] for i in range(8)))
+    print("batch-norm recalibrated on 8 batches of training slices; in eval mode nothing changed")
 
 
 def prepare(dataset, plan, folder: Path, seed: int) -> dict[str, sampling.Prepared]:
@@ -248,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         classes=1 + max(dataset.labels), seed=settings["seed"])
     if stage == "2d":
         if settings["pretrained"] and not resume:
-            flat.load_state(ts.load(settings["pretrained"]).state())
+            begin_from(Path(settings["pretrained"]), flat, batches(patch[1:], SLICES, 1))
         run.train("2d", flat, batches(patch[1:], SLICES * settings["batch"], 2),
                   settings["steps_2d"], resume)
         ts.save(out / "model_2d.npz", ts.to_device(flat, "cpu"), **metadata)

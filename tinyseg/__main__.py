@@ -1,17 +1,19 @@
-"""python -m tinyseg: segment a scan, score a folder of label maps, look into a model file."""
+"""python -m tinyseg: segment scans, score label maps, import checkpoints, look into models."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoint, infer, metrics, report
+from . import checkpoint, infer, metrics, models, pretrained, report
 from .data import nifti
 
 
@@ -52,6 +54,28 @@ def evaluate(predictions: Path, labels: Path) -> None:
     print(f"written to {predictions / 'metrics.json'}")
 
 
+def convert(source: Path, target: Path) -> None:
+    """Import the foreign checkpoint SOURCE (PyTorch, safetensors, npz) into our format, TARGET."""
+    if target.suffix != ".npz":
+        raise ValueError(f"{target}: expected a name that ends in .npz")
+    arrays = pretrained.read(source)
+    try:
+        net = models.build(pretrained.recognise(arrays))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says the same
+        told = pretrained.load(net, source)
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rgb = {"mean": pretrained.IMAGENET_MEAN, "std": pretrained.IMAGENET_STD}
+    checkpoint.save(target, net, source=source.name, sha256=digest, report=str(told),
+                    normalisation=rgb if net.config["in_channels"] == 3 else None)
+    print(told)
+    print(json.dumps(net.config))
+    print(f"written to {target}")
+
+
 def inspect(model: Path) -> None:
     """Print the architecture, the preparation and the size of MODEL."""
     net = checkpoint.load(model)
@@ -64,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tinyseg", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for function, names in ((predict, ("MODEL", "SCAN", "OUT")),
-                            (evaluate, ("PREDICTIONS", "LABELS")), (inspect, ("MODEL",))):
+                            (evaluate, ("PREDICTIONS", "LABELS")),
+                            (convert, ("SOURCE", "TARGET")), (inspect, ("MODEL",))):
         sub = commands.add_parser(function.__name__, help=function.__doc__,
                                   description=function.__doc__)
         for name in names:
@@ -75,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     options.pop("command")
     try:
         run(**options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -91,8 +91,10 @@ def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
     reference = next(iter(maps.values()))
     low, high = np.percentile(image, (1, 99.5))
     planes = (("axial", 0, (1, 2)), ("coronal", 1, (0, 2)), ("sagittal", 2, (0, 1)))
-    figure = Figure(figsize=(3.2 * (1 + len(maps)), 9.6), layout="constrained")
-    panels = figure.subplots(len(planes), 1 + len(maps), squeeze=False)
+    extent = np.multiply(image.shape, spacing)
+    heights = [extent[rest[0]] / extent[rest[1]] for _, _, rest in planes]
+    figure = Figure(figsize=(3 * (1 + len(maps)), 3 * sum(heights) + 1), layout="constrained")
+    panels = figure.subplots(len(planes), 1 + len(maps), squeeze=False, height_ratios=heights)
     for row, (plane, axis, rest) in enumerate(planes):
         at = int((reference > 0).sum(axis=rest).argmax())
         aspect = spacing[rest[0]] / spacing[rest[1]]

@@ -1,0 +1,59 @@
+"""Foreign checkpoints into ours: `files` reads them, `mapping` says what goes where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..backend import Array, array_module
+from ..nn import BatchNorm, Module
+from ..tensor import Tensor, no_grad
+from .files import read
+from .mapping import IMAGENET_MEAN, IMAGENET_STD, Report, load, recognise
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Report", "load", "read", "recalibrate", "recognise"]
+
+
+def recalibrate(net: Module, batches: Iterable[Array]) -> None:
+    """Give every batch-norm the statistics of these batches; in eval mode nothing changes.
+
+    batches: inputs (N, *S, C) of the network. Each layer's mean mu and variance v over all of them
+    become its running statistics, and gamma' = s sqrt(v + eps), beta' = b + s mu with the scale s
+    and shift b = beta - s running_mean that the layer applied before. Needed where statistics are
+    folded into gamma and beta, before batch-norm runs in train mode. ValueError without a batch.
+    """
+    layers = [m for _, m in [("", net), *net.named(Module)] if isinstance(m, BatchNorm)]
+    sums: dict[BatchNorm, tuple[int, Array, Array]] = {}
+
+    def observe(layer):
+        def forward(x: Tensor) -> Tensor:
+            rows = x.data.reshape(-1, x.shape[-1]).astype("float64")
+            n, mean = len(rows), rows.mean(axis=0)
+            spread = ((rows - mean) ** 2).sum(axis=0)
+            if layer in sums:  # Chan et al. 1979: pooled mean and sum of squares
+                before, old, total = sums[layer]
+                share = n / (n + before)
+                spread = total + spread + (mean - old) ** 2 * (before * share)
+                mean, n = old + (mean - old) * share, n + before
+            sums[layer] = n, mean, spread
+            return BatchNorm.forward(layer, x)
+        return forward
+
+    modes = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.forward = False, observe(layer)  # type: ignore[method-assign]
+        with no_grad():
+            for batch in batches:
+                net(batch)
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
+            del layer.forward
+    if layers and not sums:
+        raise ValueError("recalibrate needs at least one batch")
+    for layer, (n, mean, spread) in sums.items():
+        var, sqrt = spread / n, array_module(mean).sqrt
+        scale = layer.weight.data / sqrt(layer.running_var + layer.eps)
+        layer.bias.data += scale * (mean - layer.running_mean)
+        layer.weight.data[...] = scale * sqrt(var + layer.eps)
+        layer.running_mean[...], layer.running_var[...] = mean, var
