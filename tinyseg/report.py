@@ -59,17 +59,18 @@ def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
         _curves(panels[0, column], rows, ["loss"], "loss (cross-entropy + Dice)")
         _curves(panels[1, column], rows, keys, "Dice on training patches")
         panels[1, column].set_ylim(0, 1)
-        _curves(panels[2, column], rows, ["lr"], "learning rate")
+        _curves(panels[2, column], rows, ["lr"], "learning rate", average=False)
         panels[2, column].set_xlabel("step")
     _save(figure, path)
 
 
-def _curves(panel, rows, keys, label):
+def _curves(panel, rows, keys, label, average=True):
     for key, colour in zip(keys, COLOURS * (1 + len(keys)), strict=False):
         points = np.array([(r["step"], r[key]) for r in rows if key in r], float).reshape(-1, 2)
         steps, values = points.T
-        width = max(1, len(values) // 10)
-        panel.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        width = max(1, len(values) // 10) if average else 1
+        panel.plot(steps, values, color=colour, linewidth=0.8 if width > 1 else 2,
+                   alpha=0.3 if width > 1 else 1)
         if width > 1:
             smooth = np.convolve(values, np.ones(width) / width, "valid")
             panel.plot(steps[width - 1 :], smooth, color=colour, linewidth=2,
