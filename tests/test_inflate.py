@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinyseg as ts
-from tinyseg.inflate import depth_profile
+from tinyseg.inflate import PROFILES, depth_profile, dirichlet, gaussian
 from tinyseg.models import Builder, Depth, Residual
 from tinyseg.nn import BatchNorm, Conv, MaxPool, ReLU, Sequential
 
@@ -300,6 +300,117 @@ def test_profiles_by_name(slots):
     assert depth_profile(np.ones, 1).tolist() == [1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(sorted(PROFILES)), networks(), st.integers(2, 5),
+       st.integers(1, 5))
+def test_every_profile_is_what_it_claims(data, name, network, slots, depth):
+    """Exact: it sums to one, and the network agrees on constant depth; the others do neither."""
+    net, _ = network
+    slot = data.draw(st.sampled_from(["center", "first", *range(slots)]), "slot")
+    alpha = depth_profile(name, slots, slot)
+    assert alpha.shape == (slots,) and PROFILES[name].formula and PROFILES[name].source
+    deep = ts.inflate(net, slots, name, slot=slot, depth_stride=1)
+    sums = [close(conv.weight.data.sum(axis=0), wide(net)[layer].weight.data, 1e-12)
+            for layer, conv in deep.named(Conv) if layer in wide(net)]
+    exact = same_on_every_slice(net, deep, normal(1, 7, 9, 2), depth)
+    if PROFILES[name].exact:
+        assert abs(alpha.sum() - 1) < 1e-12 and all(sums) and exact
+    else:
+        assert not any(sums) and not exact
+
+
+@given(st.integers(1, 9), st.data())
+def test_formulas(slots, data):
+    c = data.draw(st.integers(0, slots - 1))
+    t = np.arange(slots)
+    for name, wanted in (
+        ("negative", [(2 * slots - 1) / slots if i == c else -1 / slots for i in t]),
+        ("triangular", (slots - abs(t - c)) / sum(slots - abs(i - c) for i in t)),
+        ("replicate", [1] * slots),
+    ):
+        np.testing.assert_allclose(depth_profile(name, slots, c), wanted, atol=1e-12)
+    ratio = depth_profile("gaussian", slots, c)  # against its value at c: sigma is a quarter of T
+    np.testing.assert_allclose(np.log(ratio / ratio[c]), -8 * (t - c) ** 2 / slots**2, atol=1e-9)
+    for name in ("average", "zero", "negative", "triangular", "gaussian", "replicate"):
+        alpha = depth_profile(name, 2 * c + 1)
+        np.testing.assert_allclose(alpha, alpha[::-1], atol=1e-15)
+
+
+@given(st.integers(1, 9), st.floats(0.2, 9))
+def test_gaussian_lies_between_zero_and_average(slots, sigma):
+    for s, limit in ((0.05, "zero"), (1e6, "average")):
+        np.testing.assert_allclose(depth_profile(gaussian(s), slots), depth_profile(limit, slots),
+                                   atol=1e-9)
+    alpha = depth_profile(gaussian(sigma), slots)
+    wanted = np.exp(-((np.arange(slots) - slots // 2) ** 2) / (2 * sigma**2))
+    np.testing.assert_allclose(alpha / alpha[slots // 2], wanted, rtol=1e-9)
+    assert 1 / slots - 1e-12 <= alpha.max() <= 1
+
+
+def slot_ratios(deep, net):
+    """{layer: alpha} as found in the kernels."""
+    flat = {name: conv.weight.data for name, conv in wide(net).items()}
+    return {name: [float(np.vdot(w, flat[name]) / np.vdot(flat[name], flat[name]))
+                   for w in conv.weight.data]
+            for name, conv in deep.named(Conv) if name in flat}
+
+
+@pytest.mark.parametrize("profile", [
+    lambda seed: {"profile": dirichlet(seed)},
+    lambda seed: {"profile": "dirichlet", "seed": seed},
+])
+def test_dirichlet_differs_by_layer_and_repeats_by_seed(profile):
+    rng = np.random.default_rng(0)
+    net = Sequential(*[Conv(2, 2, (3, 3), padding=1, rng=rng) for _ in range(4)]).astype("float64")
+    one, again, other = (slot_ratios(ts.inflate(net, 3, **profile(seed)), net)
+                         for seed in (1, 1, 2))
+    assert one == again and len(one) == 4
+    rows = [*one.values(), *other.values()]
+    assert len({tuple(np.round(row, 9)) for row in rows}) == 8
+    assert all(min(row) > 0 and abs(sum(row) - 1) < 1e-12 for row in rows)
+    assert same_on_every_slice(net, ts.inflate(net, 3, **profile(3)), normal(1, 6, 7, 2), 3)
+    even, uneven = (dirichlet(0, c)(5) for c in (1e6, 1e-3))  # the concentration
+    assert np.ptp(even) < 0.01 and uneven.max() > 0.99
+
+
+def test_noise_is_seeded_and_as_large_as_it_says():
+    net = Sequential(Conv(20, 30, (3, 3), rng=np.random.default_rng(0))).astype("float64")
+    w2 = net.state()["0.weight"]
+    one, again, other = (ts.inflate(net, 3, "noise", seed=s).state()["0.weight"] for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(one[1], w2)
+    for t in (0, 2):
+        assert abs(one[t].std() / w2.std() - 0.1) < 0.005 and not (one[t] == other[t]).any()
+        assert abs(np.corrcoef(one[t].ravel(), w2.ravel())[0, 1]) < 0.05
+    assert abs(np.corrcoef(one[0].ravel(), one[2].ravel())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("head", ["linear", "fcn"])
+def test_colours_become_neighbouring_slices(head):
+    """Slice d sees d-1, d, d+1 as the three colours, the border repeated."""
+    net = awake(ts.models.resnet_seg(rank=2, in_channels=3, classes=2, head=head))
+    deep = ts.inflate(net, 3, "zero", depth_stride=1, stem="colour")
+    assert deep.config["in_channels"] == 1 and deep.conv1.weight.shape == (3, 7, 7, 1, 64)
+    x = normal(1, 5, 17, 11, 1)
+    y = deep(x).data
+    for d in range(5):
+        colours = [x[:, min(max(d + i, 0), 4)] for i in (-1, 0, 1)]
+        assert close(y[:, d], net(np.concatenate(colours, axis=-1)).data)
+    swapped = np.concatenate([x[:, 3], x[:, 2], x[:, 1]], axis=-1)
+    assert not close(y[:, 2], net(swapped).data, 1e-3)
+    twin = ts.models.build(deep.config)
+    assert {k: a.shape for k, a in twin.state().items()} == {
+        k: a.shape for k, a in deep.state().items()}
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"stem": "colour"}, "^0: .*3 and 1"), ({"stem": "color"}, "stem is 'color'"),
+])
+def test_wrong_stems(options, message):
+    with pytest.raises(ValueError, match=message):
+        ts.inflate(pair(), **options)
+
+
 def pair():
     rng = np.random.default_rng(0)
     return Sequential(Conv(1, 2, (3, 3), rng=rng), Conv(2, 2, (1, 1), rng=rng),
@@ -315,7 +426,7 @@ THIRD = [1 / 3] * 3
     ({"profile": [np.nan, 0.5, 0.5]}, "^0: .*nan"),
     ({"depth": (3, 2), "profile": THIRD}, r"^2\.0: .*\(3,\).*\(2,\)"),
     ({"profile": lambda n: np.ones(n)}, "^0: .*sum 3"),
-    ({"profile": "gaussian"}, "gaussian.*average, zero, scale"),
+    ({"profile": "cubic"}, "cubic.*average, zero, negative.*scale"),
     ({"profile": "scale"}, "scale needs alpha"),
     ({"profile": "scale", "alpha": [1, 1, 1]}, "^0: .*sum 3"),
     ({"alpha": [0.2, 0.5, 0.3]}, "alpha"),  # for profile scale only

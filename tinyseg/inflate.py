@@ -107,7 +107,8 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
     gives each convolution with a kernel larger than one its own. depth_stride, depth_dilation,
     depth_padding: see `models.Depth`. stem="colour": the first kernel's colour axis becomes its
     depth, so that a network of RGB images sees three neighbouring slices of one channel instead
-    (AH-Net, Liu et al. 2018). seed: of the noise, where the profile has any.
+    (AH-Net, Liu et al. 2018). seed: of the profile "dirichlet", another draw for every layer, and
+    of the noise.
 
     With depth_padding="edge" the result equals the original on inputs constant along depth, for
     every exact profile; with "zero", only for profile="zero" at the centre. That profile at depth
@@ -124,6 +125,8 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
         raise ValueError('alpha goes with profile="scale"')
     if stem not in ("profile", "colour"):
         raise ValueError(f'stem is {stem!r}; expected "profile" or "colour"')
+    if isinstance(profile, str) and profile == "dirichlet":
+        profile = dirichlet(seed)
     out, rng = net.copy(), np.random.default_rng(seed)
     kernels = {name: m for name, m in [("", out), *out.named(Module)] if isinstance(m, Conv)}
     wide = [name for name, conv in kernels.items() if max(conv.window.kernel) > 1]

@@ -1,8 +1,6 @@
 """Arrays out of other people's checkpoints, without running anything that a file says.
 
-A PyTorch file is a pickle: a program for a small stack machine that may call any function by name.
-Ours knows the dozen names that a state dict needs, and refuses a file that asks for another. What
-they stand for here are inert objects: a storage's type, and the geometry of a tensor over it.
+What a PyTorch file's pickles may ask for stands in `pickles`; nothing else is ever called.
 
 Sizes are believed only after they were compared with the file: nothing is allocated that the file
 does not hold, and tensors are views of their storages, however many share one.
@@ -11,139 +9,23 @@ does not hold, and tensors are views of their storages, however many share one.
 from __future__ import annotations
 
 import io
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .pickles import BFLOAT16, Kind, Storage, Strided, Unpickler
+
 LARGEST_PICKLE = 64 << 20  # bytes; that of ResNet-152 has 0.1 MB
 LARGEST_ARCHIVE = 16 << 30  # bytes, unpacked, of an .npz
+DEFLATE = 1032  # bytes out of one, at most
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights
 MAGIC = 0x1950A86A20F9469CFC6C  # opens PyTorch's format from before 1.6
-BFLOAT16 = "bfloat16"  # the upper half of a float32
-KINDS = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": BFLOAT16, "Long": "i8",
-         "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
-DTYPES = {"uint16": "u2", "uint32": "u4", "uint64": "u8"}  # kinds that have no storage type
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """The element type of a storage; stands for torch.FloatStorage and its like."""
-
-    name: str
-
-    @property
-    def stored(self) -> np.dtype:
-        return np.dtype("u2" if self.name == BFLOAT16 else self.name).newbyteorder("<")
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of numbers somewhere in the file."""
-
-    kind: Kind
-    key: str
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class Strided:
-    """A tensor as pickled: which numbers of a storage, in which shape. Strides in elements."""
-
-    storage: Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view(self, numbers: np.ndarray) -> np.ndarray:
-        """The array over the storage's numbers, after a check that it stays inside."""
-        sane = len(self.size) == len(self.stride) <= 32 and self.offset >= 0 and all(
-            n >= 0 and s >= 0 for n, s in zip(self.size, self.stride, strict=True))
-        if not sane:
-            raise ValueError(f"a tensor of size {self.size} and stride {self.stride}")
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        if prod(self.size) and last >= len(numbers) or prod(self.size) > len(numbers):
-            raise ValueError(f"a tensor of size {self.size}, stride {self.stride} and offset "
-                             f"{self.offset} over a storage of {len(numbers)}")
-        steps = [s * numbers.itemsize for s in self.stride]
-        return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.size, steps,
-                                               writeable=False)
-
-
-class Called:
-    """A function that a pickle may call, by position only; without attributes to set."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
-
-
-class Ordered(dict):
-    """collections.OrderedDict as state dicts use it: empty at first, its attributes ignored."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _tensor(storage, offset, size, stride, *_) -> Strided:
-    if not isinstance(storage, Storage) or not all(
-        type(n) is int for n in (offset, *tuple(size), *tuple(stride))
-    ):
-        raise ValueError("a tensor without a storage or with a size that is no integer")
-    return Strided(storage, offset, tuple(size), tuple(stride))
-
-
-def _tensor_of_kind(storage, offset, size, stride, grad, hooks, kind, *_) -> Strided:
-    flat = Storage(kind, storage.key, storage.numel // kind.stored.itemsize)
-    return _tensor(flat, offset, size, stride)
-
-
-ALLOWED = {
-    "collections.OrderedDict": Called(lambda: Ordered()),
-    "torch._utils._rebuild_tensor": Called(_tensor),
-    "torch._utils._rebuild_tensor_v2": Called(_tensor),
-    "torch._utils._rebuild_tensor_v3": Called(_tensor_of_kind),
-    "torch._utils._rebuild_parameter": Called(lambda tensor, *_: tensor),
-    "torch.Size": Called(lambda size=(): tuple(size)),
-    "torch.storage.UntypedStorage": Kind("u1"),
-    **{f"torch.{name}Storage": Kind(code) for name, code in KINDS.items()},
-    **{f"torch.{name}": Kind(code) for name, code in DTYPES.items()},
-}
-
-
-class Unpickler(pickle._Unpickler):  # in Python: its memo is a dict, which no file can blow up
-    """Reads a pickle of plain containers, numbers and the names in ALLOWED.
-
-    `kinds` collects the element types of the storages that the pickle refers to, by key.
-    """
-
-    def __init__(self, file: Any):
-        super().__init__(file)
-        self.kinds: dict[str, Kind] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        wanted = f"{module}.{name}"
-        if wanted not in ALLOWED:
-            raise ValueError(f"it asks for {wanted}, which no state dict needs; it was not run. "
-                             "Save the state dict alone: torch.save(net.state_dict(), path)")
-        return ALLOWED[wanted]
-
-    def persistent_load(self, pid: Any) -> Storage:
-        tag, kind, key, _, numel, *view = pid
-        if tag != "storage" or not isinstance(kind, Kind) or type(numel) is not int or any(view):
-            raise ValueError(f"it refers to a {tag!r} that is no plain storage")
-        self.kinds[str(key)] = kind
-        return Storage(kind, str(key), numel)
 
 
 class Bounded(io.RawIOBase):
@@ -174,11 +56,10 @@ def _numbers(raw: bytes, kind: Kind) -> np.ndarray:
 
 def _state_dict(found: Any) -> dict[str, Strided]:
     """The names and tensors in what was unpickled, out of the wrappers around them."""
-    while isinstance(found, dict) and not any(isinstance(v, Strided) for v in found.values()):
-        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)]
-        if not inner:
-            break
-        found = inner[0]
+    for _ in range(8):  # a dict may hold itself
+        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)
+                 ] if isinstance(found, dict) else []
+        found = inner[0] if inner else found
     tensors = {key: value for key, value in found.items() if isinstance(value, Strided)
                } if isinstance(found, dict) else {}
     if not tensors or not all(isinstance(key, str) for key in tensors):
@@ -206,13 +87,17 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("the zip archive has no data.pkl; a TorchScript or other archive?")
         root = found[0].removesuffix("data.pkl")
         left = path.stat().st_size
+        if len(members) < len(archive.infolist()):
+            raise ValueError("two of its members have the same name")
 
         def member(name, size=None):
             nonlocal left
             info = members.get(root + name)
             if info is None:
                 raise ValueError(f"its member {name} is missing")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > left:
+            if info.compress_type != zipfile.ZIP_STORED or not (
+                info.file_size == info.compress_size <= left
+            ):
                 raise ValueError(f"its member {name} is compressed or larger than the file")
             if size is not None and info.file_size != size:
                 raise ValueError(f"its member {name} has {info.file_size} bytes, expected {size}")
@@ -242,6 +127,8 @@ def _read_legacy(path: Path) -> dict[str, np.ndarray]:
         used = {tensor.storage.key for tensor in tensors.values()}
         raw = {}
         for key in Unpickler(bounded).load():
+            if not isinstance(key, str) or key not in body.kinds:
+                raise ValueError("it holds a storage that no tensor refers to")
             count = struct.unpack("<q", bounded.read(8))[0]
             numbers = bounded.read(count * body.kinds[key].stored.itemsize)
             if key in used:  # the others belong to an optimiser
@@ -264,7 +151,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
              "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1",
              "BOOL": "?"}
     arrays = {}
-    for name, told in deserialize(path.read_bytes()):
+    for name, told in sorted(deserialize(path.read_bytes()), key=itemgetter(0)):
         if told["dtype"] not in codes:
             raise ValueError(f"{name} is of type {told['dtype']}, which is not supported")
         arrays[name] = _numbers(told["data"], Kind(codes[told["dtype"]])).reshape(told["shape"])
@@ -272,11 +159,18 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
-        if sum(info.file_size for info in archive.infolist()) > LARGEST_ARCHIVE:
+        members = archive.infolist()
+        if sum(info.file_size for info in members) > LARGEST_ARCHIVE:
             raise ValueError(f"it unpacks to over {LARGEST_ARCHIVE >> 30} GiB")
+        if len({info.filename for info in members}) < len(members):
+            raise ValueError("two of its members have the same name")
         arrays = {}
-        for info in archive.infolist():
+        for info in members:
+            most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE}.get(info.compress_type, 0)
+            if info.compress_size > size or info.file_size > most * info.compress_size:
+                raise ValueError(f"{info.filename} claims more than {size} bytes can hold")
             with archive.open(info) as file:  # what the header claims must be what is there
                 version = np.lib.format.read_magic(file)
                 header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
@@ -307,17 +201,19 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             head = file.read(512)
-        if head[:2] == b"PK":
+        if head[:4] in (b"PK\3\4", b"PK\5\6"):  # two letters could be a length in safetensors
             with zipfile.ZipFile(path) as archive:
                 plain = all(name.endswith(".npy") for name in archive.namelist())
             arrays = _read_npz(path) if plain else _read_zip(path)
-        elif path.suffix == ".safetensors":
+        elif head[8:9] == b"{":  # after the length of its JSON
             arrays = _read_safetensors(path)
         elif head[257:262] == b"ustar":
             raise ValueError("a tar archive, PyTorch's format before 0.2; load it with PyTorch and "
                              "save it again")
         else:
             arrays = _read_legacy(path)
+        if not arrays:
+            raise ValueError("it holds no array")
     except RuntimeError as error:
         if "safetensors package" in str(error):
             raise

@@ -14,7 +14,6 @@ from ..checkpoint import TEXT
 from ..checkpoint import read as read_ours
 from ..models import BACKBONES
 from ..nn import Module
-from ..tensor import Tensor
 from .files import read
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1], torchvision's preprocessing
@@ -91,20 +90,20 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> dict:
     torchvision's FCN or DeepLabV3, with its dilation rule and corners. ValueError where no
     network of ours fits.
     """
-    named = torchvision_names(arrays)
+    named = {name: a for name, a in torchvision_names(arrays).items() if a.size}
     blocks = tuple(len({n.split(".")[1] for n in named if n.startswith(f"layer{i}.")})
                    for i in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in named
     found = [name for name, known in BACKBONES.items() if known == (blocks, bottleneck)]
-    if not found or "conv1.weight" not in named:
+    if not found or "conv1.weight" not in named or named["conv1.weight"].ndim != 4:
         raise ValueError(f"no ResNet that is known: {blocks} blocks in layers 1 to 4, "
                          f"{'three' if bottleneck else 'two'} convolutions each; first names "
                          f"{', '.join(list(named)[:3])}")
     config = {"backbone": found[0], "rank": 2, "in_channels": named["conv1.weight"].shape[1]}
-    if "fc.weight" in named:
+    if "fc.weight" in named and named["fc.weight"].ndim in (2, 4):
         kind = "resnet" if named["fc.weight"].ndim == 2 else "resnet_seg"
         return {"model": kind, "classes": len(named["fc.weight"]), **config}
-    if "classifier.4.weight" in named:
+    if "classifier.4.weight" in named and named["classifier.4.weight"].ndim == 4:
         head = "deeplabv3" if "classifier.0.project.0.weight" in named else "fcn"
         return {"model": "resnet_seg", "head": head, "classes": len(named["classifier.4.weight"]),
                 "dilate_first_block": False, "align_corners": False, **config}
@@ -161,7 +160,8 @@ def load(net: Module, path: str | Path, *, head: str = "keep", allow_missing: It
         array = found.pop(name)
         rank = target.ndim - 2 if target.ndim > 2 else None
         fitted = array if ours else channels_last(array, rank)
-        if name == "conv1.weight" and fitted.shape != target.shape and fitted.shape[-2] == 3:
+        rgb = fitted.ndim == target.ndim and fitted.shape[-2:-1] == (3,)
+        if name == "conv1.weight" and fitted.shape != target.shape and rgb:
             fitted, constant = _stem(fitted, target.shape[-2], stem)
             report.notes.append(f"RGB stem to {target.shape[-2]} channels: {stem}")
             if constant is not None:
@@ -193,7 +193,7 @@ def load(net: Module, path: str | Path, *, head: str = "keep", allow_missing: It
 
 
 def folded(net: Module) -> bool:
-    """Whether all running means are 0 and all running variances 1: statistics that are none."""
-    named = {name: a for name, a in net.named() if not isinstance(a, Module | Tensor)}
-    return bool(named) and all(
-        bool((a == (1 if name.endswith("var") else 0)).all()) for name, a in named.items())
+    """Whether all running variances are 1: statistics that are none. (The first mean may hold the
+    constant of a stem.)"""
+    variances = [a for name, a in net.named() if name.endswith("running_var")]
+    return bool(variances) and all(bool((a == 1).all()) for a in variances)
