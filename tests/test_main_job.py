@@ -136,17 +136,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(done, data, tmp_path, monk
 def test_sigint_exits_130_with_a_checkpoint(data, tmp_path):
     out = tmp_path / "run"
     steps = ["--steps-2d", "100000", "--steps-3d", "1"]
+    # A parent in the background ignores SIGINT, and children inherit that.
     process = subprocess.Popen([sys.executable, SCRIPT, "--data", data, "--out", out, *SMALL[:4],
-                                *steps, *SMALL[8:]], stderr=open(tmp_path / "told", "w"))
+                                *steps, *SMALL[8:]], stderr=open(tmp_path / "told", "w"),
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def read_some():
         return (tmp_path / "told").read_text()
 
-    deadline = time.monotonic() + 60
-    while "loss" not in read_some() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130 and "--resume" in read_some()
+    try:
+        deadline = time.monotonic() + 60
+        while "loss" not in read_some() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130 and "--resume" in read_some()
+    finally:
+        process.kill()
     assert (out / "checkpoint.npz").exists() and (out / "progress.png").exists()
 
 
