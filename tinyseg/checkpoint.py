@@ -38,6 +38,9 @@ def write(path: str | Path, arrays: Mapping[str, Array], description: dict) -> N
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     """(arrays, description) of a file that `write` made; ValueError names a file that is not."""
     try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                raise ValueError("no .npz archive; `python -m tinyseg convert` imports others")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         description = json.loads(arrays.pop(TEXT).tobytes())

@@ -210,8 +210,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         elif head[257:262] == b"ustar":
             raise ValueError("a tar archive, PyTorch's format before 0.2; load it with PyTorch and "
                              "save it again")
-        else:
+        elif head[:1] == b"\x80":  # every pickle since protocol 2
             arrays = _read_legacy(path)
+        else:
+            raise ValueError("neither PyTorch's format nor safetensors nor npz")
         if not arrays:
             raise ValueError("it holds no array")
     except RuntimeError as error:
