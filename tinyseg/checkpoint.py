@@ -44,8 +44,8 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         description = json.loads(arrays.pop(TEXT).tobytes())
-        if description.pop("format") != FORMAT:
-            raise ValueError(f"its format is another than {FORMAT!r}")
+        if (found := description.pop("format")) != FORMAT:
+            raise ValueError(f"its format is {found!r}, expected {FORMAT!r}")
         if description.pop("arrays") != list(arrays):
             raise ValueError("its arrays are not those that were written")
     except FileNotFoundError:

@@ -65,7 +65,7 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     total, norm = None, np.zeros((*padded.shape[:-1], 1), "float32")
     modules, library = [], np
     if isinstance(net, Module):
-        modules = [net, *(m for _, m in net.named(Module))]
+        modules = net.modules()
         library = next((array_module(p.data) for p in net.parameters()), np)
     modes = [m.training for m in modules]
     try:

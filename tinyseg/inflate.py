@@ -157,7 +157,7 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
                 drawn = array_module(w).asarray(rng.standard_normal(w3.shape), dtype=w.dtype)
                 w3 += noise * w.std() * drawn * (numbers == 0)
         conv.weight = Tensor(w3, requires_grad=conv.weight.requires_grad)
-    for _, module in [("", out), *out.named(Module)]:
+    for module in out.modules():
         if isinstance(module, MaxPool):
             module.window = along.pool(module.window)
         if hasattr(module, "config"):

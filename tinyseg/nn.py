@@ -55,6 +55,10 @@ class Module:
             if isinstance(inner, dict):
                 stack += [(f"{name}.{key}", value) for key, value in reversed(inner.items())]
 
+    def modules(self) -> list[Module]:
+        """This module and all below it."""
+        return [self, *(module for _, module in self.named(Module))]
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all parameters, in a fixed order."""
         return self.named(Tensor)
@@ -100,7 +104,7 @@ class Module:
 
     def convert(self, change: Callable[[Array], Array]) -> Self:
         """Replace every array `a` of the module by `change(a)`, in place; gradients are dropped."""
-        for module in [self, *(m for _, m in self.named(Module))]:
+        for module in self.modules():
             for key, value in vars(module).items():
                 if isinstance(value, Tensor):
                     value.data, value.grad = change(value.data), None
@@ -117,13 +121,13 @@ class Module:
         the choice for batches of one or two and for pretrained networks."""
         if statistics not in ("batch", "running"):
             raise ValueError(f'statistics is {statistics!r}; expected "batch" or "running"')
-        for module in [self, *(m for _, m in self.named(Module))]:
+        for module in self.modules():
             module.training = not (isinstance(module, BatchNorm) and statistics == "running")
         return self
 
     def eval(self) -> Self:
         """Evaluation mode: batch-norm uses its running statistics."""
-        for module in [self, *(m for _, m in self.named(Module))]:
+        for module in self.modules():
             module.training = False
         return self
 

@@ -21,7 +21,7 @@ def recalibrate(net: Module, batches: Iterable[Array]) -> None:
     and shift b = beta - s running_mean that the layer applied before. Needed where statistics are
     folded into gamma and beta, before batch-norm runs in train mode. ValueError without a batch.
     """
-    layers = [m for _, m in [("", net), *net.named(Module)] if isinstance(m, BatchNorm)]
+    layers = [module for module in net.modules() if isinstance(module, BatchNorm)]
     sums: dict[BatchNorm, tuple[int, Array, Array]] = {}
 
     def observe(layer):
