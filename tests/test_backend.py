@@ -1,130 +1,29 @@
 """Devices, and the whole library on an array type that mixes with NumPy as little as CuPy's does.
 
-`strictarray` below wraps NumPy but refuses every implicit conversion: `asarray` is the only way
-in, `get` the only way out, and it offers only names that CuPy has. Code that calls NumPy where it
-should ask `array_module` fails on it, without a GPU.
+See `strictarray`: code that calls NumPy where it should ask `array_module` fails on it, without a
+GPU.
 """
 
 import operator
+import os
+import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import strictarray
+from strictarray import FUNCTIONS, METHODS, PROPERTIES, ndarray
 
 import tinyseg as ts
 from tinyseg import backend, losses, models, nn, ops, optim, tensor
 from tinyseg.windows import reference
 
-FUNCTIONS = """abs arange argmax array ascontiguousarray broadcast_to concatenate copyto dot empty
-    empty_like equal exp flip full isfinite log matmul maximum mean minimum moveaxis multiply
-    ones ones_like pad result_type sqrt stack subtract sum tensordot transpose where zeros
-    zeros_like""".split()
-METHODS = "all any argmax astype copy max mean min ravel reshape sum swapaxes transpose".split()
-PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
-
-
-def refuse(*_, **__):
-    raise TypeError("implicit conversion between NumPy and strictarray")
-
-
-class ndarray:
-    """A NumPy array behind glass; results of every operation are wrapped, zero axes included."""
-
-    __module__ = "strictarray"
-    __slots__ = ("_array",)
-    __array_ufunc__ = None
-    __array__ = __array_function__ = refuse
-    __hash__ = None
-
-    def __init__(self, array):
-        self._array = array
-
-    def __getitem__(self, key):
-        return wrap(self._array[unwrap(key)])
-
-    def __setitem__(self, key, value):
-        self._array[unwrap(key)] = unwrap(value)
-
-    def __len__(self):
-        return len(self._array)
-
-    def __bool__(self):
-        return bool(self._array)
-
-    def __int__(self):
-        return int(self._array)
-
-    def __float__(self):
-        return float(self._array)
-
-    def get(self):
-        return self._array.copy()
-
-
-def wrap(value):
-    return ndarray(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value
-
-
-def unwrap(value):
-    """What is behind the glass; NumPy arrays are refused, numbers, names and dtypes pass."""
-    if isinstance(value, ndarray):
-        return value._array
-    if isinstance(value, list | tuple):
-        return type(value)(map(unwrap, value))
-    return refuse() if isinstance(value, np.ndarray) else value
-
-
-def lifted(function):
-    def call(*args, **options):
-        options = {name: unwrap(value) for name, value in options.items()}
-        return wrap(function(*map(unwrap, args), **options))
-
-    return call
-
-
-def binary(function, swap=False, keep=False):
-    def call(self, other):
-        if not isinstance(other, ndarray | np.ndarray | np.generic | int | float):
-            return NotImplemented
-        pair = self._array, unwrap(other)
-        result = function(*(reversed(pair) if swap else pair))
-        return self if keep else wrap(result)
-
-    return call
-
-
-for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
-    _plain = getattr(operator, f"__{_name}__")
-    setattr(ndarray, f"__{_name}__", binary(_plain))
-    setattr(ndarray, f"__r{_name}__", binary(_plain, swap=True))
-    setattr(ndarray, f"__i{_name}__", binary(getattr(operator, f"__i{_name}__"), keep=True))
-for _name in "eq ne lt le gt ge".split():
-    setattr(ndarray, f"__{_name}__", binary(getattr(operator, f"__{_name}__")))
-for _name in "neg pos abs invert".split():
-    setattr(ndarray, f"__{_name}__", lifted(getattr(operator, f"__{_name}__")))
-for _name in METHODS:
-    setattr(ndarray, _name, lifted(getattr(np.ndarray, _name)))
-for _name in PROPERTIES:
-    setattr(ndarray, _name, property(lambda self, name=_name: wrap(getattr(self._array, name))))
-
 
 @pytest.fixture
 def strict(monkeypatch):
     """The library, registered where `array_module` looks for it."""
-    library = ModuleType("strictarray")
-    library.ndarray = ndarray
-    for name in FUNCTIONS:
-        setattr(library, name, lifted(getattr(np, name)))
-    library.add = lifted(np.add)
-    library.add.at = lifted(np.add.at)
-
-    def asarray(a, dtype=None):
-        if isinstance(a, ndarray):
-            return a if dtype in (None, a.dtype) else a.astype(dtype)
-        return ndarray(np.array(a, dtype))  # another memory: always a copy
-
-    library.asarray = asarray
+    library = strictarray.library("strictarray")
     monkeypatch.setitem(sys.modules, "strictarray", library)
     return library
 
@@ -132,7 +31,8 @@ def strict(monkeypatch):
 def test_cupy_has_all_that_the_strict_array_offers():
     cupy = pytest.importorskip("cupy")
     missing = [n for n in (*FUNCTIONS, "add", "asarray") if not hasattr(cupy, n)]
-    missing += [n for n in (*METHODS, *PROPERTIES, "get") if not hasattr(cupy.ndarray, n)]
+    names = *METHODS, *PROPERTIES, "data", "device", "get"
+    missing += [n for n in names if not hasattr(cupy.ndarray, n)]
     assert not missing and hasattr(cupy.add, "at")
 
 
@@ -328,3 +228,19 @@ def test_devices(monkeypatch):
     working = fake_cupy(1)
     monkeypatch.setitem(sys.modules, "cupy", working)
     assert ts.device("cuda") is working
+
+
+@pytest.mark.parametrize("fault", ["ImportError('libcudart')", "OSError('libcuda')",
+                                   "RuntimeError('driver')"])
+def test_a_broken_cupy_does_no_harm(tmp_path, fault):
+    """`import tinyseg` never looks at it; asking for the GPU says what is wrong."""
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy/__init__.py").write_text(f"raise {fault}")
+    code = ("import tinyseg as ts, numpy as np\n"
+            "assert ts.ops.relu(ts.Tensor(np.ones(2))).shape == (2,)\n"
+            "try: ts.device('cuda')\n"
+            "except RuntimeError as error: print(error)")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert ran.returncode == 0, ran.stderr
+    assert fault.split("'")[1] in ran.stdout and "CuPy" in ran.stdout

@@ -6,6 +6,7 @@ labelled `ignore` count nowhere. One operation serves all three: they share the 
 
 from __future__ import annotations
 
+from . import cuda
 from .backend import Array, array_module
 from .ops import _softmax
 from .tensor import Tensor, op
@@ -49,6 +50,11 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"weight {weight.shape} does not fit {classes} classes")
     if overlap and classes == 1 and not background:
         raise ValueError("soft Dice without background needs at least two classes")
+    if cuda.serves(logits) and classes <= cuda.loss.MAX_CLASSES:
+        value, pull = cuda.loss.segmentation(logits, labels, entropy=entropy, overlap=overlap,
+                                             ignore=ignore, weight=weight, smooth=smooth,
+                                             background=background)
+        return value, (pull,)
     counted = library.ones_like(labels, dtype=bool) if ignore is None else labels != ignore
     known = ((labels >= 0) & (labels < classes)) | ~counted
     if not known.all():

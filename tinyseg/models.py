@@ -156,11 +156,11 @@ class Residual(Module):
                                          BatchNorm(self.c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
+        y, shortcut = x, self.downsample(x) if self.downsample else x
         for i in range(1, self.layers + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            y = ops.relu(y) if i < self.layers else y
-        return ops.relu(y + (self.downsample(x) if self.downsample else x))
+            y = getattr(self, f"conv{i}")(y)
+            y = getattr(self, f"bn{i}")(y, shortcut if i == self.layers else None, relu=True)
+        return y
 
 
 class ResNet(Module):
@@ -193,7 +193,7 @@ class ResNet(Module):
         self.channels = channels
 
     def features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(ops.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         for i in range(1, 5):
             x = getattr(self, f"layer{i}")(x)
         return x

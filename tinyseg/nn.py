@@ -36,8 +36,8 @@ class Module:
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
-    def __call__(self, x: Tensor | Array) -> Tensor:
-        return self.forward(x if isinstance(x, Tensor) else Tensor(x))
+    def __call__(self, x: Tensor | Array, *more: Any, **options: Any) -> Tensor:
+        return self.forward(x if isinstance(x, Tensor) else Tensor(x), *more, **options)
 
     def named(self, kind: type | tuple[type, ...] = object) -> Iterator[tuple[str, Any]]:
         """(dotted name, thing) for every module, tensor and array below, outer before inner."""
@@ -181,7 +181,8 @@ class Linear(Module):
 class BatchNorm(Module):
     """Batch normalisation over all axes but the channels; see ops.batch_norm.
 
-    In train mode a forward pass also moves running_mean and running_var, in place.
+    In train mode a forward pass also moves running_mean and running_var, in place. What follows
+    it in a residual block, an addition and a ReLU, can be part of the same pass.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
@@ -191,10 +192,10 @@ class BatchNorm(Module):
         self.running_var = np.ones(channels, "float32")
         self.eps, self.momentum = eps, momentum
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.batch_norm(x, self.weight, self.bias, running_mean=self.running_mean,
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        return ops.batch_norm(x, self.weight, self.bias, residual, running_mean=self.running_mean,
                               running_var=self.running_var, train=self.training,
-                              momentum=self.momentum, eps=self.eps)
+                              momentum=self.momentum, eps=self.eps, relu=relu)
 
 
 class GroupNorm(Module):

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from . import windows
+from . import cuda, windows
 from .backend import array_module
 from .tensor import op
 from .windows import Window
@@ -98,57 +98,82 @@ def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
     return y, (lambda g: windows.maximum_adjoint(g, winner, size, window),)
 
 
-def _standardize(x, axes, eps):
-    """x̂ = (x - mean) / sqrt(var + eps) over `axes`, its pull-back, mean and (biased) variance."""
-    mean = x.mean(axis=axes, keepdims=True)
-    xhat = x - mean
-    var = (xhat * xhat).mean(axis=axes, keepdims=True)
-    scale = 1 / array_module(x).sqrt(var + eps)
+def _moments(rows):
+    """Mean and biased variance of each column: (M, C) -> (C,), (C,)."""
+    mean = rows.mean(axis=0)
+    away = rows - mean
+    away *= away
+    return mean, away.mean(axis=0)
+
+
+def _normalize(rows, mean, scale, gamma, beta, residual, relu):
+    """(rows - mean) scale gamma + beta [+ residual], then max(., 0) where asked."""
+    y = rows - mean
+    y *= scale * gamma
+    y += beta
+    if residual is not None:
+        y += residual
+    return array_module(y).maximum(y, 0, out=y) if relu else y
+
+
+def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual):
+    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on rows.
+
+    A body may recompute y from beta where no residual was added; this one reads it.
+    """
+    g = g * (y > 0) if relu else g
+    xhat = rows - mean
     xhat *= scale
-
-    def pull(g):
-        along = (g * xhat).mean(axis=axes, keepdims=True)
-        return scale * (g - g.mean(axis=axes, keepdims=True) - xhat * along)
-
-    return xhat, pull, mean, var
+    dbeta, dgamma = g.sum(axis=0), (g * xhat).sum(axis=0)
+    if train:
+        xhat *= dgamma / len(rows)
+        dx = g - xhat
+        dx -= dbeta / len(rows)
+        dx *= gamma * scale
+    else:
+        dx = g * (gamma * scale)
+    return dx, dgamma, dbeta, g
 
 
 @op
-def batch_norm(x, gamma, beta, *, running_mean, running_var, train: bool = False,
-               momentum: float = 0.1, eps: float = 1e-5):
+def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, train: bool = False,
+               momentum: float = 0.1, eps: float = 1e-5, relu: bool = False):
     """gamma (x - mean) / sqrt(var + eps) + beta per channel (Ioffe and Szegedy 2015).
 
     x (N, *S, C); gamma, beta, running_mean, running_var (C,). In train mode mean and biased
     variance are those of `x`, and the running arrays are updated in place: they move by
     `momentum` towards the mean and the unbiased variance. Otherwise the running arrays are used
-    and left alone. Raises ValueError for a single value per channel in train mode.
+    and left alone. What follows the normalisation in a residual block can be part of it, in the
+    same passes over memory: `residual`, in the shape of x, is added, and `relu` cuts at 0.
+    Raises ValueError for a single value per channel in train mode.
     """
     shape, rows = x.shape, x.reshape(-1, x.shape[-1])
+    if residual is not None:
+        if residual.shape != shape:
+            raise ValueError(f"batch_norm: residual {residual.shape} does not fit input {shape}")
+        residual = residual.reshape(rows.shape)
+    added = residual is not None
+    moments, normalize, adjoint = (
+        (cuda.norm.moments, cuda.norm.normalize, cuda.norm.normalize_adjoint)
+        if cuda.serves(x, gamma, beta, residual) else (_moments, _normalize, _normalize_adjoint))
     if train:
         n = len(rows)
         if n < 2:
             raise ValueError(f"batch_norm in train mode needs more than one value per channel, "
                              f"found input {shape}; use a larger batch or running statistics")
-        xhat, standardize_dx, mean, var = _standardize(rows, 0, eps)
-        running_mean += momentum * (mean[0] - running_mean)
-        running_var += momentum * (var[0] * (n / (n - 1)) - running_var)
+        mean, var = moments(rows)
+        running_mean += momentum * (mean - running_mean)
+        running_var += momentum * (var * (n / (n - 1)) - running_var)
     else:
-        scale = 1 / array_module(x).sqrt(running_var + eps)
-        xhat = (rows - running_mean) * scale
-
-        def standardize_dx(g):
-            return g * scale
+        mean, var = running_mean.copy(), running_var
+    scale = 1 / array_module(x).sqrt(var + eps)
+    y = normalize(rows, mean, scale, gamma, beta, residual, relu)
 
     def pull(g, wanted):
-        g = g.reshape(-1, shape[-1])
-        return (
-            standardize_dx(g * gamma).reshape(shape) if wanted[0] else None,
-            (g * xhat).sum(axis=0) if wanted[1] else None,
-            g.sum(axis=0) if wanted[2] else None,
-        )
+        dx, dgamma, dbeta, passed = adjoint(g.reshape(y.shape), rows, y, mean, scale, gamma, beta,
+                                            train=train, relu=relu, residual=added)
+        return dx.reshape(shape), dgamma, dbeta, passed.reshape(shape) if added else None
 
-    y = xhat * gamma
-    y += beta
     return y.reshape(shape), pull
 
 
@@ -161,34 +186,31 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-5):
     shape = x.shape
     if shape[-1] % groups:
         raise ValueError(f"group_norm: {shape[-1]} channels do not divide into {groups} groups")
-    grouped = (shape[0], -1, groups, shape[-1] // groups)
-    xhat, standardize_dx, _, _ = _standardize(x.reshape(grouped), (1, 3), eps)
-    xhat = xhat.reshape(-1, shape[-1])
+    grouped, axes = (shape[0], -1, groups, shape[-1] // groups), (1, 3)
+    xhat = x.reshape(grouped)
+    xhat = xhat - xhat.mean(axis=axes, keepdims=True)
+    scale = 1 / array_module(x).sqrt((xhat * xhat).mean(axis=axes, keepdims=True) + eps)
+    xhat *= scale
+    flat = xhat.reshape(-1, shape[-1])
 
-    def pull(g, wanted):
-        g = g.reshape(-1, shape[-1])
-        return (
-            standardize_dx((g * gamma).reshape(grouped)).reshape(shape) if wanted[0] else None,
-            (g * xhat).sum(axis=0) if wanted[1] else None,
-            g.sum(axis=0) if wanted[2] else None,
-        )
+    def dx(g):
+        g = (g * gamma).reshape(grouped)
+        along = (g * xhat).mean(axis=axes, keepdims=True)
+        return (scale * (g - g.mean(axis=axes, keepdims=True) - xhat * along)).reshape(shape)
 
-    return (xhat * gamma + beta).reshape(shape), pull
+    return (flat * gamma + beta).reshape(shape), (
+        dx,
+        lambda g: (g.reshape(flat.shape) * flat).sum(axis=0),
+        lambda g: g.reshape(flat.shape).sum(axis=0),
+    )
 
 
 def interpolation(n: int, m: int, align_corners: bool) -> np.ndarray:
-    """The (m, n) matrix of linear interpolation from n samples to m.
-
-    Output i reads at i (n-1)/(m-1) where corners are aligned, else at (i + 1/2) n/m - 1/2,
-    clamped to the samples.
-    """
-    i = np.arange(m)
-    at = i * (n - 1) / max(m - 1, 1) if align_corners else (i + 0.5) * n / m - 0.5
-    at = at.clip(0, n - 1)
-    low = np.floor(at).astype(int)
+    """The (m, n) matrix of linear interpolation from n samples to m: cuda.upsample.coordinates."""
+    i, (low, fraction) = np.arange(m), cuda.upsample.coordinates(n, m, align_corners)
     matrix = np.zeros((m, n))
-    matrix[i, low] = 1 - (at - low)
-    matrix[i, np.minimum(low + 1, n - 1)] += at - low
+    matrix[i, low] = 1 - fraction
+    matrix[i, np.minimum(low + 1, n - 1)] += fraction
     return matrix
 
 
@@ -201,6 +223,9 @@ def upsample(x, size, *, align_corners: bool):
     library, before = array_module(x), x.shape
     if len(size) != x.ndim - 2:
         raise ValueError(f"upsample: size {size} does not fit the spatial axes of {before}")
+    if cuda.serves(x) and len(size) <= 3:
+        return cuda.upsample.upsample(x, size, align_corners), (
+            lambda g: cuda.upsample.upsample_adjoint(g, before[1:-1], align_corners),)
     steps = [
         (axis, library.asarray(interpolation(before[axis], m, align_corners), dtype=x.dtype))
         for axis, m in reversed(list(enumerate(size, start=1)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import cos, pi, sqrt
 
+from . import cuda
 from .backend import Array, array_module, to_library
 from .tensor import Tensor
 
@@ -30,11 +31,20 @@ class Optimizer:
     def step(self) -> None:
         """Move every parameter that has a gradient, in place."""
         self.steps += 1
-        for i, p in enumerate(self.parameters):
-            if p.grad is not None:
-                self.update(p.data, p.grad, *(self.running[name][i] for name in self.slots))
+        rows = [(p.data, p.grad, *(self.running[name][i] for name in self.slots))
+                for i, p in enumerate(self.parameters) if p.grad is not None]
+        if rows and cuda.serves(*(array for row in rows for array in row)):
+            self.update_all(*map(list, zip(*rows, strict=True)))
+        else:
+            for row in rows:
+                self.update(*row)
 
     def update(self, p: Array, g: Array, *running: Array) -> None:
+        """One parameter with its gradient and running arrays."""
+        raise NotImplementedError
+
+    def update_all(self, ps: list[Array], gs: list[Array], *running: list[Array]) -> None:
+        """`update` for all of them in one launch, on a GPU."""
         raise NotImplementedError
 
     def zero_grad(self) -> None:
@@ -80,6 +90,10 @@ class SGD(Optimizer):
         velocity += g
         p -= self.lr * (g + self.momentum * velocity if self.nesterov else velocity)
 
+    def update_all(self, ps: list[Array], gs: list[Array], *running: list[Array]) -> None:
+        cuda.optim.sgd(ps, gs, *running, lr=self.lr, momentum=self.momentum,
+                       nesterov=self.nesterov, weight_decay=self.weight_decay)
+
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2):
@@ -105,6 +119,10 @@ class AdamW(Optimizer):
         root /= sqrt(1 - beta2**self.steps)
         root += self.eps
         p -= (self.lr / (1 - beta1**self.steps)) * (mean / root)
+
+    def update_all(self, ps: list[Array], gs: list[Array], *running: list[Array]) -> None:
+        cuda.optim.adamw(ps, gs, *running, lr=self.lr, betas=self.betas, eps=self.eps,
+                         weight_decay=self.weight_decay, step=self.steps)
 
 
 def poly(step: int, total: int, power: float = 0.9) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 from time import perf_counter
 
+from . import cuda
 from .backend import Array, array_module, to_library
 from .nn import Module
 from .optim import Optimizer, poly
@@ -42,7 +43,8 @@ def clip_norm(parameters: list[Tensor], limit: float) -> float:
     """Scale all gradients so that their joint Euclidean norm is at most `limit`; returns the norm
     before. Gradients are replaced, not written into."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = sum(float((g * g).sum()) for g in grads) ** 0.5
+    norm = (float(cuda.optim.norm(grads)) if cuda.serves(*grads)
+            else sum(float((g * g).sum()) for g in grads) ** 0.5)
     if norm > limit:
         for p in parameters:
             if p.grad is not None:

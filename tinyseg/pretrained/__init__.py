@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ..backend import Array, array_module
 from ..nn import BatchNorm, Module
@@ -25,7 +26,7 @@ def recalibrate(net: Module, batches: Iterable[Array]) -> None:
     sums: dict[BatchNorm, tuple[int, Array, Array]] = {}
 
     def observe(layer):
-        def forward(x: Tensor) -> Tensor:
+        def forward(x: Tensor, *also: Any, **options: Any) -> Tensor:
             rows = x.data.reshape(-1, x.shape[-1]).astype("float64")
             n, mean = len(rows), rows.mean(axis=0)
             spread = ((rows - mean) ** 2).sum(axis=0)
@@ -35,7 +36,7 @@ def recalibrate(net: Module, batches: Iterable[Array]) -> None:
                 spread = total + spread + (mean - old) ** 2 * (before * share)
                 mean, n = old + (mean - old) * share, n + before
             sums[layer] = n, mean, spread
-            return BatchNorm.forward(layer, x)
+            return BatchNorm.forward(layer, x, *also, **options)
         return forward
 
     modes = [layer.training for layer in layers]

@@ -1,0 +1,263 @@
+// Batch normalisation of rows (M, C), channels last, with a residual and a ReLU where wanted:
+//
+//   moments         the mean and M2 = sum (x - mean)^2 of each chunk of rows
+//   merge_moments   the mean and the variance of all rows, from those of the chunks
+//   normalize       xhat = (x - mean) * scale,  y = max(0, xhat * gamma + beta + residual)
+//   adjoint_sums    g' = g where y > 0, else 0;  dbeta = sum g',  dgamma = sum g' xhat
+//   normalize_dx    dx = gamma * scale * (g' - dbeta / M - xhat * dgamma / M); in evaluation, where
+//                   mean and scale do not depend on x, without what is divided by M
+//   column_sum      the sum of each chunk of rows; on its own answer, as one chunk, it ends a sum
+//
+// Specified by `batch_norm` in tinyseg/ops.py. Of arrays with M * C floats `moments` reads x;
+// `normalize` reads x (and residual) and writes y; `adjoint_sums` reads g and x (with a residual
+// and a ReLU also y, and writes g'); `normalize_dx` reads g (or g') and x and writes dx; the rest
+// is small. That traffic is all they cost: hence 16 bytes a load, and loops that unroll into
+// several rows whose loads come first and are under way together.
+//
+// Block (i, j) owns chunk i of the rows and tile j of the channels. Thread (x, y) of it owns VECTOR
+// neighbouring channels and every blockDim.y-th row of the chunk, from its row y on: the numbers
+// that belong to channels stay in its registers, and a warp reads whole rows of the tile. Threads
+// add in the order of rows, then blocks in a tree, then chunks: always in the same order.
+#include "common.cuh"
+
+#ifndef VECTOR
+#define VECTOR 4     // channels of a thread, a divisor of C: 4 or 1
+#endif
+#ifndef THREADS
+#define THREADS 256  // of a block, a power of two, as blockDim.y is
+#endif
+
+struct __align__(4 * VECTOR) Pack { float of[VECTOR]; };
+
+__device__ __forceinline__ Pack load(const float* p) { return *(const Pack*)p; }
+__device__ __forceinline__ void store(float* p, const Pack& v) { *(Pack*)p = v; }
+
+#define EACH_CHANNEL _Pragma("unroll") for (int i = 0; i < VECTOR; ++i)
+#define EACH_ROW(own) for (; own.count; --own.count, own.at += own.step)
+
+// What a thread owns: `count` rows, `step` numbers apart, of which the first begins `at`.
+struct Share { int channel, count; long long at, step; };
+
+__device__ __forceinline__ Share share(long long rows, int channels, int chunk) {
+  int c = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+  long long start = (long long)blockIdx.x * chunk;
+  int left = int(min((long long)chunk, rows - start)) - int(threadIdx.y);
+  int count = c < channels && left > 0 ? (left - 1) / int(blockDim.y) + 1 : 0;
+  return {c, count, (start + threadIdx.y) * channels + c, (long long)blockDim.y * channels};
+}
+
+// xhat, and what becomes of it: here for all kernels, as `gate` must see the sign that y had.
+__device__ __forceinline__ Pack standard(Pack x, const Pack& mean, const Pack& scale) {
+  EACH_CHANNEL x.of[i] = (x.of[i] - mean.of[i]) * scale.of[i];
+  return x;
+}
+__device__ __forceinline__ Pack affine(Pack xhat, const Pack& gamma, const Pack& beta) {
+  EACH_CHANNEL xhat.of[i] = fmaf(xhat.of[i], gamma.of[i], beta.of[i]);
+  return xhat;
+}
+
+// `floor` is 0 or minus infinity, residual may be null.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+normalize(const float* __restrict__ x, const float* __restrict__ mean,
+          const float* __restrict__ scale, const float* __restrict__ gamma,
+          const float* __restrict__ beta, const float* __restrict__ residual, float floor,
+          long long rows, int channels, int chunk, float* __restrict__ y) {
+  Share own = share(rows, channels, chunk);
+  int c = own.channel;
+  if (!own.count) return;
+  Pack m = load(mean + c), s = load(scale + c), slope = load(gamma + c), shift = load(beta + c);
+#pragma unroll 2
+  EACH_ROW(own) {
+    Pack v = affine(standard(load(x + own.at), m, s), slope, shift);
+    if (residual) {
+      Pack r = load(residual + own.at);
+      EACH_CHANNEL v.of[i] += r.of[i];
+    }
+    EACH_CHANNEL if (v.of[i] < floor) v.of[i] = floor;  // a NaN stays
+    store(y + own.at, v);
+  }
+}
+
+// g where the ReLU let y pass.
+__device__ __forceinline__ Pack gate(Pack g, const Pack& y) {
+  EACH_CHANNEL if (!(y.of[i] > 0)) g.of[i] = 0;
+  return g;
+}
+
+// Adds `v` over the rows of a block; the sum is whole in the threads of the first row.
+__device__ __forceinline__ void sum_over_block(Pack& v, Pack* slots) {
+  int own = threadIdx.y * blockDim.x + threadIdx.x;
+  slots[own] = v;
+  for (int half = blockDim.y / 2; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half) {
+      Pack other = slots[own + half * blockDim.x];
+      EACH_CHANNEL v.of[i] += other.of[i];
+      slots[own] = v;
+    }
+  }
+}
+
+// x (M, C) -> sums (chunks, C).
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+column_sum(const float* __restrict__ x, long long rows, int channels, int chunk,
+           float* __restrict__ sums) {
+  __shared__ Pack slots[THREADS];
+  Share own = share(rows, channels, chunk);
+  Pack sum = {};
+#pragma unroll 4
+  EACH_ROW(own) {
+    Pack v = load(x + own.at);
+    EACH_CHANNEL sum.of[i] += v.of[i];
+  }
+  sum_over_block(sum, slots);
+  if (threadIdx.y == 0 && own.channel < channels)
+    store(sums + (long long)blockIdx.x * channels + own.channel, sum);
+}
+
+// sums (chunks, 2, C): of g' and of g' xhat. What a ReLU let pass is read from y, and g' written to
+// `passed`; or y is computed again with beta, if nothing else was added. Without a ReLU y, beta and
+// `passed` are null.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+adjoint_sums(const float* __restrict__ g, const float* __restrict__ x, const float* __restrict__ y,
+             const float* __restrict__ mean, const float* __restrict__ scale,
+             const float* __restrict__ gamma, const float* __restrict__ beta, long long rows,
+             int channels, int chunk, float* __restrict__ sums, float* __restrict__ passed) {
+  __shared__ Pack slots[2][THREADS];
+  Share own = share(rows, channels, chunk);
+  int c = own.channel;
+  Pack sum = {}, along = {};
+  if (own.count) {
+    Pack m = load(mean + c), s = load(scale + c), slope = load(gamma + c), shift = {};
+    if (beta) shift = load(beta + c);
+#pragma unroll 2
+    EACH_ROW(own) {
+      Pack d = load(g + own.at), xhat = standard(load(x + own.at), m, s);
+      if (beta) d = gate(d, affine(xhat, slope, shift));
+      if (y) {
+        d = gate(d, load(y + own.at));
+        store(passed + own.at, d);
+      }
+      EACH_CHANNEL {
+        sum.of[i] += d.of[i];
+        along.of[i] += d.of[i] * xhat.of[i];
+      }
+    }
+  }
+  sum_over_block(sum, slots[0]);
+  sum_over_block(along, slots[1]);
+  if (threadIdx.y == 0 && c < channels) {
+    store(sums + 2LL * blockIdx.x * channels + c, sum);
+    store(sums + (2LL * blockIdx.x + 1) * channels + c, along);
+  }
+}
+
+// `average` is 1 / M in training and 0 in evaluation. Without beta g is g' already.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+normalize_dx(const float* __restrict__ g, const float* __restrict__ x,
+             const float* __restrict__ mean, const float* __restrict__ scale,
+             const float* __restrict__ gamma, const float* __restrict__ beta,
+             const float* __restrict__ dbeta, const float* __restrict__ dgamma, float average,
+             long long rows, int channels, int chunk, float* __restrict__ dx) {
+  Share own = share(rows, channels, chunk);
+  int c = own.channel;
+  if (!own.count) return;
+  Pack m = load(mean + c), s = load(scale + c), slope = load(gamma + c), shift = {};
+  if (beta) shift = load(beta + c);
+  Pack level = load(dbeta + c), along = load(dgamma + c);
+  EACH_CHANNEL level.of[i] *= average, along.of[i] *= average;
+#pragma unroll 2
+  EACH_ROW(own) {
+    Pack d = load(g + own.at), xhat = standard(load(x + own.at), m, s);
+    if (beta) d = gate(d, affine(xhat, slope, shift));
+    EACH_CHANNEL d.of[i] =
+        slope.of[i] * s.of[i] * (d.of[i] - level.of[i] - xhat.of[i] * along.of[i]);
+    store(dx + own.at, d);
+  }
+}
+
+// How many numbers, their mean and M2, for each channel of a thread.
+struct Moments { float n; Pack mean, m2; };
+
+// The moments of two sets from those of each (Chan, Golub and LeVeque 1983).
+__device__ __forceinline__ void merge(Moments& a, const Moments& b) {
+  if (b.n == 0) return;
+  float weight = b.n / (a.n + b.n);
+  EACH_CHANNEL {
+    float delta = b.mean.of[i] - a.mean.of[i];
+    a.mean.of[i] += delta * weight;
+    a.m2.of[i] += b.m2.of[i] + delta * delta * (a.n * weight);
+  }
+  a.n += b.n;
+}
+
+// As sum_over_block.
+__device__ __forceinline__ void merge_over_block(Moments& moments, Moments* slots) {
+  int own = threadIdx.y * blockDim.x + threadIdx.x;
+  slots[own] = moments;
+  for (int half = blockDim.y / 2; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half) {
+      merge(moments, slots[own + half * blockDim.x]);
+      slots[own] = moments;
+    }
+  }
+}
+
+// x (M, C) -> means, m2s (chunks, C); the means are differences from the first row of x, so that
+// none is large against the deviations. A thread sums differences from its own first value: as that
+// is one of its n, the sum of their squares is at most n times M2, and little cancels when the
+// square of their sum is taken off, whatever the data.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+moments(const float* __restrict__ x, long long rows, int channels, int chunk,
+        float* __restrict__ means, float* __restrict__ m2s) {
+  __shared__ Moments slots[THREADS];
+  Share own = share(rows, channels, chunk);
+  int c = own.channel;
+  Moments seen = {};
+  seen.n = own.count;
+  if (own.count) {
+    Pack origin = load(x + c), pivot = load(x + own.at), sum = {}, squares = {};
+#pragma unroll 4
+    EACH_ROW(own) {
+      Pack v = load(x + own.at);
+      EACH_CHANNEL {
+        float d = v.of[i] - pivot.of[i];
+        sum.of[i] += d;
+        squares.of[i] += d * d;
+      }
+    }
+    EACH_CHANNEL {
+      float mean = sum.of[i] / seen.n;
+      seen.mean.of[i] = pivot.of[i] - origin.of[i] + mean;
+      seen.m2.of[i] = squares.of[i] - sum.of[i] * mean;
+    }
+  }
+  merge_over_block(seen, slots);
+  if (threadIdx.y == 0 && c < channels) {
+    store(means + (long long)blockIdx.x * channels + c, seen.mean);
+    store(m2s + (long long)blockIdx.x * channels + c, seen.m2);
+  }
+}
+
+// means, m2s (parts, C) -> mean, variance (C,) of all rows of x, of which each part has `size` and
+// the last one the rest. All parts are one chunk.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+merge_moments(const float* __restrict__ x, long long rows, int size,
+              const float* __restrict__ means, const float* __restrict__ m2s, long long parts,
+              int channels, int chunk, float* __restrict__ mean, float* __restrict__ variance) {
+  __shared__ Moments slots[THREADS];
+  Share own = share(parts, channels, chunk);
+  int c = own.channel;
+  long long left = rows - (long long)threadIdx.y * size;  // from its part on
+  Moments all = {};
+  for (; own.count; --own.count, own.at += own.step, left -= (long long)blockDim.y * size)
+    merge(all, {float(min((long long)size, left)), load(means + own.at), load(m2s + own.at)});
+  merge_over_block(all, slots);
+  if (threadIdx.y == 0 && c < channels) {
+    Pack origin = load(x + c);
+    EACH_CHANNEL all.mean.of[i] += origin.of[i], all.m2.of[i] /= all.n;
+    store(mean + c, all.mean);
+    store(variance + c, all.m2);
+  }
+}

@@ -1,0 +1,261 @@
+"""CUDA sources on the CPU: what `cupy.RawModule` does, by g++ and emulator.hpp.
+
+`RawModule(code=, options=).get_function(name)(grid, block, args, shared_mem=)` takes the arguments
+that CuPy's takes, where an array is anything with the address `.data.ptr`, and runs the kernel
+before it returns. Whatever would hang or crash a GPU, and some of what would pass there by luck,
+raises `Fault`; the next launch is not affected. `order` says in which order warps run.
+"""
+
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from tinyseg.cuda import loader
+
+HEADER = Path(__file__).with_name("emulator.hpp")
+COMPILER = "g++"
+OPTIONS = ("-std=c++17 -O2 -g1 -w -shared -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti "
+           "-fno-strict-aliasing -fno-threadsafe-statics -ffp-contract=off -U_FORTIFY_SOURCE "
+           "-fno-crossjumping -fno-tree-tail-merge "  # each trap keeps the line it comes from
+           "-fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error").split()
+ORDERS = "forward", "reversed", "random"
+THREADS, SHARED_DEFAULT, SHARED_LIMIT = 1024, 48 << 10, 227 << 10
+GRID = 2**31 - 1, 65535, 65535
+KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\(([^)]*)\)\s+)?(\w+)\(')
+
+order = "forward"  # one of ORDERS; "random" draws from `seed`
+seed = 1
+seconds = 60.0  # of processor time that a launch may take
+flush = "end"  # the end of a guarded array that touches its guard: "start" or "end"
+statistics: defaultdict[str, Counter] = defaultdict(Counter)  # of each kernel, until cleared
+
+
+class Fault(RuntimeError):
+    """A launch that CUDA would refuse, or a kernel that did what no kernel may do."""
+
+
+def missing() -> str:
+    """Why kernels cannot be emulated on this machine; empty where they can."""
+    if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
+        return "the emulator of CUDA switches stacks on x86-64 Linux only"
+    return "" if shutil.which(COMPILER) else f"the emulator of CUDA needs {COMPILER}"
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = [("function", ctypes.c_void_p), ("call", ctypes.c_void_p), ("limit", ctypes.c_int),
+                ("arity", ctypes.c_int), ("sizes", ctypes.c_int * 64),
+                ("pointers", ctypes.c_int * 64)]
+
+
+_Triple = ctypes.c_uint * 3
+COUNTS = "switches", "copies", "multiplications", "matrices", "conflicts"
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [("kernel", ctypes.POINTER(_Kernel)), ("arguments", ctypes.c_void_p),
+                ("blocks", _Triple), ("threads", _Triple), ("shared", ctypes.c_size_t),
+                ("order", ctypes.c_uint), ("seed", ctypes.c_uint), ("seconds", ctypes.c_double),
+                ("failure", ctypes.c_char_p), ("signal", ctypes.c_int), ("line", ctypes.c_int),
+                ("block", _Triple), ("thread", _Triple), ("address", ctypes.c_size_t),
+                ("instruction", ctypes.c_size_t), *((n, ctypes.c_longlong) for n in COUNTS)]
+
+
+class RawModule:
+    """The kernels of one source; it is compiled when the first of them is asked for."""
+
+    def __init__(self, *, code, options=()):
+        self.code, self.options = code, tuple(options)
+        self._limits = {}  # dynamic shared memory: a property of the kernel, not of who got it
+
+    @property
+    def _library(self):
+        return _loaded(self.code, self.options)
+
+    def get_function(self, name):
+        if name not in [m[2] for m in KERNEL.finditer(self.code)]:
+            raise Fault(f"the source has no kernel {name!r}")
+        return _Function(self, name)
+
+
+class _Function:
+    def __init__(self, module, name):
+        self._module, self.name = module, name
+        self._path, self._library = module._library
+        self._kernel = _Kernel.in_dll(self._library, f"emulated_{name}")
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._module._limits.get(self.name, SHARED_DEFAULT)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        if not 0 <= size <= SHARED_LIMIT:
+            raise Fault(f"{self.name}: {size} bytes of shared memory; a block has {SHARED_LIMIT}")
+        self._module._limits[self.name] = size
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        grid, block = ((*map(int, t), 1, 1)[:3] for t in (grid, block))
+        threads = block[0] * block[1] * block[2]
+        if not all(0 < n <= limit for n, limit in zip(grid, GRID, strict=True)):
+            raise Fault(f"{self.name}: a grid of {grid} blocks")
+        if not 0 < threads <= self._kernel.limit or block[2] > 64:
+            raise Fault(f"{self.name}: a block of {block} threads; the limit of this kernel is "
+                        f"{self._kernel.limit}")
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise Fault(f"{self.name}: {shared_mem} bytes of shared memory; "
+                        f"{self.max_dynamic_shared_size_bytes} are allowed so far")
+        values = self._values(args)
+        addresses = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
+        job = _Job(kernel=ctypes.pointer(self._kernel), blocks=grid, threads=block,
+                   arguments=ctypes.addressof(addresses), shared=shared_mem, seed=seed,
+                   order=ORDERS.index(order), seconds=seconds)
+        self._library.emulator_launch(ctypes.byref(job))
+        statistics[self.name].update({"launches": 1, **{n: getattr(job, n) for n in COUNTS}})
+        if job.failure is not None:
+            raise Fault(self._described(job, args))
+
+    def _values(self, args):
+        """Each argument as an array of what the kernel receives, of the size that it expects."""
+        if len(args) != self._kernel.arity:
+            raise TypeError(f"{self.name} takes {self._kernel.arity} arguments, not {len(args)}")
+        values = []
+        for i, a in enumerate(args):
+            if hasattr(getattr(a, "data", None), "ptr"):
+                value = np.array([a.data.ptr], np.uintp)
+                fits = self._kernel.pointers[i]
+            elif isinstance(a, np.generic) or isinstance(a, np.ndarray) and a.size == 1:
+                value = np.array(a).reshape(1)
+                fits = not self._kernel.pointers[i] or value.dtype == np.uintp
+            else:
+                raise TypeError(f"{self.name}: argument {i} is {type(a)}, which CUDA cannot take")
+            if not fits or value.nbytes != self._kernel.sizes[i]:
+                raise TypeError(f"{self.name}: argument {i} is {value.dtype} ({value.nbytes} "
+                                f"bytes); the kernel expects {self._kernel.sizes[i]} bytes"
+                                f"{' of address' * self._kernel.pointers[i]}")
+            values.append(value)
+        return values
+
+    def _described(self, job, args):
+        line = job.line
+        what = job.failure.decode()
+        if job.signal:
+            line = self._line(job.instruction)
+            what = {signal.SIGFPE: "divides by zero", signal.SIGBUS: "accesses no memory",
+                    signal.SIGVTALRM: f"still runs after {seconds:g} s",
+                    signal.SIGSEGV: f"accesses {_place(job.address, args)}",
+                    }.get(job.signal, "indexes outside an array, or an address is misaligned")
+        lines = self._module.code.splitlines()
+        at = f", line {line}: {lines[line - 1].strip()}" if 0 < line <= len(lines) else ""
+        return f"{self.name}: block {(*job.block,)}, thread {(*job.thread,)} {what}{at}"
+
+    def _line(self, instruction):
+        """The line of the source that an instruction comes from; 0 where that is not known."""
+        try:
+            out = subprocess.run(["addr2line", "-e", self._path, "-i", hex(instruction)],
+                                 capture_output=True, text=True, timeout=20).stdout
+        except OSError:
+            return 0
+        return next((int(m[1]) for m in re.finditer(r"kernel\.cu:(\d+)", out)), 0)
+
+
+def _place(address, args):
+    for i, a in enumerate(args):
+        if hasattr(getattr(a, "data", None), "ptr"):
+            before, after = a.data.ptr - address, address - a.data.ptr - a.nbytes
+            if 0 < before <= 1 << 16 or 0 <= after < 1 << 16:
+                where = f"{before} bytes before" if before > 0 else f"{after} bytes past the end of"
+                return f"what lies {where} argument {i}, {a.dtype} of shape {a.shape}"
+    return f"address {address:#x}"
+
+
+@cache
+def _version():
+    return subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
+
+
+@cache
+def _loaded(code, options):
+    """The path and the library of a source; compiled, unless some process has done so before."""
+    if reason := missing():
+        raise Fault(reason)
+    defines = "".join(f"#define {o[2:].replace('=', ' ', 1)}\n" for o in options
+                      if o.startswith("-D"))
+    kernels = "".join(f"EMULATED_KERNEL({m[2]}, {m[1] or THREADS})\n"
+                      for m in KERNEL.finditer(code))
+    code = code.replace('extern "C" __global__', "__global__")  # may be named as in C's library
+    text = (f'#include "emulator.hpp"\n{defines}namespace source {{\n#line 1 "kernel.cu"\n{code}\n'
+            f"{kernels}}}\n")
+    key = hashlib.sha256("\0".join([text, HEADER.read_text(), *OPTIONS, _version()]).encode())
+    folder = Path(tempfile.gettempdir()) / f"tinyseg-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{key.hexdigest()[:32]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch, "kernel.so")
+            done = subprocess.run([COMPILER, *OPTIONS, f"-I{HEADER.parent}", "-xc++", "-",
+                                   "-o", built], input=text, capture_output=True, text=True)
+            if done.returncode:
+                raise Fault(f"{COMPILER} does not compile the source:\n{done.stderr[:4000]}")
+            built.replace(path)  # whole or not at all, whoever builds the same
+    library = ctypes.PyDLL(str(path))  # keeps other threads of Python out of a launch
+    library.emulator_launch.argtypes = [ctypes.POINTER(_Job)]
+    library.emulator_launch.restype = None
+    return path, library
+
+
+def guarded(array, at=None, blank=False):
+    """A copy between pages that may not be accessed.
+
+    at: which end touches its page, "start" or "end"; by default what `flush` says. Arrays on a GPU
+    start at multiples of 16 at least, so up to 15 bytes may lie behind the end. They are 0xFF, and
+    so is all of a blank copy.
+    """
+    page = mmap.PAGESIZE
+    size = -(-max(array.nbytes, 1) // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
+    room = np.ndarray(size, np.uint8, memory, page)
+    room[:] = 0xFF
+    start = room.ctypes.data
+    for guard in (start - page, start + size):
+        if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(guard), page, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = page if (at or flush) == "start" else page + (size - array.nbytes) // 16 * 16
+    strides = np.empty_like(array).strides  # the same order of axes, without gaps
+    copy = np.ndarray(array.shape, array.dtype, memory, offset, strides)  # keeps the memory alive
+    if not blank:
+        copy[...] = array
+    return copy
+
+
+def forget():
+    """The loader reads and compiles its sources anew."""
+    for cached in vars(loader).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+
+
+@contextmanager
+def mutated(file, old, new):
+    """Launches compile kernels/`file`.cu, headers included, with `new` in place of `old`."""
+    original, text = loader.source, loader.source(file)
+    assert old in text, f"{file} does not contain {old!r}"
+    loader.source = lambda f: text.replace(old, new) if f == file else original(f)
+    forget()
+    try:
+        yield
+    finally:
+        loader.source = original
+        forget()

@@ -1,0 +1,166 @@
+"""An array type that mixes with NumPy as little as CuPy's does, and libraries of such arrays.
+
+A strict array wraps a NumPy array but refuses every implicit conversion: `asarray` is the only way
+in, `get` the only way out, and it offers only names that CuPy has. Code that calls NumPy where it
+should ask `array_module` fails on it, without a GPU. As a device, its library runs CUDA sources in
+the emulator, on memory that shows what is read unwritten and what is accessed out of bounds.
+"""
+
+import operator
+from functools import cache
+from types import ModuleType, SimpleNamespace
+
+import emulator
+import numpy as np
+
+FUNCTIONS = """abs arange argmax array ascontiguousarray broadcast_to concatenate copyto dot empty
+    empty_like equal exp flip full isfinite log matmul maximum mean minimum moveaxis multiply
+    ones ones_like pad result_type sqrt stack subtract sum tensordot transpose where zeros
+    zeros_like""".split()
+METHODS = "all any argmax astype copy max mean min ravel reshape sum swapaxes transpose".split()
+PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
+GUARDED = """array ascontiguousarray concatenate empty empty_like full ones ones_like stack zeros
+    zeros_like""".split()
+
+
+def refuse(*_, **__):
+    raise TypeError("implicit conversion between NumPy and strict arrays")
+
+
+class ndarray:
+    """A NumPy array behind glass; results of every operation are wrapped, zero axes included."""
+
+    __module__ = "strictarray"
+    __slots__ = ("_array",)
+    __array_ufunc__ = None
+    __array__ = __array_function__ = refuse
+    __hash__ = None
+
+    def __init__(self, array):
+        self._array = array
+
+    def __getitem__(self, key):
+        return wrap(self._array[unwrap(key)], type(self))
+
+    def __setitem__(self, key, value):
+        self._array[unwrap(key)] = unwrap(value)
+
+    def __len__(self):
+        return len(self._array)
+
+    def __bool__(self):
+        return bool(self._array)
+
+    def __int__(self):
+        return int(self._array)
+
+    def __float__(self):
+        return float(self._array)
+
+    def get(self):
+        return self._array.copy()
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self._array.ctypes.data)
+
+    @property
+    def device(self):
+        return SimpleNamespace(id=0)
+
+
+def wrap(value, kind):
+    return kind(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value
+
+
+def unwrap(value):
+    """What is behind the glass; NumPy arrays are refused, numbers, names and dtypes pass."""
+    if isinstance(value, ndarray):
+        return value._array
+    if isinstance(value, list | tuple):
+        return type(value)(map(unwrap, value))
+    return refuse() if isinstance(value, np.ndarray) else value
+
+
+def lifted(function, kind):
+    """A function of NumPy as one of strict arrays of the type `kind`."""
+    def call(*args, **options):
+        options = {name: unwrap(value) for name, value in options.items()}
+        return wrap(function(*map(unwrap, args), **options), kind)
+
+    return call
+
+
+def method(function):
+    return lambda self, *args, **options: lifted(function, type(self))(self, *args, **options)
+
+
+def binary(function, swap=False, keep=False):
+    def call(self, other):
+        if not isinstance(other, ndarray | np.ndarray | np.generic | int | float):
+            return NotImplemented
+        pair = self._array, unwrap(other)
+        result = function(*(reversed(pair) if swap else pair))
+        return self if keep else wrap(result, type(self))
+
+    return call
+
+
+for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
+    _plain = getattr(operator, f"__{_name}__")
+    setattr(ndarray, f"__{_name}__", binary(_plain))
+    setattr(ndarray, f"__r{_name}__", binary(_plain, swap=True))
+    setattr(ndarray, f"__i{_name}__", binary(getattr(operator, f"__i{_name}__"), keep=True))
+for _name in "eq ne lt le gt ge".split():
+    setattr(ndarray, f"__{_name}__", binary(getattr(operator, f"__{_name}__")))
+for _name in "neg pos abs invert".split():
+    setattr(ndarray, f"__{_name}__", method(getattr(operator, f"__{_name}__")))
+for _name in METHODS:
+    setattr(ndarray, _name, method(getattr(np.ndarray, _name)))
+for _name in PROPERTIES:
+    setattr(ndarray, _name,
+            property(lambda self, name=_name: wrap(getattr(self._array, name), type(self))))
+
+
+def guarded(function):
+    """The same function of NumPy, its result between guard pages and 0xFF where not written."""
+    def call(*args, **options):
+        result = function(*args, **options)
+        if any(result is a for a in args):  # ascontiguousarray of what is
+            return result
+        return emulator.guarded(result, blank=function in (np.empty, np.empty_like))
+
+    return call
+
+
+@cache
+def library(name, device=False):
+    """A library of strict arrays to register as sys.modules[`name`].
+
+    As a device it takes CuPy's place: arrays are made between guard pages, empty ones hold NaN,
+    and it runs CUDA.
+    """
+    made = ModuleType(name)
+    made.ndarray = kind = type("ndarray", (ndarray,), {"__module__": name, "__slots__": ()})
+    for f in FUNCTIONS:
+        function = getattr(np, f)
+        setattr(made, f, lifted(guarded(function) if device and f in GUARDED else function, kind))
+    made.add = lifted(np.add, kind)
+    made.add.at = lifted(np.add.at, kind)
+
+    def asarray(a, dtype=None):
+        if isinstance(a, ndarray):
+            return a if dtype in (None, a.dtype) else a.astype(dtype)
+        a = np.array(a, dtype)  # another memory: always a copy
+        return kind(emulator.guarded(a) if device else a)
+
+    made.asarray = asarray
+    if device:
+        kind.copy = method(guarded(np.ndarray.copy))
+        kind.astype = method(guarded(np.ndarray.astype))
+        made.RawModule = emulator.RawModule
+        made.cuda = SimpleNamespace(
+            Device=lambda i=0: SimpleNamespace(
+                id=i, compute_capability="90", attributes={"MultiProcessorCount": 132}),
+            runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1))
+    return made

@@ -1,0 +1,277 @@
+"""Convolution kernels, emulated, through the code that launches them on a GPU.
+
+The specification is `windows.reference` in float64. The tensor-core kernels are given to it with
+both factors rounded to TF32, so that they too must agree to float32's rounding and not merely to
+TF32's: a dropped term of a long sum would hide there.
+"""
+
+import re
+from contextlib import nullcontext
+
+import emulator
+import numpy as np
+import pytest
+from emulator import mutated
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tinyseg as ts
+from tinyseg import windows
+from tinyseg.cuda import exact, source
+from tinyseg.windows import Window, kernels, reference
+
+FEW = settings(max_examples=25, deadline=None, derandomize=True,
+               suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def tf32(x):
+    """The nearest numbers with ten bits of mantissa, ties away from zero."""
+    return ((x.view("uint32") + 0x1000) & 0xFFFFE000).view("float32")
+
+
+def error(ours, truth):
+    """The largest difference, in units of the largest true number."""
+    assert ours.shape == truth.shape and ours.dtype == "float32"
+    return np.abs(ours - truth).max() / max(np.abs(truth).max(), 1e-30)
+
+
+def check(cuda, x, w, window, seed=0, *, full=True, tolerance=3e-6):
+    """All three readings of one convolution against the specification, in float32 or TF32."""
+    rounded = (lambda a: a) if full else tf32
+    wide = [rounded(a).astype("float64") for a in (x, w)]
+    y = reference.correlate(*wide, window)
+    g = np.random.default_rng(seed).standard_normal(y.shape).astype("float32")
+    wide_g, size = rounded(g).astype("float64"), x.shape[1:-1]
+    there = [cuda.asarray(a) for a in (x, w, g)]
+    with exact() if full else nullcontext():
+        ours = (windows.correlate(there[0], there[1], window),
+                windows.correlate_dx(there[2], there[1], size, window),
+                windows.correlate_dw(there[0], there[2], window))
+    truth = (y, reference.correlate_dx(wide_g, wide[1], size, window),
+             reference.correlate_dw(wide[0], wide_g, window))
+    for name, a, b in zip(("y", "dx", "dw"), ours, truth, strict=True):
+        assert error(a.get(), b) < tolerance, name
+
+
+def arrays(size, batch, channels, filters, kernel, seed):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((batch, *size, channels), "float32"),
+            rng.standard_normal((*kernel, channels, filters), "float32"))
+
+
+@st.composite
+def problems(draw, factor):
+    """Sizes, kernel, stride, dilation, padding and border drawn per axis; channels and filters
+    are multiples of `factor`."""
+    rank = draw(st.integers(1, 3))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    kernel, dilation = each(1, 3), each(1, 3)
+    padding = tuple(draw(st.tuples(st.integers(0, 4), st.integers(0, 4))) for _ in range(rank))
+    edge = tuple(draw(st.sampled_from(["zero", "zero", "edge"])) for _ in range(rank))
+    size = tuple(max(n, d * (k - 1) + 1 - sum(p)) for n, k, d, p in
+                 zip(each(1, 8), kernel, dilation, padding, strict=True))
+    window = Window.of(kernel, each(1, 3), padding, dilation, edge)
+    channels, filters = (factor * draw(st.integers(1, 6)) for _ in range(2))
+    return size, draw(st.integers(1, 2)), channels, filters, window
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@FEW
+@given(problems(1), st.integers(0, 99))
+def test_in_float32(cuda, monkeypatch, order, problem, seed):
+    size, batch, channels, filters, window = problem
+    monkeypatch.setattr(emulator, "order", order)
+    check(cuda, *arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@FEW
+@given(problems(8), st.integers(0, 99))
+def test_on_tensor_cores(cuda, monkeypatch, order, problem, seed):
+    size, batch, channels, filters, window = problem
+    monkeypatch.setattr(emulator, "order", order)
+    check(cuda, *arrays(size, batch, channels, filters, window.kernel, seed), window, seed,
+          full=False)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["float32", "tf32"])
+@pytest.mark.parametrize("size, channels, filters, kernel, options", [
+    ((3, 5, 6), 72, 136, (3, 3, 3), {"padding": 2, "dilation": 2}),  # two tiles of filters
+    ((1, 24, 25), 8, 40, (1, 3, 3), {"padding": (0, 1, 1)}),  # three slices of positions
+    ((4, 9, 7), 40, 8, (1, 1, 1), {"stride": 2}),  # inputs that no tap reaches
+    ((6, 7, 5), 8, 16, (2, 3, 3), {"padding": ((1, 0), 4, 4), "dilation": (1, 4, 4),
+                                   "padding_mode": ("edge", "zero", "zero")}),
+    ((17, 15), 3, 64, (7, 7), {"stride": 2, "padding": 3}),  # a stem: too many taps for a mask
+])
+def test_the_shapes_of_networks(cuda, full, size, channels, filters, kernel, options):
+    tensor_cores = channels % 8 == 0 and np.prod(kernel) <= 32
+    check(cuda, *arrays(size, 2, channels, filters, kernel, 1),
+          Window.of(kernel, **options), full=full or not tensor_cores)
+
+
+def test_every_order_gives_the_same_bits(cuda, monkeypatch):
+    x, w = (cuda.asarray(a) for a in arrays((4, 9, 11), 2, 16, 24, (3, 3, 3), 2))
+    window = Window.of((3, 3, 3), 1, 1)
+    results = set()
+    for order in emulator.ORDERS:
+        monkeypatch.setattr(emulator, "order", order)
+        y = windows.correlate(x, w, window)
+        results.add((y.get().tobytes(), windows.correlate_dw(x, y, window).get().tobytes(),
+                     windows.correlate_dx(y, w, (4, 9, 11), window).get().tobytes()))
+    assert len(results) == 1
+
+
+@FEW
+@given(problems(1), st.integers(0, 99))
+def test_columns(cuda, problem, seed):
+    """Explicit im2col times the kernel is the convolution, and fold is the adjoint of unfold."""
+    size, batch, channels, filters, window = problem
+    x, w = arrays(size, batch, channels, filters, window.kernel, seed)
+    columns = kernels.unfold(cuda.asarray(x), window).get()
+    y = reference.correlate(x.astype("float64"), w.astype("float64"), window)
+    assert error((columns.reshape(-1, w[..., 0].size) @ w.reshape(-1, filters)).reshape(y.shape),
+                 y) < 3e-6
+    g = np.random.default_rng(seed).standard_normal(columns.shape).astype("float32")
+    folded = kernels.fold(cuda.asarray(g), size, window).get()
+    left, right = (columns.astype("float64") * g).sum(), (x.astype("float64") * folded).sum()
+    assert abs(left - right) < 1e-5 * (np.abs(columns * g).sum() + 1)
+
+
+@given(size=st.integers(1, 12), kernel=st.integers(1, 5), stride=st.integers(1, 4),
+       dilation=st.integers(1, 5), before=st.integers(0, 9))
+def test_combs_hold_every_pair_of_tap_and_output_once(size, kernel, stride, dilation, before):
+    """(input, tap, output) of the definition are those of the combs."""
+    truth = {(p * stride + k * dilation - before, k, p) for p in range(-50, 50)
+             for k in range(kernel) if 0 <= p * stride + k * dilation - before < size}
+    found = []
+    for start, count, taps, step, padding in kernels.combs(size, kernel, stride, dilation, before):
+        if taps is not None:
+            found += [(start + i * stride, k, i - padding + j * step) for i in range(count)
+                      for j, k in enumerate(range(kernel)[taps])]
+    assert len(found) == len(set(found)) and set(found) == truth
+
+
+def test_geometry_is_the_struct_of_the_source():
+    struct = re.search(r"struct Geometry \{(.*?)\};", source("conv_simt"), re.S)[1]
+    fields = re.findall(r"(\w+)(\[3\])?[,;]", re.sub(r"//.*", "", struct))
+    assert [name for name, _ in fields] == list(kernels.GEOMETRY.names)
+    assert all((kernels.GEOMETRY[name].shape == (3,)) == bool(axes) for name, axes in fields)
+    assert kernels.GEOMETRY.itemsize == 4 * (3 + 3 * 9)
+
+
+def test_what_the_kernels_do_not_count_is_refused():
+    with pytest.raises(ValueError, match="smaller batch or patch"):
+        kernels._geometry((2, 2**10, 2**10, 2**10, 8), 8, (1, 1, 1), (1, 1, 1), 1, 1, 0)
+    with pytest.raises(ValueError, match="output"):
+        kernels._geometry((2, 8, 8, 8, 8), 8, (1, 1, 1), (1, 1, 1), 1, 1, 0, (2**10,) * 3)
+
+
+def test_who_computes_what(cuda, monkeypatch):
+    """Float32 on the GPU up to rank three goes to the kernels; all else to the reference."""
+    launched = []
+    monkeypatch.setattr(kernels.cuda, "launch", lambda *a, **k: launched.append((a[0], a[1])))
+
+    def conv(rank, channels, filters, dtype="float32", where=cuda, k=1):
+        x, w = arrays((3,) * rank, 1, channels, filters, (k,) * rank, 0)
+        windows.correlate(*(where.asarray(a.astype(dtype)) for a in (x, w)), Window.of((k,) * rank))
+        return launched.pop()[0] if launched else "reference"
+
+    assert conv(3, 8, 8) == conv(2, 8, 16, k=3) == conv(1, 64, 8) == "conv_mma"
+    assert conv(3, 4, 8) == conv(3, 8, 3) == conv(3, 8, 4) == "conv_simt"
+    assert conv(4, 8, 8) == conv(3, 8, 8, "float64") == conv(3, 8, 8, where=np) == "reference"
+    with exact():
+        assert conv(3, 8, 8) == "conv_simt"
+    assert conv(3, 8, 8) == "conv_mma"
+
+
+def test_unaligned_and_strided_arrays(cuda):
+    """What is not contiguous, or starts where 16-byte loads cannot, is copied first."""
+    rng = np.random.default_rng(3)
+    flat = rng.standard_normal(1 + 2 * 5 * 6 * 8).astype("float32")
+    there = cuda.asarray(flat)
+    window, w = Window.of((3, 3), padding=1), rng.standard_normal((3, 3, 8, 8), "float32")
+    x = flat[1:].reshape(2, 5, 6, 8)
+    for ours, truth in ((there[1:].reshape(2, 5, 6, 8), x),
+                        (there[1:].reshape(2, 6, 5, 8).swapaxes(1, 2),
+                         flat[1:].reshape(2, 6, 5, 8).swapaxes(1, 2))):
+        with exact():
+            y = windows.correlate(ours, cuda.asarray(w), window)
+        assert error(y.get(), reference.correlate(truth.astype("float64"), w, window)) < 3e-6
+
+
+def test_an_operation_on_tensors(cuda):
+    """ops.conv on the stand-in, bias included, equals it on NumPy."""
+    x, w = arrays((5, 6), 2, 8, 16, (3, 3), 4)
+    b, results = np.arange(16, dtype="float32"), []
+    for library in (np, cuda):
+        leaves = [ts.Tensor(library.asarray(a), requires_grad=True) for a in (x, w, b)]
+        with exact():
+            y = ts.ops.conv(*leaves, padding=1, stride=2)
+            (y * y).sum().backward()
+        results.append([ts.to_numpy(a) for a in (y.data, *(leaf.grad for leaf in leaves))])
+    for ours, theirs in zip(*results, strict=True):
+        assert error(theirs, ours) < 3e-6
+
+
+# Planted bugs: each is found as a fault or as a wrong number, in one of the orders.
+
+SYNC = "    __syncthreads();\n"
+BUGS = [
+    ("conv_simt", "if (more) store(buffer ^ 1);\n" + SYNC, "if (more) store(buffer ^ 1);\n"),
+    ("conv_simt", "term < terms && inside(at, g)", "term < terms"),
+    ("conv_simt", "row < terms && column < g.filters", "row < terms"),
+    ("conv_simt", "if (row + i >= count) break;", ""),
+    ("conv_simt", "if (column + j < g.filters) out", "out"),
+    ("conv_simt", "term < end && column < g.filters", "column < g.filters"),
+    ("conv_simt", "locate(term + 2 * DEPTH, buffer)", "locate(term + 2 * DEPTH, buffer ^ 1)"),
+    ("conv_simt", "(unsigned)p.h < (unsigned)g.size[1] &&", ""),
+    ("conv_mma", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();"),
+    ("conv_mma", SYNC[:-1] + " " * 41 + "// this", "    // this"),
+    ("conv_mma", "fill((turn + STAGES - 1) % STAGES)", "fill(turn % STAGES)"),
+    ("conv_mma", "valid[i] >> next_tap & 1 && channel < g.channels", "valid[i] >> next_tap & 1"),
+    ("conv_mma", "ok ? x + (long long)(from[i] + step) * g.channels + channel : x, ok",
+     "x + (long long)(from[i] + step) * g.channels + channel, true"),
+    ("conv_mma", "next_channel + term < g.channels && column < g.filters", "column < g.filters"),
+    ("conv_mma", "locate(turn + STAGES);", "locate(turn + STAGES - 1);"),
+    ("conv_mma", "position < end && b_column < g.filters", "b_column < g.filters"),
+    ("conv_mma", "a_row < count && inside(at, g)", "a_row < count"),
+    ("conv_mma", "e % 2 * 8 + e / 2 * 4 * A_PITCH", "e / 2 * 8 + e % 2 * 4 * A_PITCH"),
+    ("conv_mma", "tf32(left[i][e])", "left[i][e]"),
+    ("unfold", "from % stride == 0 &&", ""),
+    ("unfold", "&& from / stride < positions", ""),
+]
+
+
+def every_body(cuda):
+    """Few convolutions that together reach every line of the sources."""
+    window = Window.of((3, 3, 3), 1, 1)
+    for channels, filters in ((40, 24), (8, 72)):
+        problem = arrays((5, 9, 7), 1, channels, filters, (3, 3, 3), 5)
+        check(cuda, *problem, window)
+        check(cuda, *problem, window, full=False)
+    window = Window.of((3, 2), 2, 1)
+    x, _ = arrays((6, 7), 1, 5, 3, (3, 2), 6)
+    columns = kernels.unfold(cuda.asarray(x), window)
+    expected = reference.correlate_dx(columns.get().reshape(1, 3, 4, -1).astype("float64"),
+                                      np.eye(30).reshape(3, 2, 5, 30), (6, 7), window)
+    assert error(kernels.fold(columns, (6, 7), window).get(), expected) < 1e-6
+
+
+def test_no_bug_is_planted(cuda):
+    every_body(cuda)
+
+
+@pytest.mark.parametrize("file, sound, broken", BUGS)
+def test_planted_bugs_are_found(cuda, monkeypatch, file, sound, broken):
+    found = []
+    with mutated(file, sound, broken):
+        for order in emulator.ORDERS:
+            monkeypatch.setattr(emulator, "order", order)
+            try:
+                every_body(cuda)
+            except (AssertionError, emulator.Fault) as error:
+                found.append(error)
+    assert found

@@ -1,0 +1,78 @@
+"""Whole networks on emulated kernels: every operation of training and inference takes its GPU path
+and gives what NumPy gives."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import tinyseg as ts
+from tinyseg import cuda, infer, losses, models, nn, optim, train
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One basic block in each of two layers: small, with every kind of layer."""
+    monkeypatch.setitem(models.BACKBONES, "tiny", ((1, 1, 0, 0), False))
+    return "tiny"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """{file: kernels} of all launches."""
+    found, launch = {}, cuda.launch
+
+    def record(file, kernel, *arguments, **options):
+        found.setdefault(file, set()).add(kernel)
+        launch(file, kernel, *arguments, **options)
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("tinyseg")]:
+        if getattr(module, "launch", None) is launch:
+            monkeypatch.setattr(module, "launch", record)
+    return found
+
+
+def curve(library, net, size, make, steps=3):
+    """Losses of a few steps and the state they left, in host memory."""
+    net = nn.to_device(net, library)
+    rng = np.random.default_rng(1)
+    images = rng.standard_normal((2, *size, 1), "float32")
+    labels = rng.integers(0, 3, (2, *size))
+    labels[0, :2] = 255
+    records = train.fit(net, lambda _: (images, labels),
+                        lambda z, t: losses.dice_cross_entropy(z, t, 255),
+                        make(net.parameters()), steps, clip=1.0)
+    values = [record.loss for record in records]
+    return values, {name: ts.to_numpy(a) for name, a in net.state().items()}
+
+
+@pytest.mark.parametrize("rank, size, make, options", [
+    (2, (17, 20), lambda ps: optim.AdamW(ps, 1e-3), {}),
+    (3, (3, 9, 10), lambda ps: optim.SGD(ps, 1e-2, 0.9, True, 1e-4),
+     {"depth_padding": "edge", "depth_stride": 1}),
+])
+def test_training(cuda, tiny, launched, rank, size, make, options):
+    net = models.resnet_seg(tiny, rank=rank, in_channels=1, classes=3, **options)
+    values, state = curve(np, net.copy(), size, make)
+    with ts.cuda.exact():
+        ours, theirs = curve(cuda, net.copy(), size, make)
+    assert np.allclose(values, ours, rtol=1e-4)
+    for name, array in state.items():
+        moved = array - net.state()[name]
+        assert np.linalg.norm(theirs[name] - array) <= 1e-2 * np.linalg.norm(moved) + 1e-6, name
+    rough, _ = curve(cuda, net.copy(), size, make)
+    assert np.allclose(values, rough, rtol=1e-2) and rough != ours
+    assert set(launched) == {"conv_simt", "conv_mma", "norm", "pool", "upsample", "loss", "optim"}
+    assert launched["norm"] >= {"moments", "normalize", "adjoint_sums", "normalize_dx"}
+    assert launched["conv_mma"] == launched["conv_simt"] == {"correlate", "correlate_dw"}
+
+
+def test_inference_and_files(cuda, tiny, tmp_path):
+    """A network on the GPU predicts what its file does on the CPU."""
+    net = models.resnet_seg(tiny, rank=3, in_channels=2, classes=3)
+    volume = np.random.default_rng(2).standard_normal((9, 13, 11, 2), "float32")
+    ts.save(tmp_path / "net.npz", nn.to_device(net, cuda))
+    truth = infer.sliding_window(ts.load(tmp_path / "net.npz"), volume, (8, 9, 10))
+    with ts.cuda.exact():
+        ours = infer.sliding_window(net, volume, (8, 9, 10))
+    assert isinstance(ours, np.ndarray) and np.abs(ours - truth).max() < 1e-4 * np.abs(truth).max()

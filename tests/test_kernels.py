@@ -1,0 +1,538 @@
+"""The CUDA sources: the emulator that they are tested in, NVIDIA's compiler, and the loader.
+
+What each kernel computes is tested beside the function that specifies it; here stands what all of
+them share.
+"""
+
+import ctypes
+import importlib.util
+import re
+from pathlib import Path
+
+import emulator
+import numpy as np
+import pytest
+from emulator import Fault, mutated
+
+from tinyseg.cuda import launch, loader, serves, signatures, source
+
+FILES = sorted(path.stem for path in loader.FOLDER.glob("*.cu"))
+VARIANTS = {  # {file: [constants of each way that the library compiles it]}; otherwise [{}]
+    "conv_mma": [{}, {"COLUMNS": 64, "WARP_COLUMNS": 32, "STAGES": 4}],
+    "norm": [{}, {"VECTOR": 1}],
+    "pool": [{}, {"VECTOR": 1}],
+    "upsample": [{"ROWS": rows} for rows in (1, 2, 4)],
+    "loss": [{"CLASSES": classes} for classes in (2, 3, 32)],
+}
+
+
+# The emulator
+
+COMMON = (loader.FOLDER / "common.cuh").read_text()
+KERNELS = COMMON + r'''
+struct Line { float slope; int offset[2]; long long n; };
+
+extern "C" __global__ void __launch_bounds__(256, 2) total(const float* __restrict__ x,
+                                                           float* __restrict__ y, int n) {
+  __shared__ float part[256];
+  const int t = threadIdx.x, i = blockIdx.x * 256 + t;
+  part[t] = i < n ? x[i] : 0;
+  __syncthreads();
+  for (int half = 128; half; half /= 2) {
+    if (t < half) part[t] += part[t + half];
+    __syncthreads();
+  }
+  if (t == 0) y[blockIdx.x] = part[0];
+}
+
+extern "C" __global__ void line(Line a, float b, long long c, const int* x, float* y) {
+  const long long i = threadIdx.x + threadIdx.y * blockDim.x + blockIdx.y * blockDim.x * blockDim.y;
+  if (i < a.n) y[i] = a.slope * (x ? x[i] : 1) + a.offset[0] + a.offset[1] * b + c;
+}
+
+// Named like a function of the C library.
+extern "C" __global__ void sync(float* y, int at, float v) { y[at + (int)threadIdx.x] = v; }
+
+extern "C" __global__ void warps(const float* x, float* y, int n) {
+  const int t = threadIdx.x;
+  const float v = x[t];
+  y[t] = warp_sum(v);
+  y[t + n] = __shfl_down_sync(0xffffffffu, v, 3);
+  y[t + 2 * n] = __shfl_up_sync(0xffffffffu, v, 3, 8);
+  y[t + 3 * n] = __shfl_sync(0xffffffffu, v, 5, 16);
+  y[t + 4 * n] = __ballot_sync(0xffffffffu, v > 0) >> t % 32 & 1;
+  y[t + 5 * n] = __any_sync(0xffffffffu, v > 1.5f) + 2 * __all_sync(0xffffffffu, v > -9);
+  y[t + 6 * n] = __syncthreads_count(v > 0);
+}
+
+extern "C" __global__ void copies(const float* x, float* y, float* z) {
+  DYNAMIC_SHARED(memory);
+  float* a = (float*)memory;
+  const int t = threadIdx.x;
+  copy_async(a + 4 * t, x + 4 * t, true);
+  copy_commit();
+  copy_async(a + 128 + 4 * t, t % 2 ? x + 4 * t : x - 4, t % 2);
+  copy_commit();
+  copy_wait<1>();
+  __syncthreads();
+  for (int i = 0; i < 4; ++i) y[4 * t + i] = a[127 - 4 * t - i], z[4 * t + i] = a[128 + 4 * t + i];
+  copy_wait<0>();
+  __syncthreads();
+  for (int i = 0; i < 4; ++i) y[4 * t + i + 128] = a[128 + 4 * t + i];
+}
+
+extern "C" __global__ void product(const float* a, const unsigned* b, float* d) {
+  __shared__ __align__(16) float m[4][8][4];
+  const int l = threadIdx.x, g = l / 4, t = l % 4;
+  for (int i = 0; i < 4; ++i) m[i][g][t] = a[(g + i % 2 * 8) * 8 + t + i / 2 * 4];
+  __syncwarp();
+  unsigned r[4];
+  load_matrices(r, m[l / 8][l % 8]);
+  float sum[4] = {d[g * 8 + 2 * t], d[g * 8 + 2 * t + 1], d[g * 8 + 64 + 2 * t], 0};
+  multiply_tf32(sum, r, b[t * 8 + g], b[(t + 4) * 8 + g]);
+  multiply_tf32(sum, r, b[t * 8 + g], b[(t + 4) * 8 + g]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+extern "C" __global__ void conflicts(int pitch) {
+  DYNAMIC_SHARED(memory);
+  unsigned r[4];
+  load_matrices(r, memory + threadIdx.x % 8 * pitch);
+}
+
+extern "C" __global__ void poison(float* y) {
+  __shared__ float fixed;
+  DYNAMIC_SHARED(memory);
+  y[2 * blockIdx.x] = fixed;
+  y[2 * blockIdx.x + 1] = *(float*)memory;
+  fixed = *(float*)memory = 1;
+}
+
+extern "C" __global__ void leave(float* y) {
+  if (threadIdx.x >= 40) return;
+  __syncthreads();
+  y[threadIdx.x] = 1;
+}
+
+extern "C" __global__ void numbers(const float* x, float* y) {
+  y[0] = x[0] * x[0];
+  y[1] = max(x[1], 2.f);
+  y[2] = fminf(3.f, x[1]);
+  y[3] = min(4, 5u);
+  y[4] = __int_as_float(0x40a00000) + tf32(1);
+  y[5] = fmaf(3.f, 1.f, 3.f) + abs(-.5f) + sqrt(.25f);
+  y[6] = atomicAdd(y + 7, 2);
+}
+
+extern "C" __global__ void fault(int which, int zero, float* y) {
+  __shared__ float tile[32];
+  DYNAMIC_SHARED(memory);
+  unsigned r[4];
+  const int t = threadIdx.x;
+  float v = 0;
+  if (which == 0) y[0] = 7 / zero;
+  if (which == 1) *(float4*)(y + 1 + zero) = make_float4(1, 2, 3, 4);
+  if (which == 2) y[0] = tile[32 + zero];
+  if (which == 3) y[0] = ((float*)memory)[32 + t];
+  if (which == 4 && t < 32) __syncthreads();
+  if (which == 4 && t >= 32) __syncthreads();
+  if (which == 5 && t > 3) v = warp_sum(v);
+  if (which == 6) { if (t % 2) __syncwarp(); else v = warp_sum(v); }
+  if (which == 7) __syncwarp(0xffff);
+  if (which == 8) copy_async(y, y, true);
+  if (which == 9) copy_async(memory, y + 1, true);
+  if (which == 10) load_matrices(r, y);
+  if (which == 11) { v = warp_sum(v);
+                     if (t < 32) __syncthreads();
+                     __syncthreads(); }
+  if (which == 12) for (;;) copy_async(memory, y, true);
+  if (which == 13) for (volatile int i = 0;; ++i) {}
+  y[t] = v + r[0];
+}
+'''
+
+
+@pytest.fixture
+def kernel(cuda):
+    return cuda.RawModule(code=KERNELS).get_function
+
+
+@pytest.fixture(params=emulator.ORDERS)
+def order(request, monkeypatch):
+    monkeypatch.setattr(emulator, "order", request.param)
+    return request.param
+
+
+def i32(*values):
+    return tuple(map(np.int32, values))
+
+
+def test_a_reduction_over_a_block(cuda, kernel, order):
+    x = np.arange(1000, dtype="float32")
+    y = cuda.empty(4, "float32")
+    kernel("total")((4,), (256,), (cuda.asarray(x), y, *i32(1000)))
+    assert (y.get() == np.pad(x, (0, 24)).reshape(4, 256).sum(1)).all()
+
+
+@pytest.mark.parametrize("line", [0, 1])
+def test_a_missing_barrier_shows(cuda, monkeypatch, line):
+    pieces = KERNELS.split("__syncthreads();")
+    code = "".join(p + "__syncthreads();" * (i != line) for i, p in enumerate(pieces[:-1]))
+    module = cuda.RawModule(code=code + pieces[-1])
+    wrong = 0
+    for o in emulator.ORDERS:
+        monkeypatch.setattr(emulator, "order", o)
+        y = cuda.empty(1, "float32")
+        module.get_function("total")((1,), (256,), (cuda.ones(256, "float32"), y, *i32(256)))
+        wrong += not y.get() == 256
+    assert wrong
+
+
+def test_arguments_by_value(cuda, kernel, order):
+    fields = [("slope", "f4"), ("offset", "i4", 2), ("n", "i8")]
+    values = np.array([(0.5, (3, 4), 22)], np.dtype(fields, align=True))
+    x = np.arange(24, dtype="int32")
+    for there, factor in (cuda.asarray(x), x), (np.uintp(0), np.ones(24)):
+        y = cuda.empty(24, "float32")
+        arguments = values, np.float32(0.25), np.int64(2**20), there, y
+        kernel("line")((1, 2), (4, 3), arguments)
+        assert (y.get()[:22] == 0.5 * factor[:22] + 4 + 2**20).all()
+        assert np.isnan(y.get()[22:]).all()
+    with pytest.raises(TypeError, match=r"argument 0 .*\(20 bytes\).* expects 24"):
+        kernel("line")((1, 2), (4, 3), (np.zeros(1, fields), *arguments[1:]))
+
+
+def test_calls_of_a_warp(cuda, kernel, order):
+    v = np.random.default_rng(0).standard_normal(64).astype("float32")
+    y = cuda.empty((7, 64), "float32")
+    kernel("warps")((1,), (64,), (cuda.asarray(v), y, *i32(64)))
+    sums, down, up, one, ballot, votes, count = y.get()
+    lane = np.arange(64) % 32
+    at = np.arange(64)
+    assert np.allclose(sums, np.repeat(v.reshape(2, 32).sum(1), 32), atol=1e-5)
+    assert len(set(sums[:32])) == len(set(sums[32:])) == 1
+    assert (down == v[np.where(lane + 3 < 32, at + 3, at)]).all()
+    assert (up == v[np.where(at % 8 >= 3, at - 3, at)]).all()
+    assert (one == v[at // 16 * 16 + 5]).all()
+    assert (ballot == (v > 0)).all() and (count == (v > 0).sum()).all()
+    assert (votes.reshape(2, 32) == (v.reshape(2, 32) > 1.5).any(1)[:, None] + 2).all()
+
+
+def test_asynchronous_copies(cuda, kernel, order):
+    x = np.arange(128, dtype="float32")
+    y, z = cuda.empty(256, "float32"), cuda.empty(128, "float32")
+    kernel("copies")((1,), (32,), (cuda.asarray(x), y, z), shared_mem=1024)
+    late = np.isnan(z.get()).mean()  # of the second group, when only the first was waited for
+    assert (0 < late < 1) if order == "random" else late == 1
+    first, second = y.get().reshape(2, 128)
+    assert (first == x[::-1]).all()
+    assert (second == np.where(np.arange(128) // 4 % 2, x, 0)).all()
+
+
+def test_a_product_in_tf32(cuda, kernel, order):
+    rng = np.random.default_rng(1)
+    a, b, d = (rng.standard_normal(n).astype("float32") for n in ((16, 8), (8, 8), (16, 8)))
+    d[8:, 1::2] = 0
+    there = cuda.asarray(d)
+    kernel("product")((1,), (32,), (cuda.asarray(a), cuda.asarray(b.view("uint32")), there))
+    cut = [(m.view("uint32") & 0xFFFFE000).view("float32") for m in (a, b)]
+    exact = d + 2 * cut[0].astype("float64") @ cut[1]
+    assert np.allclose(there.get(), exact, atol=1e-5)
+    assert not np.allclose(there.get(), d + 2 * a @ b, atol=1e-5)
+
+
+@pytest.mark.parametrize("pitch, extra", [(16, 0), (32, 4), (64, 12), (128, 28), (144, 0)])
+def test_bank_conflicts_are_counted(kernel, pitch, extra):
+    emulator.statistics.clear()
+    kernel("conflicts")((2,), (64,), i32(pitch), shared_mem=2048)
+    counted = emulator.statistics["conflicts"]
+    assert counted["matrices"] == 4 and counted["conflicts"] == 4 * extra
+
+
+def test_shared_memory_starts_as_nan(cuda, kernel):
+    y = cuda.zeros(6, "float32")
+    kernel("poison")((3,), (1,), (y,), shared_mem=4)
+    assert np.isnan(y.get()).all()
+
+
+def test_threads_that_left_are_not_waited_for(cuda, kernel, order):
+    y = cuda.empty(64, "float32")
+    kernel("leave")((1,), (64,), (y,))
+    assert (y.get()[:40] == 1).all() and np.isnan(y.get()[40:]).all()
+
+
+def test_numbers(cuda, kernel):
+    y = cuda.zeros(8, "float32")
+    kernel("numbers")((1,), (1,), (cuda.asarray(np.array([1e-20, np.nan], "float32")), y))
+    assert y.get().tolist() == [0, 2, 3, 4, 5 + 4097, 7, 0, 2]
+    assert np.float32(1e-20) * np.float32(1e-20) > 0  # no subnormal numbers there, but here
+
+
+@pytest.mark.parametrize("flush, at, n, where", [
+    ("end", 60, 64, None), ("end", 61, 64, "0 bytes past the end"), ("end", 70, 64, "24 bytes"),
+    ("start", 0, 64, None), ("start", -1, 64, "4 bytes before"), ("end", 0, 3, None),
+    ("end", 1, 3, "4 bytes past the end"),  # 12 bytes; arrays start at multiples of 16
+])
+def test_guard_pages(cuda, kernel, monkeypatch, flush, at, n, where):
+    monkeypatch.setattr(emulator, "flush", flush)
+    y = cuda.zeros(n, "float32")
+    arguments = y, *i32(at), np.float32(1)
+    if where is None:
+        kernel("sync")((1,), (4 if n > 4 else 3,), arguments)
+        return
+    with pytest.raises(Fault, match=rf"sync: block \(0, 0, 0\), thread \(\d, 0, 0\) .*{where}.* "
+                                    r"argument 0, float32 of shape \(\d+,\), line \d+: extern"):
+        kernel("sync")((1,), (4,), arguments)
+
+
+@pytest.mark.parametrize("which, message", [
+    (0, "divides by zero, line .*7 / zero"), (1, r"misaligned, line .*float4"),
+    (2, r"outside an array.*tile\[32"), (3, r"accesses .*memory\)\[32 \+ t\]"),
+    (4, "comes to this barrier while others wait at another"), (5, "never come to this call"),
+    (6, "wait in another"), (7, "a part of its warp, line .*syncwarp"), (8, "not shared memory"),
+    (9, "copies across 16 bytes"), (10, "loads what is not shared"), (11, "at another one"),
+    (12, "waits for none of its copies"), (13, "still runs after 0.2 s, line .*volatile"),
+])
+def test_faults(cuda, kernel, monkeypatch, order, which, message):
+    monkeypatch.setattr(emulator, "seconds", 0.2)
+    y = cuda.empty(64, "float32")
+    with pytest.raises(Fault, match=f"fault: block .*{message}"):
+        kernel("fault")((1,), (64,), (*i32(which, 0), y), shared_mem=128)
+    test_a_reduction_over_a_block(cuda, kernel, order)  # and all is well again
+
+
+def test_a_null_pointer_is_a_fault(kernel):
+    with pytest.raises(Fault, match="address 0x4"):
+        kernel("sync")((1,), (1,), (np.uintp(0), *i32(1), np.float32(1)))
+
+
+@pytest.mark.parametrize("grid, block, shared, message", [
+    ((0,), (1,), 0, "grid"), ((1, 65536), (1,), 0, "grid"), ((1,), (1025,), 0, "1024"),
+    ((1,), (32, 33), 0, "1024"), ((1,), (1,), (48 << 10) + 1, "49152 are allowed"),
+])
+def test_limits_of_a_launch(cuda, kernel, grid, block, shared, message):
+    with pytest.raises(Fault, match=message):
+        kernel("sync")(grid, block, (cuda.zeros(2048, "float32"), *i32(0), np.float32(1)),
+                       shared_mem=shared)
+
+
+def test_limits_of_a_kernel(cuda, kernel):
+    with pytest.raises(Fault, match="256"):
+        kernel("total")((1,), (288,), (cuda.zeros(4, "float32"), cuda.zeros(1, "float32"), *i32(4)))
+    with pytest.raises(Fault, match="no kernel"):
+        kernel("none")
+    y = cuda.zeros(2, "float32")
+    function = kernel("poison")
+    function.max_dynamic_shared_size_bytes = 100_000
+    function((1,), (1,), (y,), shared_mem=100_000)
+    with pytest.raises(Fault, match="100000 are allowed"):
+        function((1,), (1,), (y,), shared_mem=100_001)
+    with pytest.raises(Fault, match="a block has"):
+        function.max_dynamic_shared_size_bytes = (227 << 10) + 1
+
+
+def test_wrong_arguments(cuda, kernel):
+    y = cuda.zeros(4, "float32")
+    good = y, *i32(0), np.float32(1)
+    for wrong in (good[:2], (*good, y), (y, 0, good[2]), (y, np.int64(0), good[2]),
+                  (y.get(), *good[1:]), (y, y, good[2]), (np.float32(1), *good[1:]),
+                  (None, *good[1:])):
+        with pytest.raises(TypeError, match="sync"):
+            kernel("sync")((1,), (1,), wrong)
+
+
+def test_a_source_that_does_not_compile(cuda):
+    with pytest.raises(Fault, match="(?s)kernel.cu:2.*nowhere"):
+        cuda.RawModule(code='\nextern "C" __global__ void f() { nowhere(); }').get_function("f")
+
+
+def test_memory_of_the_stand_in(cuda):
+    for a in (cuda.empty((2, 3), "float32"), cuda.empty_like(cuda.zeros(6, "float32"))):
+        assert np.isnan(a.get()).all() and a.data.ptr % 16 == 0 and a.device.id == 0
+    assert (cuda.empty(3, "int32").get() == -1).all() and cuda.zeros((0, 3)).shape == (0, 3)
+    a = cuda.asarray(np.arange(6.0, dtype="float32").reshape(2, 3))
+    assert not a.T.flags.c_contiguous and cuda.ascontiguousarray(a).data.ptr == a.data.ptr
+    assert (cuda.ascontiguousarray(a.T).get() == a.get().T).all()
+    assert cuda.empty_like(a.T).strides == a.T.strides == (4, 12)  # as CuPy's
+    assert np.isnan(cuda.empty_like(a.T).get()).all()
+    a.reshape(-1)[0] = 7
+    assert a.get()[0, 0] == 7 and (cuda.stack([a, a]).get()[1] == a.get()).all()
+
+
+# NVIDIA's compiler
+
+
+def nvrtc():
+    """Where the runtime compiler of PyPI is, which needs neither a GPU nor a driver; or None."""
+    spec = importlib.util.find_spec("nvidia")
+    return next((p for place in (spec.submodule_search_locations if spec else ())
+                 for p in sorted(Path(place).glob("*/lib/libnvrtc.so.*"))), None)
+
+
+def compiled(code, *options):
+    """The log of a compilation with what CuPy adds to the options; AssertionError if it fails."""
+    library = ctypes.CDLL(str(nvrtc()))
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None,
+                                      None) == 0
+    options = ["-std=c++17", "-ftz=true", "--device-as-default-execution-space",
+               "--ptxas-options=-v", *options]
+    failed = library.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    assert not failed, log.value.decode()
+    return log.value.decode()
+
+
+needs_nvrtc = pytest.mark.skipif(not nvrtc(), reason="needs the package nvidia-cuda-nvrtc")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("file, constants", [
+    pytest.param(f, c, id="-".join([f, *(f"{k}={v}" for k, v in c.items())]))
+    for f in FILES for c in VARIANTS.get(f, [{}])])
+def test_nvidia_compiles(file, constants, arch):
+    log = compiled(source(file), f"-arch={arch}", *(f"-D{k}={v}" for k, v in constants.items()))
+    kernels = re.findall(r"Compiling entry function '(\w+)' for", log)
+    assert sorted(kernels) == sorted(signatures(file))
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) >= len(kernels) and set(spills) == {("0", "0")}, log
+    assert not re.search(r"kernel\.cu\(\d+\): warning", log), log
+
+
+@needs_nvrtc
+def test_nvidia_and_the_emulator_take_the_same_sources():
+    compiled(KERNELS, "-arch=sm_80")
+    with pytest.raises(AssertionError, match="nowhere"):
+        compiled("__global__ void f() { nowhere(); }", "-arch=sm_80")
+
+
+# The loader
+
+TINY = '''// A source and its header.
+#include "tiny.cuh"
+#ifndef FACTOR
+#define FACTOR 2
+#endif
+struct Shift { int by; float scale; };
+
+// y = FACTOR (x + by) scale + z, where there is z
+extern "C" __global__ void __launch_bounds__(128) apply(
+    const float* __restrict__ x, const float* z, float* __restrict__ y, int n, long long skip,
+    float bias, Shift shift) {
+  const int i = threadIdx.x + blockIdx.x * blockDim.x;
+  if (i < n)
+    y[i + skip] = FACTOR * twice((x[i] + shift.by) * shift.scale / 2) + (z ? z[i] : 0) + bias;
+}
+extern "C" __global__ void big(float* y) {
+  DYNAMIC_SHARED(memory);
+  memory[threadIdx.x] = 3;
+  y[threadIdx.x] = memory[threadIdx.x];
+}
+'''
+SHIFT = np.dtype([("by", "i4"), ("scale", "f4")])
+
+
+@pytest.fixture
+def tiny(cuda, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "FOLDER", tmp_path)
+    emulator.forget()
+    (tmp_path / "tiny.cu").write_text(TINY)
+    (tmp_path / "tiny.cuh").write_text(
+        COMMON + "__device__ __forceinline__ float twice(float v) { return v + v; }\n")
+    yield cuda
+    emulator.forget()
+
+
+def apply(library, grid=(2,), block=(8,), shared=0, constants=(), **changes):
+    """The result of a launch of `apply` on 0..9 with some arguments changed."""
+    arguments = {"x": library.asarray(np.arange(10, dtype="float32")), "z": None,
+                 "y": library.empty(10, "float32"), "n": 10, "skip": 0, "bias": 0.5,
+                 "shift": np.array((1, 3.0), SHIFT)[()]} | changes
+    launch("tiny", "apply", grid, block, *arguments.values(), shared=shared, **dict(constants))
+    return arguments["y"].get()
+
+
+def test_a_launch(tiny):
+    x = np.arange(10)
+    assert signatures("tiny") == {
+        "apply": [("float*", "x"), ("float*", "z"), ("float*", "y"), ("int", "n"),
+                  ("long long", "skip"), ("float", "bias"), ("Shift", "shift")],
+        "big": [("float*", "y")]}
+    assert (apply(tiny) == 6 * (x + 1) + 0.5).all()
+    assert (apply(tiny, constants={"FACTOR": 5}) == 15 * (x + 1) + 0.5).all()
+    assert (apply(tiny, z=tiny.asarray(x.astype("float32"))) == 7 * x + 6.5).all()
+    assert (apply(tiny, n=np.int64(10), shift=np.array([(0, 0)], SHIFT)) == 0.5).all()
+
+
+def test_a_header_becomes_part_of_the_source(tiny):
+    assert "#include" not in source("tiny") and "twice(float v)" in source("tiny")
+
+
+@pytest.mark.parametrize("error, words, changes", [
+    (TypeError, "tiny.apply: x is float64; expected float32", {"x": lambda lib: lib.zeros(10)}),
+    (ValueError, "x is not contiguous", {"x": lambda lib: lib.zeros((10, 2), "float32")[:, 0]}),
+    (TypeError, "z is a ndarray; expected an array on the GPU",
+     {"z": lambda _: np.zeros(10, "float32")}),
+    (TypeError, "y is a float; expected an array", {"y": lambda _: 1.0}),
+    (ValueError, "n is 2147483648: more than int holds", {"n": lambda _: 2**31}),
+    (ValueError, "n is -2147483649", {"n": lambda _: -(2**31) - 1}),
+    (ValueError, "skip is 9223372036854775808: more than long long", {"skip": lambda _: 2**63}),
+    (TypeError, "n", {"n": lambda _: 2.5}),
+    (TypeError, "shift is 3; expected the fields of struct Shift", {"shift": lambda _: 3}),
+    (TypeError, "expected the fields", {"shift": lambda _: np.float64(3)}),
+    (TypeError, "takes 7 arguments, got 8", {"more": lambda _: 1}),
+    (ValueError, r"grid \(0,\); expected", {"grid": lambda _: (0,)}),
+    (ValueError, "use a smaller", {"grid": lambda _: (1, 65536)}),
+    (ValueError, "use a smaller", {"grid": lambda _: (2**31,)}),
+    (ValueError, "300000 bytes of shared memory", {"shared": lambda _: 300_000}),
+])
+def test_wrong_launches(tiny, error, words, changes):
+    with pytest.raises(error, match=words):
+        apply(tiny, **{name: make(tiny) for name, make in changes.items()})
+
+
+def test_another_gpu(tiny, monkeypatch):
+    monkeypatch.setattr(tiny.cuda.runtime, "getDevice", lambda: 1)
+    with pytest.raises(ValueError, match="x lies on GPU 0; the current one is 1"):
+        apply(tiny)
+
+
+def test_shared_memory_may_grow_and_shrink(tiny):
+    y = tiny.zeros(4, "float32")
+    for kibibytes in (100, 60, 100, 8, 227, 100):
+        launch("tiny", "big", (1,), (4,), y, shared=kibibytes << 10)
+        assert (y.get() == 3).all()
+
+
+def test_what_the_kernels_serve(cuda):
+    a = cuda.zeros(3, "float32")
+    assert serves(a, None, a) and not serves(a, cuda.zeros(3)) and not serves(cuda.zeros((0, 3)))
+    assert not serves(np.zeros(3, "float32"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_declarations_are_read_as_they_compile(cuda, file):
+    module = cuda.RawModule(code=source(file), options=("-std=c++17",))
+    assert signatures(file)
+    for kernel, parameters in signatures(file).items():
+        compiled = module.get_function(kernel)._kernel
+        assert compiled.arity == len(parameters)
+        for pointer, size, (kind, _) in zip(compiled.pointers, compiled.sizes, parameters,
+                                            strict=False):
+            assert pointer == kind.endswith("*")
+            assert kind not in loader.NUMBERS or size == np.dtype(loader.NUMBERS[kind]).itemsize
+
+
+def test_a_planted_bug(tiny):
+    with mutated("tiny", "return v + v", "return v"):  # in the header
+        assert (apply(tiny) == 3 * (np.arange(10) + 1) + 0.5).all()
+    with mutated("tiny", "if (i < n)\n", ""), pytest.raises(Fault, match="apply: .*argument 0"):
+        apply(tiny)
+    assert apply(tiny)[0] == 6.5
+    with pytest.raises(AssertionError, match="does not contain"), mutated("tiny", "nowhere", ""):
+        pass

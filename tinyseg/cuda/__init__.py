@@ -1,0 +1,12 @@
+"""The GPU: hand-written CUDA kernels on CuPy arrays.
+
+The sources stand in kernels/*.cu, each under the formula that it computes and the NumPy function
+that specifies it. `launch` compiles and checks; each other module here launches the kernels of
+one source. Nothing here imports CuPy: an array brings its library along.
+"""
+
+from . import loss, norm, optim, pool, upsample
+from .loader import exact, is_exact, launch, plain, serves, signatures, source
+
+__all__ = ["exact", "is_exact", "launch", "loss", "norm", "optim", "plain", "pool", "serves",
+           "signatures", "source", "upsample"]
