@@ -1,0 +1,222 @@
+"""benchmarks/gpu.py as far as it goes without a GPU: what it would measure, and its tables."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/gpu.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import gpu  # noqa: E402
+import gpu_parts as parts  # noqa: E402
+import torch_models  # noqa: E402
+
+CASE = "2x40x224x224 isotropic"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    yield
+    parts.network.cache_clear()  # four networks of up to 180 MB
+
+
+def counted(model, batch, size):
+    """(multiply-adds, shapes and options of each convolution) of a network of PyTorch."""
+    found = []
+
+    def note(module, inputs, y):
+        taps = math.prod(module.kernel_size) * module.in_channels
+        found.append((y.numel() * taps, (*inputs[0].shape, *module.weight.shape, *module.stride,
+                                         *module.dilation)))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model.eval()(torch.empty(batch, 1, *size, device="meta"))
+    return sum(n for n, _ in found), [shapes for _, shapes in found]
+
+
+def ours(case, backbone):
+    batch, size, inflated = parts.CASES[case]
+    return parts.layers(parts.network(backbone, inflated), batch, size)
+
+
+@pytest.mark.parametrize("case", parts.CASES)
+@pytest.mark.parametrize("backbone", parts.BACKBONES)
+def test_the_layers_are_those_of_the_network(case, backbone):
+    batch, size, inflated = parts.CASES[case]
+    net = parts.network(backbone, inflated)
+    with torch.device("meta"):  # shapes alone
+        model = (parts.torch_twin(net) if inflated else
+                 torch_models.Net(backbone, 3, 1, parts.CLASSES))
+    macs, shapes = counted(model, batch, size)
+    found = ours(case, backbone)
+    assert sum(n * layer.operations for layer, n in found.items()) == 2 * macs
+    assert sum(found.values()) == len(shapes) and len(found) == len(set(shapes))
+
+
+def test_known_counts():
+    found = {backbone: ours(CASE, backbone) for backbone in parts.BACKBONES}
+    assert [sum(f.values()) for f in found.values()] == [21, 54]
+    assert [len(f) for f in found.values()] == [12, 22]
+    assert len(found["resnet18"] | found["resnet50"]) == 29
+    assert sum(n * a.operations for a, n in found["resnet18"].items()) == 2 * 295_030_865_920
+    stem = next(iter(found["resnet50"]))
+    assert str(stem) == "1->64 7x7x7 stride 2x2x2 dilation 1x1x1 @2x40x224x224"
+    assert stem.shapes == [(2, 40, 224, 224, 1), (7, 7, 7, 1, 64), (2, 20, 112, 112, 64)]
+
+
+def test_twins_of_inflated_networks_answer_alike():
+    net = parts.network("resnet18", True).copy().eval()
+    x = torch.randn(1, 3, 24, 16, 1)
+    with torch.no_grad():
+        theirs = torch_models.channels_last(parts.torch_twin(net).eval()(
+            torch_models.channels_first(x)))
+    assert parts.difference(torch.from_numpy(net(x.numpy()).data), theirs) < 1e-4
+
+
+def row(direction, network, ours, theirs, rate=10.0, **more):
+    counts = {"resnet18": network == 18, "resnet50": 2 * (network == 50)}
+    return {"part": "layers", "case": CASE, "what": "a layer", **counts, "direction": direction,
+            "precision": "TF32", "ours": ours, "channels_last": theirs, "default": 4 * theirs,
+            "rate": rate, "unit": "TFLOP/s", "error": 1e-4, "limit": 3e-3, **more}
+
+
+@pytest.fixture
+def record(tmp_path):
+    made = gpu.Record(tmp_path / "new/gpu.csv", {"card": "none", "commit": "none"})
+    with made.file:
+        yield made
+
+
+def test_means():
+    assert gpu.geometric_mean([1, 4]) == pytest.approx(2)
+    assert gpu.geometric_mean(iter([0.5, 0.5, 4])) == pytest.approx(1)
+    assert math.isnan(gpu.geometric_mean([])) and math.isnan(gpu.throughput([], "resnet18"))
+    rows = [{"ours": 1.0, "rate": 30.0, "resnet18": 1}, {"ours": 1.0, "rate": 60.0, "resnet18": 2}]
+    assert gpu.throughput(rows, "resnet18") == pytest.approx((30 + 2 * 60) / 3)
+
+
+def test_tables(record, tmp_path):
+    assert gpu.report(record) == ""
+    record.row(**row("forward", 18, 4.0, 1.0))
+    record.row(**row("forward", 18, 1.0, 4.0, rate=20.0, im2col=7.0))
+    record.row(**row("dx", 18, 2.0, 1.0, rate=40.0))
+    record.row(part="layers", what="another", note="not measured (time)")
+    record.row(part="peaks", what="copy, bytes", ours=1.0, rate=3000.0, unit="GB/s")
+    record.row(part="memory", what="SGD", direction="step", ours=2.0, default=3.0, rate=1500.0)
+    record.row(part="steps", what="resnet18", case=CASE, precision="TF32", ours=10.0, ours_gib=1.5,
+               channels_last=8.0, channels_last_gib=2.0, default=20.0, default_gib=2.5)
+    text = gpu.report(record)
+    for line in (f"| resnet18, {CASE}, TF32 | 2 | cuDNN (channels_last_3d) / ours "
+                 "| 1.00 | 0.50 | nan |",
+                 f"| resnet18, {CASE}, TF32 | 2 | cuDNN (default) / ours | 4.00 | 2.00 | nan |",
+                 f"| resnet18, {CASE}, TF32 | 2 | ours, TFLOP/s | 12 | 40 | nan |",
+                 "|  |  | target of a first release | 0.50 | 0.45 | 0.35 |",
+                 "| a layer | 1.000 | 7.000 | 4.000 |",
+                 "| copy, bytes | 3000 GB/s |",
+                 "| SGD | step | 1500 GB/s | 0.50 | 1.50 |",
+                 f"| resnet18, {CASE}, TF32 | 10.0 ms | 8.0 ms | 20.0 ms | 0.80, 2.00 "
+                 "| 1.5, 2.0, 2.5 |"):
+        assert line + "\n" in text, line
+    for heading, rule in zip(*[iter(text.splitlines())] * 2, strict=False):
+        if rule.startswith("|---"):
+            assert heading.count("|") == rule.count("|")
+    lines = (tmp_path / "new/gpu.csv").read_text().splitlines()
+    assert lines[:2] == ["# card: none", "# commit: none"]
+    rows = list(csv.DictReader(lines[2:]))
+    assert len(rows) == 7 and rows[0]["ours"] == "4" and rows[3]["note"] == "not measured (time)"
+    assert not record.faults
+
+
+@pytest.mark.parametrize("error", [4e-3, math.nan, math.inf])
+def test_wrong_answers_are_told(record, capsys, error):
+    record.row(**row("dw", 50, 1.0, 1.0, error=error))
+    assert len(record.faults) == 1 and "WRONG: layers" in capsys.readouterr().out
+
+
+@pytest.fixture
+def card():
+    """What the run asks of a GPU, without one: events that are a step of the clock apart."""
+    clock = iter(range(10**6))
+
+    class Event:
+        def record(self):
+            self.time = next(clock)
+
+    def nothing(*_):
+        return None
+
+    cuda = SimpleNamespace(Event=Event, get_elapsed_time=lambda a, b: float(b.time - a.time),
+                           runtime=SimpleNamespace(getDeviceProperties=lambda i: {
+                               "name": b"none", "l2CacheSize": 1}))
+    pool = SimpleNamespace(free_all_blocks=nothing)
+    library = SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool)
+    theirs = SimpleNamespace(cuda=SimpleNamespace(synchronize=nothing, _sleep=nothing,
+                                                  empty_cache=nothing),
+                             autograd=SimpleNamespace(set_multithreading_enabled=nothing))
+    return gpu.Gpu(library, theirs)
+
+
+def test_a_turn_gives_every_call_its_own_inputs(card):
+    asked = {"a": [], "b": []}
+    took = card.medians({name: seen.append for name, seen in asked.items()}, budget=0)
+    assert took == {"a": 1, "b": 1}
+    assert asked == {"a": [0, 1, 0, 1, 2, 3, 4], "b": [1, 2, 1, 2, 3, 4, 5]}
+
+
+def test_a_run_keeps_to_its_time_and_survives_a_failure(card, record, monkeypatch):
+    done = []
+
+    def plan(*_):
+        yield "peaks", "one", lambda: done.append(1)
+        yield "layers", "two", lambda: 1 / 0
+        yield "steps", "three", lambda: done.append(3)
+        yield "memory", "four", lambda: setattr(gpu.time, "monotonic", lambda: 85.1)
+        yield "memory", "five", lambda: done.append(5)
+        yield "layers", "six", lambda: done.append(6)
+
+    monkeypatch.setattr(gpu, "plan", plan)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    gpu.run(card, record, ["peaks", "layers", "memory"], False, 100.0)
+    assert done == [1]
+    assert [(r["what"], r["note"]) for r in record.rows] == [
+        ("two", "failed: ZeroDivisionError"), ("five", "not measured (time)"),
+        ("six", "not measured (time)")]
+    assert record.faults == ["layers two: ZeroDivisionError: division by zero"]
+
+
+def command(*arguments):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True,
+                          env=environment, timeout=120)
+
+
+def test_help_teaches():
+    done = command("--help")
+    assert done.returncode == 0 and not done.stderr
+    for word in (*gpu.PARTS, "--quick", "--minutes", "--out", "cudnn.benchmark", "exit code"):
+        assert word in done.stdout
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = command("--out", tmp_path / "gpu.csv")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gpu.py: ") and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+    assert command("--parts", "everything").returncode == 2
+
+
+def test_without_pytorch_s_cuda_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "device", lambda name: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "gpu.csv")]) == 2
+    assert "finds no GPU" in capsys.readouterr().err
