@@ -16,13 +16,14 @@ import strictarray
 from strictarray import FUNCTIONS, METHODS, PROPERTIES, ndarray
 
 import tinyseg as ts
-from tinyseg import backend, losses, models, nn, ops, optim, tensor
+from tinyseg import backend, losses, models, nn, ops, optim, tensor, windows
 from tinyseg.windows import reference
 
 
 @pytest.fixture
 def strict(monkeypatch):
-    """The library, registered where `array_module` looks for it."""
+    """The library, registered where `array_module` looks for it; NumPy takes the same path."""
+    monkeypatch.setattr(windows.cpu, "serves", lambda *_: False)
     library = strictarray.library("strictarray")
     monkeypatch.setitem(sys.modules, "strictarray", library)
     return library

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import tinyseg as ts
 from tinyseg import windows
 from tinyseg.cuda import exact, source
-from tinyseg.windows import Window, kernels, reference
+from tinyseg.windows import Window, kernels, products, reference
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True,
                suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -147,8 +147,9 @@ def test_combs_hold_every_pair_of_tap_and_output_once(size, kernel, stride, dila
     truth = {(p * stride + k * dilation - before, k, p) for p in range(-50, 50)
              for k in range(kernel) if 0 <= p * stride + k * dilation - before < size}
     found = []
-    for start, count, taps, step, padding in kernels.combs(size, kernel, stride, dilation, before):
+    for start, taps, step, padding in products.combs(size, kernel, stride, dilation, before):
         if taps is not None:
+            (count,) = products.count((size,), (start,), (stride,))
             found += [(start + i * stride, k, i - padding + j * step) for i in range(count)
                       for j, k in enumerate(range(kernel)[taps])]
     assert len(found) == len(set(found)) and set(found) == truth

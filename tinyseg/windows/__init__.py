@@ -1,11 +1,12 @@
 """The convolution engine: arrays only, it knows nothing of tensors.
 
-`reference` is the specification, on the arrays of any library; `kernels` equals it on a GPU. This
-file is the one place that chooses.
+`reference` is the specification, on arrays of any library, type and rank. Two bodies equal it for
+float32 and are fast: `cpu` on NumPy arrays, `kernels` on a GPU. Both compute the two products of
+`products`, which makes every convolution of them. This file is the one place that chooses.
 """
 
 from ..backend import Array
-from . import kernels, reference
+from . import cpu, kernels, products, reference
 from .geometry import Window
 
 __all__ = ["Window", "correlate", "correlate_dw", "correlate_dx", "maximum", "maximum_adjoint"]
@@ -13,28 +14,36 @@ __all__ = ["Window", "correlate", "correlate_dw", "correlate_dx", "maximum", "ma
 
 def correlate(x: Array, w: Array, window: Window) -> Array:
     """(N, *S, C_in), (*K, C_in, C_out) -> (N, *P, C_out); see reference.correlate."""
-    return _body(window, x, w).correlate(x, w, window)
+    body = _body(window, x, w)
+    return products.correlate(body, x, w, window) if body else reference.correlate(x, w, window)
 
 
 def correlate_dx(y: Array, w: Array, size: tuple[int, ...], window: Window) -> Array:
     """(N, *P, C_out), (*K, C_in, C_out) -> (N, *size, C_in), the adjoint of `correlate` in x."""
-    return _body(window, y, w).correlate_dx(y, w, size, window)
+    body = _body(window, y, w)
+    return (products.correlate_dx(body, y, w, size, window) if body
+            else reference.correlate_dx(y, w, size, window))
 
 
 def correlate_dw(x: Array, y: Array, window: Window) -> Array:
     """(N, *S, C_in), (N, *P, C_out) -> (*K, C_in, C_out), the adjoint of `correlate` in w."""
-    return _body(window, x, y).correlate_dw(x, y, window)
+    body = _body(window, x, y)
+    return products.correlate_dw(body, x, y, window) if body else reference.correlate_dw(
+        x, y, window)
 
 
 def maximum(x: Array, window: Window) -> tuple[Array, Array]:
     """(N, *S, C) -> (N, *P, C) and the tap that won each; see reference.maximum."""
-    return _body(window, x).maximum(x, window)
+    on_gpu = kernels.serves(window, x) and not any(window.edge)
+    return (kernels if on_gpu else reference).maximum(x, window)
 
 
 def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:
     """(N, *P, C) and the winning taps -> (N, *size, C), the adjoint of `maximum`."""
-    return _body(window, g).maximum_adjoint(g, winner, size, window)
+    on_gpu = kernels.serves(window, g) and not any(window.edge)
+    return (kernels if on_gpu else reference).maximum_adjoint(g, winner, size, window)
 
 
 def _body(window: Window, *arrays: Array):
-    return kernels if kernels.serves(window, *arrays) else reference
+    """The fast body that takes these arrays, or None."""
+    return next((body for body in (kernels, cpu) if body.serves(window, *arrays)), None)

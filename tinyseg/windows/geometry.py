@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import ceil, prod
 
 Box = tuple[slice, ...]
 
@@ -128,6 +128,7 @@ def blocks(grid: tuple[int, ...], limit: int) -> Iterator[Box]:
     whole = tuple(slice(0, n) for n in rest)
     rows = limit // max(1, prod(rest))
     if rows:
+        rows = ceil(first / ceil(first / rows))  # as even as they come
         for start in range(0, first, rows):
             yield slice(start, min(start + rows, first)), *whole
     else:

@@ -1,0 +1,181 @@
+"""The fast bodies on a CPU against the specification, and the threads that they run on."""
+
+import multiprocessing
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
+
+from tinyseg import parallel, windows
+from tinyseg.windows import Window, cpu, reference
+
+
+@pytest.fixture(autouse=True)
+def setting():
+    yield
+    parallel.set_threads(0)
+
+
+def error(ours, truth):
+    assert ours.shape == truth.shape and ours.dtype == "float32" and ours.flags.c_contiguous
+    return np.linalg.norm(ours - truth) / max(np.linalg.norm(truth), 1e-30)
+
+
+def check(x, w, window, seed=0, tolerance=1e-5):
+    """All three readings of one convolution."""
+    assert cpu.serves(window, x, w)
+    wide, size = [a.astype("float64") for a in (x, w)], x.shape[1:-1]
+    y = reference.correlate(*wide, window)
+    g = np.random.default_rng(seed).standard_normal(y.shape).astype("float32")
+    wide_g = g.astype("float64")
+    assert error(windows.correlate(x, w, window), y) < tolerance
+    assert error(windows.correlate_dx(g, w, size, window),
+                 reference.correlate_dx(wide_g, wide[1], size, window)) < tolerance
+    assert error(windows.correlate_dw(x, g, window),
+                 reference.correlate_dw(wide[0], wide_g, window)) < tolerance
+
+
+def arrays(size, batch, channels, filters, kernel, seed):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((batch, *size, channels), "float32"),
+            rng.standard_normal((*kernel, channels, filters), "float32"))
+
+
+@st.composite
+def problems(draw):
+    rank = draw(st.integers(1, 4))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    kernel, dilation = each(1, 3), each(1, 4)
+    padding = tuple(draw(st.tuples(st.integers(0, 5), st.integers(0, 5))) for _ in range(rank))
+    edge = tuple(draw(st.sampled_from(["zero", "zero", "edge"])) for _ in range(rank))
+    size = tuple(max(n, d * (k - 1) + 1 - sum(p)) for n, k, d, p in
+                 zip(each(1, 7), kernel, dilation, padding, strict=True))
+    return (size, draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 40, 230, 650])),
+            draw(st.integers(1, 7)), Window.of(kernel, each(1, 3), padding, dilation, edge))
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(1, 3), st.integers(0, 99))
+def test_any_convolution(problem, threads, seed):
+    """Groups of all sizes: the channels decide how many taps stand side by side."""
+    size, batch, channels, filters, window = problem
+    parallel.set_threads(threads)
+    check(*arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
+
+
+@pytest.mark.parametrize("size, channels, filters, kernel, options", [
+    ((8, 12, 12), 96, 80, (3, 3, 3), {"padding": 4, "dilation": 4}),
+    ((9, 21, 30), 64, 72, (3, 3, 3), {"padding": 1}),
+    ((10, 23, 31), 66, 64, (3, 3, 3), {"padding": 1, "padding_mode": ("edge", "zero", "zero")}),
+    ((30, 41), 64, 128, (3, 3), {"padding": ((0, 2), 1)}),
+    ((20, 33, 18), 1, 64, (7, 7, 7), {"padding": 3, "stride": 2}),
+    ((9, 15, 13), 70, 65, (3, 3, 3), {"padding": 1, "stride": 2}),
+    ((9, 15, 13), 128, 96, (1, 1, 1), {"stride": 2}),
+    ((9, 15, 13), 128, 96, (1, 1, 1), {}),
+])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_shapes_of_networks(size, channels, filters, kernel, options, threads):
+    parallel.set_threads(threads)
+    check(*arrays(size, 2, channels, filters, kernel, 1), Window.of(kernel, **options))
+
+
+def test_a_grid_that_no_tap_sees():
+    """All windows stand in the padding: zeros, in every reading."""
+    x, w = arrays((2,), 1, 300, 5, (2,), 0)
+    check(x, w, Window.of((2,), 9, ((10, 10),), 20))
+
+
+def test_the_same_bits_in_every_run():
+    x, w = arrays((7, 20, 22), 2, 64, 64, (3, 3, 3), 3)
+    window = Window.of((3, 3, 3), 1, 1)
+    parallel.set_threads(3)
+
+    def bits():
+        y = windows.correlate(x, w, window)
+        return (y.tobytes(), windows.correlate_dw(x, y, window).tobytes(),
+                windows.correlate_dx(y, w, (7, 20, 22), window).tobytes())
+
+    assert bits() == bits() == bits()
+
+
+def test_who_computes_what(monkeypatch):
+    monkeypatch.setattr(reference, "correlate", lambda *_: "reference")
+    x, w = arrays((4,), 1, 2, 3, (1,), 0)
+    window = Window.of((1,))
+    assert isinstance(windows.correlate(x, w, window), np.ndarray)
+    assert windows.correlate(x.astype("float64"), w.astype("float64"), window) == "reference"
+    assert windows.correlate(x, w.astype("float64"), window) == "reference"
+
+
+# Threads
+
+
+def test_threads_are_a_setting():
+    parallel.set_threads(3)
+    assert parallel.threads() == 3
+    parallel.set_threads(0)
+    assert parallel.threads() >= 1
+    for wrong in (-1, 1.5, "2", None):
+        with pytest.raises(ValueError, match="from 0"):
+            parallel.set_threads(wrong)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_run(threads):
+    """Every item once; BLAS has one thread meanwhile; an inner run goes on alone."""
+    parallel.set_threads(threads)
+    done, inner, blas, names = [], [], set(), set()
+
+    def job(item):
+        done.append(item)
+        names.add(threading.current_thread().name)
+        blas.update(i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas")
+        parallel.run(inner.append, [item, -item])
+
+    before = threadpool_info()
+    parallel.run(job, range(1, 20))
+    assert sorted(done) == list(range(1, 20)) and sorted(map(abs, inner)) == sorted(2 * done)
+    assert all(name.startswith("tinyseg") for name in names) == (threads > 1)
+    assert threads == 1 or blas == {1}
+    assert [i["num_threads"] for i in threadpool_info()] == [i["num_threads"] for i in before]
+
+
+def test_an_error_in_a_thread_is_raised():
+    parallel.set_threads(2)
+
+    def job(item):
+        if item == 3:
+            raise KeyError(item)
+
+    with pytest.raises(KeyError, match="3"):
+        parallel.run(job, range(5))
+    done = []
+    parallel.run(done.append, range(5))
+    assert sorted(done) == list(range(5))
+
+
+def _child(queue):
+    x, w = arrays((9, 16, 17), 1, 64, 64, (3, 3, 3), 4)
+    queue.put(windows.correlate(x, w, Window.of((3, 3, 3), 1, 1)).tobytes())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_in_another_process(method):
+    """A worker that was forked after the pool had threads makes its own, and nothing hangs."""
+    parallel.set_threads(0)
+    x, w = arrays((9, 16, 17), 1, 64, 64, (3, 3, 3), 4)
+    here = windows.correlate(x, w, Window.of((3, 3, 3), 1, 1)).tobytes()
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,), daemon=True)
+    child.start()
+    assert queue.get(timeout=120) == here
+    child.join(timeout=60)
+    assert child.exitcode == 0

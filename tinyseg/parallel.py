@@ -1,0 +1,67 @@
+"""All cores: a shared pool of threads for work on NumPy arrays.
+
+NumPy lets go of the interpreter inside products and elementwise functions, so that threads that
+each work on a slab of an array run side by side, elementwise work included. BLAS is held to one
+thread meanwhile: its own threads would contend with these.
+
+How work is cut depends on the number of threads, so a result is the same in every run with the
+same number, and may differ in the last bits with another.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+_setting = 0
+_here = threading.local()
+
+
+def threads() -> int:
+    """How many threads work: what `set_threads` said, by default the cores of this process."""
+    return _setting or len(os.sched_getaffinity(0))
+
+
+def set_threads(number: int) -> None:
+    """Let `number` threads work on arrays, 0 for as many as this process has cores."""
+    global _setting
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"number of threads is {number!r}; expected an int from 0")
+    _setting = number
+
+
+@cache
+def _pool(process: int, number: int) -> ThreadPoolExecutor:
+    # Keyed by the process: a forked one has this cache, but none of the threads.
+    return ThreadPoolExecutor(number, "tinyseg")
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def run(job: Callable[[Any], None], items: Sequence) -> None:
+    """job(item) for every item, side by side where there are several; the first error is raised.
+
+    A job that calls `run` itself does that part alone. A single item keeps BLAS's own threads.
+    """
+    number = min(threads(), len(items))
+    if number < 2 or getattr(_here, "busy", False):
+        for item in items:
+            job(item)
+        return
+
+    def alone(item):
+        _here.busy = True
+        job(item)
+
+    with _blas().limit(limits=1, user_api="blas"):
+        for _ in _pool(os.getpid(), number).map(alone, items):
+            pass

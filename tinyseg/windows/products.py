@@ -1,0 +1,85 @@
+"""Every convolution as one of two products with zero padding, for bodies that compute just those.
+
+    product   into[:, start::step] = correlate(x, w)       (the output may be a comb of points)
+    weights   the gradient of correlate(x, w) in w
+
+- A border that repeats is written out before (`pad`) and added up after (`pad_adjoint`).
+- The gradient in x is a product again. Along an axis with stride s, the inputs a, a + s, a + 2s,
+  ... see only the taps k with (a + before - k dilation) divisible by s; walked backwards, these
+  step evenly through y, which is a convolution of stride one with a part of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from math import ceil, gcd
+from types import ModuleType
+
+from ..backend import Array, array_module
+from .geometry import Window
+from .reference import pad, pad_adjoint
+
+
+def repeated(window: Window) -> tuple[Window, list[tuple[int, int]]]:
+    """The window without its repeated border, and how far that extends the grid, batch first."""
+    border = [p if e else (0, 0) for p, e in zip(window.padding, window.edge, strict=True)]
+    zeros = tuple((0, 0) if e else p for p, e in zip(window.padding, window.edge, strict=True))
+    return replace(window, padding=zeros, edge=(False,) * len(zeros)), [(0, 0), *border]
+
+
+def correlate(body: ModuleType, x: Array, w: Array, window: Window) -> Array:
+    """See reference.correlate."""
+    window, border = repeated(window)
+    x, rank = pad(x, border, [True] * len(border)), len(window.kernel)
+    y = array_module(x).empty((len(x), *window.positions(x.shape[1:-1]), w.shape[-1]), x.dtype)
+    body.product(x, w, y, (0,) * rank, (1,) * rank, window.stride, window.dilation,
+                 tuple(p[0] for p in window.padding))
+    return y
+
+
+def combs(size: int, kernel: int, stride: int, dilation: int, before: int) -> Iterator[tuple]:
+    """The inputs a, a + stride, ... along one axis, for each a, as a convolution of the output.
+
+    Yields (a, the slice of taps, their dilation, padding before); the slice is None where no tap
+    reaches these inputs.
+    """
+    common = gcd(stride, dilation)
+    for a in range(min(stride, size)):
+        reaching = [k for k in range(kernel) if (a + before - k * dilation) % stride == 0]
+        if not reaching:
+            yield a, None, 1, 0
+            continue
+        last = reaching[-1]
+        yield (a, slice(last, None, -(stride // common)), dilation // common,
+               -((a + before - last * dilation) // stride))
+
+
+def correlate_dx(body: ModuleType, y: Array, w: Array, size: tuple[int, ...],
+                 window: Window) -> Array:
+    """See reference.correlate_dx."""
+    library = array_module(y)
+    window, border = repeated(window)
+    grid = tuple(n + sum(b) for n, b in zip(size, border[1:], strict=True))
+    axes = [list(combs(n, k, s, d, p[0])) for n, k, s, d, p in zip(
+        grid, window.kernel, window.stride, window.dilation, window.padding, strict=True)]
+    untouched = any(taps is None for axis in axes for _, taps, _, _ in axis)
+    dx = (library.zeros if untouched else library.empty)((len(y), *grid, w.shape[-2]), y.dtype)
+    for start, taps, dilation, before in (tuple(zip(*c, strict=True)) for c in product(*axes)):
+        if None not in taps:
+            part = library.ascontiguousarray(w[taps].swapaxes(-1, -2))
+            body.product(y, part, dx, start, window.stride, (1,) * len(size), dilation, before)
+    return library.ascontiguousarray(pad_adjoint(dx, border, [True] * len(border)))
+
+
+def correlate_dw(body: ModuleType, x: Array, y: Array, window: Window) -> Array:
+    """See reference.correlate_dw."""
+    window, border = repeated(window)
+    return body.weights(pad(x, border, [True] * len(border)), y, window.kernel, window.stride,
+                        window.dilation, tuple(p[0] for p in window.padding))
+
+
+def count(grid: tuple[int, ...], start: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
+    """How many points start, start + step, ... each axis of a grid has."""
+    return tuple(ceil((n - a) / s) for n, a, s in zip(grid, start, step, strict=True))
