@@ -1,38 +1,271 @@
-"""How much two masks overlap, per class and case, and the mean over cases.
+"""How well two masks agree, in volume and at their surfaces: per class, per case, and the mean.
 
-Conventions of nnU-Net v2: two empty masks have no overlap to speak of, NaN, and means leave NaN
-out; one empty mask scores 0. Volumes are scored whole: a mean of slice scores is another number.
+What empty masks score, here and nowhere else:
+
+    masks that are empty   dice, iou, surface_dice   hausdorff95, mean_surface_distance
+    both                   NaN, nothing to compare   NaN
+    exactly one            0                         infinity
+
+Means leave out what is not finite, and `counts` says how often that was: one missed tumour would
+make a mean distance infinite, and a mean over the found ones says nothing about the missed ones.
+Overlap follows nnU-Net v2, surfaces follow DeepMind's `surface-distance` (Nikolov et al. 2018,
+arXiv:1809.04430) to rounding. Volumes are scored whole: a mean of slice scores is another number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import factorial, inf, isfinite, isinf, nan
+from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 Scores = dict[str, dict[str, float]]
+Corner = tuple[int, ...]
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     """2 |P and R| / (|P| + |R|) of two boolean masks of one shape, any rank."""
     both, p, r = _counts(prediction, reference)
-    return 2 * both / (p + r) if p + r else float("nan")
+    return 2 * both / (p + r) if p + r else nan
 
 
 def iou(prediction: np.ndarray, reference: np.ndarray) -> float:
     """|P and R| / |P or R| (Jaccard) of two boolean masks of one shape, any rank."""
     both, p, r = _counts(prediction, reference)
-    return both / (p + r - both) if p + r else float("nan")
+    return both / (p + r - both) if p + r else nan
+
+
+def volume(mask: np.ndarray, spacing: Sequence[float]) -> float:
+    """The volume in ml of a boolean mask (D, H, W) whose voxels measure `spacing` mm."""
+    mask = _mask(mask)
+    if mask.ndim != 3:
+        raise ValueError(f"found a mask of shape {mask.shape}, expected three axes: (D, H, W)")
+    return float(np.count_nonzero(mask) * np.prod(_spacing(spacing, 3)) / 1000)
+
+
+def surface_dice(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float],
+                 tolerance: float) -> float:
+    """The share of both surfaces that lies within `tolerance` mm of the other one, by area.
+
+    Also called normalised surface distance. Two boolean masks (H, W) or (D, H, W), spacing in mm.
+    """
+    return surface_distances(prediction, reference, spacing).dice(tolerance)
+
+
+def hausdorff95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
+    """The distance in mm within which 95% of either surface, by area, has the other one.
+
+    The larger of the two directed percentiles. Two boolean masks (H, W) or (D, H, W).
+    """
+    return max(surface_distances(prediction, reference, spacing).percentiles(95))
+
+
+def mean_surface_distance(prediction: np.ndarray, reference: np.ndarray,
+                          spacing: Sequence[float]) -> float:
+    """The mean distance in mm from one surface to the other, by area, averaged over both ways.
+
+    Both ways weigh the same however large either surface is. To have them one by one, call
+    `surface_distances(...).averages()`. Two boolean masks (H, W) or (D, H, W); spacing in mm.
+    """
+    return sum(surface_distances(prediction, reference, spacing).averages()) / 2
+
+
+class Surface(NamedTuple):
+    """The surfels (surface elements) of one mask, in ascending order of their distance.
+
+    distances (n,) in mm to the other mask's surface, infinite where that mask is empty;
+    areas (n,) in mm^2, for masks of rank 2 lengths in mm.
+    """
+
+    distances: np.ndarray
+    areas: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Surfaces:
+    """The surfaces of a prediction and a reference, each with its distances to the other one."""
+
+    prediction: Surface
+    reference: Surface
+
+    def dice(self, tolerance: float) -> float:
+        """(area of both surfaces within `tolerance` mm of the other one) / (area of both)."""
+        if not (isfinite(tolerance) and tolerance >= 0):
+            raise ValueError(f"found the tolerance {tolerance}, expected millimetres from 0")
+        sides = self.prediction, self.reference
+        total = sum(side.areas.sum() for side in sides)
+        near = sum(side.areas[side.distances <= tolerance].sum() for side in sides)
+        return float(near / total) if total else nan
+
+    def percentiles(self, percent: float) -> tuple[float, float]:
+        """The distance in mm that `percent` of each surface, by area, stays within.
+
+        The first surfel, in order of distance, at which the area so far reaches the share.
+        """
+        def reach(side: Surface) -> float:
+            share = np.cumsum(side.areas) / side.areas.sum()
+            last = len(share) - 1  # where rounding leaves the sum of the shares below 1
+            return side.distances[min(int(np.searchsorted(share, percent / 100)), last)]
+
+        return self._each(reach)
+
+    def averages(self) -> tuple[float, float]:
+        """The mean distance in mm by area, (prediction to reference, reference to prediction)."""
+        return self._each(lambda side: (side.distances * side.areas).sum() / side.areas.sum())
+
+    def _each(self, measure: Callable[[Surface], float]) -> tuple[float, float]:
+        found = [len(side.areas) > 0 for side in (self.prediction, self.reference)]
+        if not all(found):
+            return (inf, inf) if any(found) else (nan, nan)
+        return float(measure(self.prediction)), float(measure(self.reference))
+
+
+def surface_distances(prediction: np.ndarray, reference: np.ndarray,
+                      spacing: Sequence[float]) -> Surfaces:
+    """How far the surfaces of two boolean masks, (H, W) or (D, H, W), are apart; spacing in mm.
+
+    A surfel stands at each point where 2^rank voxels meet of which some are in the mask and some
+    are not (outside the array nothing is), its area is that of the marching-cubes surface between
+    them. It is as far from the other surface as from that one's nearest surfel.
+
+    Time and memory go with the box around both masks, about 20 bytes a voxel of it.
+    """
+    prediction, reference = _pair(prediction, reference)
+    rank = prediction.ndim
+    if rank not in (2, 3):
+        raise ValueError(f"found masks of shape {prediction.shape}, expected 2 or 3 axes")
+    steps = _spacing(spacing, rank)
+    box = _box(prediction | reference)
+    codes = [_neighbours(mask[box]) for mask in (prediction, reference)]
+    border = [(code > 0) & (code < 2 ** 2**rank - 1) for code in codes]
+    # A facet's normal, as long as its area, shrinks and grows with the steps of the *other* axes.
+    areas = np.linalg.norm(_facets(rank) * (steps.prod() / steps), axis=-1).sum(axis=-1)
+
+    def seen(mine: int, other: int) -> Surface:
+        distances = _distances(border[mine], border[other], steps)
+        sizes = areas[codes[mine][border[mine]]]
+        order = np.lexsort((sizes, distances))  # both: sums must not depend on the voxels' order
+        return Surface(distances[order], sizes[order])
+
+    return Surfaces(seen(0, 1), seen(1, 0))
+
+
+def _distances(points: np.ndarray, targets: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """(n,) mm from each of the n true voxels of `points` to the nearest one of `targets`."""
+    from scipy.ndimage import distance_transform_edt  # takes longer than all of tinyseg to import
+
+    if not targets.any():
+        return np.full(np.count_nonzero(points), inf)
+    # SciPy would go on to distances everywhere, at five times the memory; a surface is thin.
+    nearest = distance_transform_edt(~targets, sampling=steps, return_distances=False,
+                                     return_indices=True)[:, points]
+    return np.linalg.norm((nearest - np.nonzero(points)) * steps[:, None], axis=0)
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds all true voxels; one without extent where there are none."""
+    box = []
+    for axis in range(mask.ndim):
+        where = np.flatnonzero(mask.any(axis=tuple({*range(mask.ndim)} - {axis})))
+        box.append(slice(int(where[0]), int(where[-1]) + 1) if where.size else slice(0))
+    return tuple(box)
+
+
+def _neighbours(mask: np.ndarray) -> np.ndarray:
+    """(*S) -> (*S + 1) uint8: bit i of a point is the i-th of the 2^rank voxels around it."""
+    padded = np.pad(mask, 1).view(np.uint8)
+    codes = np.zeros([n + 1 for n in mask.shape], np.uint8)
+    for bit, corner in enumerate(product((slice(-1), slice(1, None)), repeat=mask.ndim)):
+        codes |= padded[corner] << bit
+    return codes
+
+
+@cache
+def _facets(rank: int) -> np.ndarray:
+    """(codes, facets, rank): the facets between the voxels of each neighbour code, as normals.
+
+    A normal is as long as its facet's area on a grid of step 1, without signs. Codes with fewer
+    facets than others are filled up with zeros.
+
+    Marching cubes as first published (Lorensen and Cline 1987): a code and its complement have
+    one surface, which cuts off the corners in the minority, each connected part on its own. So
+    ambiguous faces, where two corners of four touch in a point, need no rule of their own.
+    """
+    corners = list(product((0, 1), repeat=rank))
+    table = []
+    for code in range(2 ** len(corners)):
+        minority = {corner for bit, corner in enumerate(corners) if code >> bit & 1}
+        if 2 * len(minority) > len(corners):
+            minority = set(corners) - minority
+        table.append([normal for part in _parts(minority) for normal in _cap(part)])
+    most = max(map(len, table))
+    return np.array([found + [np.zeros(rank)] * (most - len(found)) for found in table])
+
+
+def _beside(corner: Corner) -> list[Corner]:
+    return [(*corner[:axis], 1 - at, *corner[axis + 1 :]) for axis, at in enumerate(corner)]
+
+
+def _parts(corners: set[Corner]) -> Iterator[frozenset[Corner]]:
+    """The sets of corners that edges of the cube connect."""
+    left = set(corners)
+    while left:
+        part = grown = {left.pop()}
+        while grown:
+            grown = {near for corner in grown for near in _beside(corner)} & left
+            left -= grown
+            part = part | grown
+        yield frozenset(part)
+
+
+@cache
+def _cap(part: frozenset[Corner]) -> np.ndarray:
+    """(facets, rank): what cuts connected corners, at most half of all, off from the others.
+
+    The cap spans a ring of points, the middles of the edges that it cuts. Where they lie in one
+    plane any fan of triangles will do. Where they do not, for an L of three corners and a twisted
+    chain of four, it is the fan with the greatest area, which folds into the fewest planes.
+    """
+    left = [np.add(corner, near) / 2 for corner in sorted(part) for near in _beside(corner)
+            if near not in part]
+    ring = [left.pop()]
+    while left:  # the next is at most 1 away, on the same face of the cube; all others are farther
+        ring.append(left.pop(int(np.argmin(np.linalg.norm(left - ring[-1], axis=1)))))
+    fans = [_fan(np.roll(ring, -start, axis=0)) for start in range(len(ring))]
+    return max(fans, key=lambda normals: float(np.linalg.norm(normals, axis=-1).sum()))
+
+
+def _fan(ring: np.ndarray) -> np.ndarray:
+    """(facets, rank): the simplices that the first point spans with each rank - 1 next ones."""
+    rank = ring.shape[1]
+    spans = sliding_window_view(ring[1:] - ring[0], rank - 1, axis=0)  # (facets, rank, rank - 1)
+    minors = [np.linalg.det(np.delete(spans, axis, axis=1)) for axis in range(rank)]
+    return np.abs(np.stack(minors, axis=-1)) / factorial(rank - 1)
 
 
 def _counts(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int, int]:
-    prediction, reference = np.asarray(prediction), np.asarray(reference)
-    if prediction.dtype != bool or reference.dtype != bool:
-        raise ValueError(f"found masks of {prediction.dtype} and {reference.dtype}, expected bool;"
-                         " compare a label map with the class first: labels == 1")
-    _same_shape(prediction, reference)
+    prediction, reference = _pair(prediction, reference)
     both, p, r = map(np.count_nonzero, (prediction & reference, prediction, reference))
     return int(both), int(p), int(r)
+
+
+def _pair(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    prediction, reference = _mask(prediction), _mask(reference)
+    _same_shape(prediction, reference)
+    return prediction, reference
+
+
+def _mask(mask: np.ndarray) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise ValueError(f"found a mask of {mask.dtype}, expected bool; compare a label map with"
+                         " the class first: labels == 1")
+    return mask
 
 
 def _same_shape(prediction: np.ndarray, reference: np.ndarray) -> None:
@@ -41,27 +274,75 @@ def _same_shape(prediction: np.ndarray, reference: np.ndarray) -> None:
                          f" {reference.shape} as the reference has")
 
 
-def per_class(prediction: np.ndarray, reference: np.ndarray, labels: Mapping[int, str]) -> Scores:
-    """{class name: {"dice": x, "iou": x}} of two label maps, for every class but 0."""
+def _spacing(spacing: Sequence[float], rank: int) -> np.ndarray:
+    steps = np.asarray(spacing, float)
+    if steps.shape != (rank,) or not (np.isfinite(steps) & (steps > 0)).all():
+        raise ValueError(f"found the spacing {spacing}, expected {rank} positive numbers: mm along"
+                         " each axis")
+    return steps
+
+
+def per_class(prediction: np.ndarray, reference: np.ndarray, labels: Mapping[int, str],
+              spacing: Sequence[float] | None = None, tolerance: float | None = None) -> Scores:
+    """{class name: {measure: x}} of two label maps of one shape, for every class but 0.
+
+    Measures are "dice" and "iou"; for volumes (D, H, W) with a spacing in mm also "hausdorff95"
+    and "mean_surface_distance" in mm, "prediction_ml" and "reference_ml"; and "surface_dice"
+    where a tolerance in mm is given too.
+    """
     prediction, reference = np.asarray(prediction), np.asarray(reference)
     _same_shape(prediction, reference)
-    return {name: {measure.__name__: measure(prediction == number, reference == number)
-                   for measure in (dice, iou)}
-            for number, name in labels.items() if number != 0}
+    if tolerance is not None and spacing is None:
+        raise ValueError(f"found a tolerance of {tolerance} mm without a spacing, expected both")
+    scores: Scores = {}
+    for number, name in labels.items():
+        if number == 0:
+            continue
+        p, r = prediction == number, reference == number
+        scores[name] = {"dice": dice(p, r), "iou": iou(p, r)}
+        if spacing is not None:
+            surfaces = surface_distances(p, r, spacing)
+            if tolerance is not None:
+                scores[name]["surface_dice"] = surfaces.dice(tolerance)
+            scores[name] |= {"hausdorff95": max(surfaces.percentiles(95)),
+                             "mean_surface_distance": sum(surfaces.averages()) / 2,
+                             "prediction_ml": volume(p, spacing),
+                             "reference_ml": volume(r, spacing)}
+    return scores
 
 
 def mean(cases: Mapping[str, Scores]) -> Scores:
-    """{case: {class: {metric: x}}} -> {class: {metric: mean over the cases where it is defined}}.
+    """{case: {class: {measure: x}}} -> {class: {measure: mean over the cases where it is finite}}.
 
-    NaN where no case defines it.
+    NaN where it is finite in no case. A mean distance is thus one over the cases in which both
+    masks have the class: read it beside `counts`.
     """
     pooled: dict[str, dict[str, list[float]]] = {}
     for scores in cases.values():
         for name, measures in scores.items():
             for measure, value in measures.items():
                 values = pooled.setdefault(name, {}).setdefault(measure, [])
-                if not np.isnan(value):
+                if isfinite(value):
                     values.append(value)
-    return {name: {measure: float(np.mean(values)) if values else float("nan")
+    return {name: {measure: float(np.mean(values)) if values else nan
                    for measure, values in measures.items()}
             for name, measures in pooled.items()}
+
+
+def counts(cases: Mapping[str, Scores]) -> dict[str, dict[str, int]]:
+    """What the means leave out: {class: {"cases", "empty_predictions", "empty_references",
+    "infinite_distances"}}, numbers of cases.
+
+    Of scores that `per_class` made with a spacing. A distance is infinite where exactly one of the
+    masks is empty, and undefined where both are.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for scores in cases.values():
+        for name, measures in scores.items():
+            seen = {"cases": True, "empty_predictions": measures["prediction_ml"] == 0,
+                    "empty_references": measures["reference_ml"] == 0,
+                    "infinite_distances": isinf(measures["hausdorff95"])}
+            tally = found.setdefault(name, dict.fromkeys(seen, 0))
+            for what, here in seen.items():
+                tally[what] += here
+    return found
