@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from . import cuda, windows
+from . import cuda, parallel, windows
 from .backend import array_module
 from .tensor import op
 from .windows import Window
@@ -98,22 +98,46 @@ def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
     return y, (lambda g: windows.maximum_adjoint(g, winner, size, window),)
 
 
+def _slabs(rows) -> list[slice]:
+    """Rows (M, C) cut so that what is computed of a slab stays in cache, on all cores; uncut
+    where the array is not NumPy's."""
+    size = max(1, 2**16 // rows.shape[-1]) if array_module(rows) is np else len(rows)
+    return [slice(i, i + size) for i in range(0, len(rows), size)]
+
+
 def _moments(rows):
     """Mean and biased variance of each column: (M, C) -> (C,), (C,)."""
-    mean = rows.mean(axis=0)
-    away = rows - mean
-    away *= away
-    return mean, away.mean(axis=0)
+    slabs, library = _slabs(rows), array_module(rows)
+    sums = library.empty((len(slabs), rows.shape[-1]), rows.dtype)
+
+    def add(i):
+        sums[i] = rows[slabs[i]].sum(axis=0)
+
+    def add_squares(i):
+        away = rows[slabs[i]] - mean
+        away *= away
+        sums[i] = away.sum(axis=0)
+
+    parallel.run(add, range(len(slabs)))
+    mean = sums.sum(axis=0) / len(rows)
+    parallel.run(add_squares, range(len(slabs)))
+    return mean, sums.sum(axis=0) / len(rows)
 
 
 def _normalize(rows, mean, scale, gamma, beta, residual, relu):
     """(rows - mean) scale gamma + beta [+ residual], then max(., 0) where asked."""
-    y = rows - mean
-    y *= scale * gamma
-    y += beta
-    if residual is not None:
-        y += residual
-    return array_module(y).maximum(y, 0, out=y) if relu else y
+    y, factor, library = array_module(rows).empty_like(rows), scale * gamma, array_module(rows)
+
+    def normalize(slab):
+        part = rows[slab] - mean
+        part *= factor
+        part += beta
+        if residual is not None:
+            part += residual[slab]
+        y[slab] = library.maximum(part, 0) if relu else part
+
+    parallel.run(normalize, _slabs(rows))
+    return y
 
 
 def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual):
@@ -121,18 +145,33 @@ def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, res
 
     A body may recompute y from beta where no residual was added; this one reads it.
     """
-    g = g * (y > 0) if relu else g
-    xhat = rows - mean
-    xhat *= scale
-    dbeta, dgamma = g.sum(axis=0), (g * xhat).sum(axis=0)
-    if train:
-        xhat *= dgamma / len(rows)
-        dx = g - xhat
-        dx -= dbeta / len(rows)
-        dx *= gamma * scale
-    else:
-        dx = g * (gamma * scale)
-    return dx, dgamma, dbeta, g
+    library, slabs = array_module(rows), _slabs(rows)
+    passed = library.empty_like(rows) if relu else g  # the gradient behind the ReLU
+    sums = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
+
+    def add(i):
+        slab = slabs[i]
+        if relu:
+            passed[slab] = g[slab] * (y[slab] > 0)
+        along = rows[slab] - mean
+        along *= passed[slab]
+        sums[0, i], sums[1, i] = passed[slab].sum(axis=0), along.sum(axis=0)
+
+    parallel.run(add, range(len(slabs)))
+    dbeta, dgamma = sums[0].sum(axis=0), sums[1].sum(axis=0) * scale
+    dx, factor = library.empty_like(rows), gamma * scale
+    constant, slope = (dbeta / len(rows), dgamma * scale / len(rows)) if train else (None, None)
+
+    def differentiate(slab):
+        part = passed[slab]
+        if train:
+            part = (rows[slab] - mean) * -slope
+            part += passed[slab]
+            part -= constant
+        dx[slab] = part * factor
+
+    parallel.run(differentiate, slabs)
+    return dx, dgamma, dbeta, passed
 
 
 @op

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import cos, pi, sqrt
 
-from . import cuda
+from . import cuda, parallel
 from .backend import Array, array_module, to_library
 from .tensor import Tensor
 
@@ -36,8 +36,7 @@ class Optimizer:
         if rows and cuda.serves(*(array for row in rows for array in row)):
             self.update_all(*map(list, zip(*rows, strict=True)))
         else:
-            for row in rows:
-                self.update(*row)
+            parallel.run(lambda row: self.update(*row), rows)
 
     def update(self, p: Array, g: Array, *running: Array) -> None:
         """One parameter with its gradient and running arrays."""

@@ -20,8 +20,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from .. import parallel
 from ..backend import Array
+from . import winograd
 from .geometry import Box, Window, blocks
-from .products import count
 
 WIDTH = 640  # numbers in a row of columns, at most
 BLOCK = 1 << 18  # numbers in the columns of a block: 1 MiB
@@ -101,7 +101,9 @@ def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
 def product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> None:
     """See products: into[:, start::step] = correlate(x, w)."""
     out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
-    filters, positions = w.shape[-1], count(into.shape[1:-1], start, step)
+    filters, positions = w.shape[-1], out.shape[1:-1]
+    if winograd.serves(w.shape[:-2], x.shape[-1], filters, positions, stride, dilation):
+        return winograd.product(x, w, out, before)
     columns = Columns(x, w.shape[:-2], positions, stride, dilation, before)
     width = max(columns.width, filters)
 
