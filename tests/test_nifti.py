@@ -1,11 +1,16 @@
 """Files to anatomical axes and back: nibabel's own reorientation is the oracle."""
 
+import gzip
+import tracemalloc
+import warnings
 from itertools import permutations, product
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinyseg.data import nifti
 
@@ -146,6 +151,121 @@ def test_wrong_shapes_and_types_are_refused(tmp_path):
     refuses(patched(path, dim=[3, 3, 0, 5, 1, 1, 1, 1]), "shape|NIfTI")
 
 
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"dim": [4, 30000, 30000, 30000, 30000, 1, 1, 1]}, "GiB"),
+    ({"dim": [3, -3, 4, 5, 1, 1, 1, 1]}, r"shape \(-3, 4, 5\)"),
+    ({"dim": [-4, 3, 4, 5, 1, 1, 1, 1]}, "3 or 4 axes"),
+    ({"dim": [99, 3, 4, 5, 1, 1, 1, 1]}, "3 or 4 axes"),
+    ({"vox_offset": 0}, "begin at byte 0, expected 352"),  # the header would be read as voxels
+    ({"vox_offset": -352}, "begin at byte -352"),
+    ({"vox_offset": 3e38}, "begin at byte 3e[+]38"),
+    ({"vox_offset": np.inf}, "begin at byte inf"),
+    ({"vox_offset": np.nan}, "begin at byte nan"),
+    ({"magic": b"ni1"}, "pair"),
+    ({"magic": b"n+3"}, "magic"),
+    ({"xyzt_units": 5}, "unit 5"),
+    ({"datatype": 75}, "type code 75"),
+    ({"scl_slope": 1, "scl_inter": np.inf}, "intercept"),
+    ({"sform_code": 0, "qform_code": 1, "quatern_b": 1, "quatern_c": 1}, "NIfTI"),
+    ({"sform_code": 0, "qform_code": 1, "qoffset_x": np.nan}, "affine"),
+    ({"srow_x": [1e38, 0, 0, 0]}, "spacing of"),
+    ({"srow_x": [1e-38, 0, 0, 0]}, "spacing of"),
+])
+def test_hostile_headers_are_refused_in_little_memory(fields, message, tmp_path):
+    path = save(tmp_path / "a.nii", np.full((2, 3, 4), 9, np.int16))
+    assert peak(refuses, patched(path, **fields), message) < 2**20
+
+
+def peak(function, *arguments):
+    """The most memory, in bytes, that Python and NumPy held for a call."""
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_grows_with_what_a_file_holds_not_with_what_it_claims(tmp_path):
+    """A megabyte of noise could unpack to a gigabyte, so its header may claim one; it is not had.
+
+    Nor are extensions read, which may claim two gigabytes or be there, packed a thousandfold.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, 1_200_000, np.uint8)
+    plain = save(tmp_path / "a.nii", noise.reshape(100, 100, 120))
+    packed = tmp_path / "a.nii.gz"
+    packed.write_bytes(gzip.compress(patched(plain, dim=[3, 1000, 1000, 1000, 1, 1, 1, 1])
+                                     .read_bytes()))
+    assert peak(refuses, packed, "found 1200000 of 1000000000 bytes") < 16 * 2**20
+
+    for size in (2**31 - 16, 48 * 2**20):  # of an extension: claimed in vain, and truly there
+        content = bytearray(save(plain, np.full((2, 3, 4), 7, np.uint8)).read_bytes())
+        raw = np.frombuffer(content, nib.Nifti1Header.template_dtype, count=1)
+        raw["vox_offset"] = 352 + size
+        extension = np.array([1, size, 6], "<i4").tobytes() + bytes(min(size, 2**26) - 8)
+        packed.write_bytes(gzip.compress(content[:348] + extension + content[352:], 1))
+        if size < 2**26:
+            assert peak(nifti.read, packed) < 16 * 2**20
+            assert (nifti.read(packed).array == 7).all()
+        else:
+            assert peak(refuses, packed, "begin at byte 2.147") < 2**20
+
+    content = save(plain, np.full((2, 3, 4), 7, np.uint8)).read_bytes()
+    packed.write_bytes(gzip.compress(content + bytes(65 * 2**20), 1))
+    refuses(packed, "over 64 MiB after the voxels")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Small files of both kinds of NIfTI, and the places of the header fields that matter."""
+    folder, made = tmp_path_factory.mktemp("sources"), []
+    for kind, form in product((nib.Nifti1Image, nib.Nifti2Image), ("sform", "qform", "pixdim")):
+        image = kind(np.arange(60, dtype=np.int16).reshape(3, 4, 5), None)
+        image.set_sform(oblique("RAS"), int(form == "sform"))
+        image.set_qform(oblique("RAS"), int(form == "qform"))
+        image.header.set_slope_inter(2, 1)
+        nib.save(image, folder / "a.nii")
+        fields = kind.header_class.template_dtype.fields
+        made.append(((folder / "a.nii").read_bytes(), [
+            (fields[name][1], fields[name][0].itemsize) for name in (
+                "dim", "pixdim", "vox_offset", "datatype", "scl_slope", "scl_inter", "xyzt_units",
+                "qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_y")]))
+    return folder, made
+
+
+STRANGE = [b"\xff" * 8, bytes(8), b"\x7f" * 8, np.float32([np.nan] * 2).tobytes(),
+           np.float32([-np.inf] * 2).tobytes(), np.float64(1e300).tobytes(),
+           np.int64(2**62).tobytes(), np.int16([-5] * 4).tobytes(), b"\x00\x80" * 4]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_header_is_read_or_refused_by_name(sources, data):
+    folder, made = sources
+    content, places = data.draw(st.sampled_from(made))
+    content = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        start, length = data.draw(st.sampled_from(places))
+        at = start + data.draw(st.integers(0, length - 1)) // 2 * 2
+        piece = data.draw(st.sampled_from(STRANGE) | st.binary(min_size=1, max_size=4))
+        content[at : at + len(piece)] = piece
+    packed = data.draw(st.booleans())
+    path = folder / f"strange.nii{'.gz' * packed}"
+    path.write_bytes(gzip.compress(content) if packed else content)
+
+    def attempt():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            try:
+                volume = nifti.read(path, data.draw(st.sampled_from(["float32", "uint8"])))
+            except ValueError as refused:
+                assert str(refused).startswith(f"{path}: ")
+            else:
+                assert np.isfinite(volume.array).all() and 0 < min(volume.spacing)
+                assert sorted(volume.array.shape[:3]) == sorted(volume.original_shape[:3])
+    assert peak(attempt) < 8 * 2**20
+
+
 @pytest.mark.parametrize("row", [(0, 0, 0, 0), (np.nan, 0, 0, 0), (np.inf, 0, 0, 0), (0, 3, 0, 0)])
 def test_impossible_affines_are_refused(row, tmp_path):
     path = save(tmp_path / "a.nii", np.zeros((3, 4, 5), np.uint8))
@@ -156,8 +276,105 @@ def test_impossible_affines_are_refused(row, tmp_path):
 def test_spacing_is_never_defaulted(size, tmp_path):
     path = save(tmp_path / "a.nii", np.zeros((3, 4, 5), np.uint8))
     patched(path, sform_code=0, qform_code=0)
-    assert nifti.read(path).spacing == (4, 3, 2)  # pixdim is a real source
+    with pytest.warns(UserWarning, match="neither sform nor qform.*left"):
+        assert nifti.read(path).spacing == (4, 3, 2)  # pixdim is a real source
     refuses(patched(path, pixdim=[1, 2, size, 4, 0, 0, 0, 0]), "spacing|NIfTI")
+
+
+def test_the_sform_comes_first_then_the_qform_then_pixdim(tmp_path):
+    """By code above 0, also codes that are not invented yet; pixdim[0] = 0 means 1."""
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), None)
+    image.set_sform(np.diag((2.0, 3.0, 4.0, 1.0)))
+    image.set_qform(oblique("RAI"))  # left-handed: pixdim[0] is -1
+    nib.save(image, tmp_path / "a.nii")
+    sform, qform = image.get_sform(), image.get_qform()
+    pixdim = nib.Nifti1Header.from_header(image.header).get_base_affine()
+    for s, q, expected in ((1, 1, sform), (4, 0, sform), (9, 1, sform), (0, 2, qform),
+                           (-1, 1, qform), (0, 9, qform), (0, 0, pixdim), (-1, -1, pixdim)):
+        path = patched(tmp_path / "a.nii", sform_code=s, qform_code=q)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            np.testing.assert_array_equal(nifti.read(path).affine, expected)
+    turned = image.header["pixdim"].copy()
+    turned[0] = 0
+    volume = nifti.read(patched(path, sform_code=0, qform_code=1, pixdim=turned))
+    np.testing.assert_array_equal(volume.affine, qform * (1, 1, -1, 1))
+
+
+@pytest.mark.parametrize(("skew", "angle"), [(0, None), (9e-5, None), (1.2e-4, "89.993"),
+                                             (0.1, "84.289"), (-0.1, "95.711")])
+def test_axes_that_are_not_at_right_angles_are_read_with_a_warning(skew, angle, tmp_path):
+    sheared = np.diag((2.0, 3.0, 4.0, 1.0))
+    sheared[:2, 1] = 3 * skew, 3 * np.sqrt(1 - skew**2) if abs(skew) < 0.05 else 3
+    path = save(tmp_path / "a.nii", np.arange(60.0).reshape(3, 4, 5), sheared)
+    if angle is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            nifti.read(path)
+    else:
+        with pytest.warns(UserWarning, match=f"axes 0 and 1 at {angle} degrees, expected 90"):
+            volume = nifti.read(path)
+        np.testing.assert_allclose(volume.spacing, (4, 3 * max(1, np.hypot(1, skew)), 2), rtol=1e-4)
+        nifti.write(tmp_path / "b.nii", np.ones(volume.array.shape, int), volume)
+        np.testing.assert_array_equal(nib.load(tmp_path / "b.nii").affine, nib.load(path).affine)
+
+
+def test_an_sform_and_pixdim_that_disagree_are_told(tmp_path):
+    path = patched(save(tmp_path / "a.nii", np.zeros((3, 4, 5), np.uint8)),
+                   pixdim=[1, 2, 3, 5, 0, 0, 0, 0])
+    with pytest.warns(UserWarning, match=r"4.0\] in the sform and \[2.0, 3.0, 5.0\] in pixdim"):
+        assert nifti.read(path).spacing == (4, 3, 2)
+
+
+@pytest.mark.parametrize(("shift", "told"), [(0, None), (0.9, None), (1.1, "1.1 mm apart")])
+def test_an_sform_and_a_qform_that_disagree_are_told(shift, told, tmp_path):
+    """From half a voxel on, at any corner: what rounds a quaternion is less."""
+    affine = oblique("PIR", spacing=(2, 3, 4))
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), affine)
+    affine[1, 3] += shift
+    image.set_qform(affine, 1)
+    nib.save(image, tmp_path / "a.nii")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(nifti.read(tmp_path / "a.nii").affine, image.get_sform())
+        patched(tmp_path / "a.nii", quatern_b=1, quatern_c=1)  # no rotation at all
+        np.testing.assert_array_equal(nifti.read(tmp_path / "a.nii").affine, image.get_sform())
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (2 if told else 1) and "inf mm apart" in messages[-1]
+    assert all(warning.filename == __file__ for warning in caught)
+    assert told is None or told in messages[0] and str(tmp_path / "a.nii") in messages[0]
+
+
+@pytest.mark.parametrize(("other", "fits"), [
+    (np.diag((2.0, 3.0, 4.0, 1.0)), True), (np.diag((2.0, 3.0, 4.0009, 1.0)), True),
+    (np.diag((2.0, 3.0, 4.0011, 1.0)), False), (np.diag((-2.0, 3.0, 4.0, 1.0)), False)])
+@pytest.mark.parametrize(("unit", "length"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3)])
+def test_one_grid_is_told_from_two_in_millimetres(other, fits, unit, length, tmp_path):
+    volumes = []
+    for name, affine in (("a.nii", np.diag((2.0, 3.0, 4.0, 1.0))), ("b.nii", other)):
+        image = nib.Nifti2Image(np.zeros((3, 4, 5), np.uint8), affine * ([[length]] * 3 + [[1]]))
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / name)
+        volumes.append(nifti.read(tmp_path / name))
+    plain = nifti.read(save(tmp_path / "c.nii", np.zeros((3, 4, 5, 2), np.uint8)))
+    plain.expect_grid_of(volumes[0])  # the same place, said in another unit, with channels
+    if fits:
+        volumes[1].expect_grid_of(volumes[0])
+    else:
+        with pytest.raises(ValueError, match="b.nii: found an affine .* mm away .*a.nii"):
+            volumes[1].expect_grid_of(volumes[0])
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 6\), expected \(3, 4, 5\)"):
+        nifti.read(save(tmp_path / "d.nii", np.zeros((3, 4, 6)))).expect_grid_of(plain)
+
+
+def test_what_is_not_finite_is_refused(tmp_path):
+    for wrong in (np.nan, np.inf):
+        values = np.zeros((2, 3, 4), np.float32)
+        values[1, 2, 3] = wrong
+        refuses(save(tmp_path / "a.nii", values), "found 1 voxels that are NaN or infinite")
+    values[1, 2, 3] = 1e5
+    refuses(save(tmp_path / "a.nii", values), "infinite as float16", dtype="float16")
+    refuses(patched(tmp_path / "a.nii", scl_slope=3e38), "found 1 voxels .* infinite as float32")
 
 
 def test_integers_are_whole_or_refused(tmp_path):
@@ -181,7 +398,7 @@ def test_wrong_label_maps_are_refused_and_leave_nothing(tmp_path, monkeypatch):
         nifti.write(tmp_path / "out.png", np.zeros((4, 3, 2), int), like)
 
     target.write_bytes(b"before")
-    monkeypatch.setattr(nib, "save", lambda image, path: path.write_bytes(b"half") and 1 / 0)
+    monkeypatch.setattr(nib.Nifti1Header, "write_to", lambda self, file: file.write(b"half") / 0)
     with pytest.raises(ZeroDivisionError):
         nifti.write(target, np.zeros((4, 3, 2), int), like)
     assert target.read_bytes() == b"before"
