@@ -1,4 +1,11 @@
-"""Sliding windows: coverage, weights against naive loops, and nothing left changed."""
+"""Windows, slabs of them, mirrors, ensembles and islands, each against what it must equal.
+
+Sliding windows: coverage, weights against naive loops and MONAI, and nothing left changed.
+"""
+
+import tracemalloc
+from itertools import chain, combinations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinyseg as ts
-from tinyseg.infer import gaussian, sliding_window, starts
+from tinyseg.data.ct import Plan, resample, thick_axis
+from tinyseg.data.sampling import pad
+from tinyseg.infer import gaussian, islands, resampled, segment, slabs, sliding_window, starts
 
 NORMAL = np.random.default_rng(0).standard_normal
 overlaps = st.floats(0, 0.99)
@@ -166,28 +175,46 @@ def small(rank=3):
 def test_modes_and_statistics_are_left_as_they_were(fails):
     net = small().train()
     vars(net)["1"].eval()
-    before, modes = net.state(), [net.training, *(m.training for _, m in net.named(ts.nn.Module))]
+    before, modes = net.state(), [m.training for m in net.modules()]
     assert len(set(modes)) == 2
     seen = []
 
-    def progress(windows):
-        seen.extend(m.training for _, m in net.named(ts.nn.Module))
-        if fails:
-            raise KeyboardInterrupt
-        return windows
+    class Watched(ts.nn.Module):
+        def __init__(self):
+            self.net = net
+
+        def forward(self, x):
+            seen.extend(m.training for m in net.modules())
+            y = self.net(x)
+            assert not y.requires_grad
+            if fails:
+                raise KeyboardInterrupt
+            return y
 
     volume = NORMAL((6, 5, 7, 2)).astype("float32")
     if fails:
         with pytest.raises(KeyboardInterrupt):
-            sliding_window(net, volume, (3, 4, 5), progress=progress)
+            sliding_window(Watched(), volume, (3, 4, 5))
     else:
-        logits = sliding_window(net, volume, (3, 4, 5), progress=progress)
+        logits = sliding_window(Watched(), volume, (3, 4, 5))
         np.testing.assert_array_equal(logits, sliding_window(net.copy().eval(), volume, (3, 4, 5)))
     assert seen and not any(seen)
-    assert [net.training, *(m.training for _, m in net.named(ts.nn.Module))] == modes
+    assert [m.training for m in net.modules()] == modes
     assert all(np.array_equal(before[k], a) for k, a in net.state().items())
     assert (net(volume[None]) * 1).requires_grad  # recording is on again
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_between_slabs_the_network_and_recording_are_as_they_were():
+    """Two streams through one network, the first not read to its end, leave no trace."""
+    net, volume = small().train(), NORMAL((12, 5, 7, 2)).astype("float32")
+    streams = [slabs(net, volume, (3, 4, 5)) for _ in range(2)]
+    for _ in zip(*streams, strict=True):
+        assert net.training and (net(volume[None]) * 1).requires_grad
+        break
+    for _ in streams[1]:
+        assert net.training
+    assert net.training and (net(volume[None]) * 1).requires_grad
 
 
 def test_modules_without_parameters():
@@ -200,9 +227,288 @@ def test_modules_without_parameters():
     ({"patch": (3,)}, "patch"), ({"patch": (3, 3, 3, 3)}, "patch"), ({"patch": ()}, "patch"),
     ({"overlap": 1}, "overlap"), ({"overlap": -0.1}, "overlap"), ({"overlap": np.nan}, "overlap"),
     ({"patch": (3, 0, 2)}, "patch"), ({"patch": (3, -1, 2)}, "patch"), ({"batch": 0}, "batch"),
-    ({"batch": -1}, "batch"),
+    ({"batch": -1}, "batch"), ({"mirror": (3,)}, "mirror"), ({"mirror": (0, -4)}, "mirror"),
 ])
 def test_wrong_arguments(options, message):
     volume = NORMAL((4, 5, 6, 2))
     with pytest.raises(ValueError, match=message):
         sliding_window(lambda x: x, volume, **{"patch": (3, 4, 2), **options})
+
+
+def at_once(model, volume, patch, overlap):
+    """Logits of a volume summed in whole arrays, one window after the other."""
+    size = (1,) * (volume.ndim - 1 - len(patch)) + patch
+    padded, inside = pad(volume, size)
+    weight, total = gaussian(size)[..., None], None
+    norm = np.zeros((*padded.shape[:-1], 1), "float32")
+    for corner in product(*map(starts, padded.shape, size, [overlap] * len(size))):
+        place = tuple(slice(c, c + p) for c, p in zip(corner, size, strict=True))
+        window = padded[place] if len(size) > len(patch) else padded[place][None]
+        answer = model(ts.Tensor(window)).data.reshape(*size, -1)
+        if total is None:
+            total = np.zeros((*padded.shape[:-1], answer.shape[-1]), "float32")
+        total[place] += answer * weight
+        norm[place] += weight
+    return (total / norm)[inside]
+
+
+@settings(max_examples=100, deadline=None)
+@given(scans(), overlaps, st.integers(1, 5))
+def test_slabs_equal_the_volume_at_once_bit_for_bit(scan, overlap, batch):
+    size, patch = scan
+    volume = NORMAL((*size, 2)).astype("float32")
+    parts = list(slabs(cumulative, volume, patch, overlap, batch=batch))
+    depth = 1 if len(patch) < len(size) else patch[0]
+    assert all(1 <= len(part) <= depth for part in parts)
+    whole = np.concatenate(parts)
+    np.testing.assert_array_equal(whole, at_once(cumulative, volume, patch, overlap))
+    np.testing.assert_array_equal(
+        whole, sliding_window(cumulative, volume, patch, overlap, batch=batch))
+
+
+def test_a_slab_comes_as_soon_as_no_window_reaches_it():
+    asked = []
+
+    def model(x):
+        asked.append(len(x.data))
+        return x
+
+    stream = slabs(model, NORMAL((20, 6, 6, 1)), (8, 6, 6), 0.5)  # windows at 0, 4, 8 and 12
+    assert [(len(next(stream)), len(asked)) for _ in range(4)] == [(4, 2), (4, 3), (4, 4), (8, 4)]
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_slabs_do_not_grow_with_the_scan():
+    volume = np.zeros((2000, 32, 32, 1), "float16")
+    tracemalloc.start()
+    for slab in slabs(lambda x: ts.Tensor(np.repeat(x.data, 8, -1)), volume, (8, 32, 32)):
+        shape = slab.shape[1:]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shape == (32, 32, 8) and peak < 4e6 < 65e6  # of all logits
+
+
+def both_ways(model, axes):
+    """The mean of a model's answers to windows reflected along every subset of array axes."""
+    subsets = list(chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)))
+    return lambda x: ts.Tensor(np.mean(
+        [np.flip(model(ts.Tensor(np.flip(x.data, s))).data, s) for s in subsets], axis=0))
+
+
+@pytest.mark.parametrize("size, patch, mirror, axes", [
+    ((6, 7, 9), (4, 3, 5), (0, 1, 2), (1, 2, 3)), ((6, 7, 9), (4, 3, 5), (-1,), (3,)),
+    ((6, 7, 9), (4, 3, 5), [2, 0, -1], (1, 3)), ((6, 7, 9), (3, 5), (0, 1, 2), (1, 2)),
+    ((6, 7, 9), (3, 5), (-1,), (2,)), ((6, 7, 9), (3, 5), (0,), ()), ((7, 9), (3, 5), (0,), (1,)),
+])
+def test_mirroring_is_the_mean_over_reflections(size, patch, mirror, axes):
+    volume = NORMAL((*size, 2)).astype("float32")
+    np.testing.assert_allclose(
+        sliding_window(cumulative, volume, patch, batch=2, mirror=mirror),
+        sliding_window(both_ways(cumulative, axes), volume, patch, batch=2), rtol=1e-6)
+    plain = sliding_window(cumulative, volume, patch)
+    assert (axes == ()) == np.array_equal(
+        plain, sliding_window(cumulative, volume, patch, mirror=mirror))
+
+
+def test_mirroring_changes_nothing_where_the_function_is_equivariant():
+    volume = NORMAL((6, 7, 9, 2)).astype("float32")
+    mirrored = sliding_window(ts.ops.relu, volume, (4, 3, 5), mirror=(0, 1, 2))
+    np.testing.assert_allclose(mirrored, sliding_window(ts.ops.relu, volume, (4, 3, 5)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size, patch, overlap", [
+    ((9, 10, 17), (5, 7, 9), 0.5), ((11, 12, 15), (5, 7, 9), 0.25), ((15, 9, 7), (5, 3, 7), 0),
+    ((13, 17), (7, 9), 0.5), ((3, 9, 9), (5, 3, 11), 0.5), ((5, 5, 17), (5, 5, 9), 0.5),
+])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_parity_with_monai(size, patch, overlap, batch):
+    """MONAI's sliding windows with Gaussian weights, on a function that knows its window.
+
+    The two differ in two points that these sizes avoid. MONAI moves the last window back to the
+    border and leaves the others at multiples of the stride; here all are spread evenly, so sizes
+    are a window and whole strides. MONAI's least weight is 0.001, here it is a thousandth of the
+    largest: the same in windows of odd length, which have a voxel in the centre of weight 1.
+    """
+    monai = pytest.importorskip("monai.inferers", reason="MONAI is not installed")
+    torch = pytest.importorskip("torch")
+    assert all((max(n, p) - p) % int(p * (1 - overlap)) == 0
+               for n, p in zip(size, patch, strict=True))
+    volume = NORMAL((*size, 2)).astype("float32")
+
+    def predictor(x):
+        y = cumulative(ts.Tensor(np.moveaxis(x.numpy(), 1, -1))).data
+        return torch.from_numpy(np.moveaxis(y, -1, 1).copy())
+
+    theirs = monai.sliding_window_inference(
+        torch.from_numpy(np.moveaxis(volume, -1, 0)[None].copy()), patch, batch, predictor,
+        overlap=overlap, mode="gaussian", sigma_scale=0.125, padding_mode="replicate")
+    ours = sliding_window(cumulative, volume, patch, overlap, batch=batch)
+    np.testing.assert_allclose(ours, np.moveaxis(theirs.numpy()[0], 0, -1), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 9)] * 3),
+       st.tuples(*[st.integers(0, 1)] * 3), st.integers(1, 4))
+def test_resampled_rows_equal_the_resampled_volume(size, shape, order, step):
+    scores = NORMAL((*size, 2)).astype("float32")
+    parts = [scores[i : i + step] for i in range(0, len(scores), step)]
+    rows = list(resampled(parts, len(scores), shape, order))
+    assert all(row.dtype == np.float32 for row in rows)
+    np.testing.assert_allclose(rows, resample(scores, shape, order), rtol=1e-5, atol=1e-5)
+    if size == shape:
+        np.testing.assert_array_equal(rows, scores)
+
+
+def network(seed=4, rank=3, classes=3, channels=1, kernel=3, **plan):
+    """A small network with random weights that `segment` takes for a loaded one."""
+    rng = np.random.default_rng(seed)
+    net = ts.nn.Sequential(
+        ts.nn.Conv(channels, 4, (kernel,) * rank, padding=kernel // 2, rng=rng), ts.nn.ReLU(),
+        ts.nn.Conv(4, classes, (1,) * rank, rng=rng))
+    net.parameters()[2].data *= 4  # logits apart, so that classes mix and some are sure
+    net.config = {"rank": rank, "classes": classes, "in_channels": channels}
+    plan = {"spacing": [2.0, 1.5, 1.0], "clip": [-2, 2], "mean": 0.1, "std": 0.9, **plan}
+    net.metadata = {"plan": plan, "patch": [6, 8, 10]}
+    return net.eval()
+
+
+def scan(size=(13, 9, 10), spacing=(1.2, 1.1, 1.3), channels=()):
+    array = np.random.default_rng(5).standard_normal((*size, *channels), "float32")
+    return SimpleNamespace(array=array, spacing=spacing, path="scan.nii.gz")
+
+
+def logits_at_once(net, volume, **options):
+    plan, patch = Plan(**net.metadata["plan"]), net.metadata["patch"][-net.config["rank"] :]
+    image = plan.prepare(volume).astype("float16")
+    logits = sliding_window(net, image, tuple(patch), **options)
+    thick = None if plan.blend_slices else thick_axis(plan.spacing, volume.spacing)
+    orders = [0 if axis == thick else 1 for axis in range(3)]
+    return resample(logits, volume.array.shape[:3], orders)
+
+
+def assert_largest(labels, shares):
+    """The labels are where shares (*S, C) are largest, but for what rounding may decide."""
+    lost = shares.max(-1) - np.take_along_axis(shares, labels[..., None].astype(int), -1)[..., 0]
+    assert lost.max() < 1e-5
+
+
+PLANS = [{}, {"spacing": [0.9, 1, 1.1]}, {"spacing": [1.2, 1.1, 1.3]}, {"mean": None, "std": None},
+         {"spacing": [5, 1, 1], "blend_slices": False},
+         {"spacing": [1, 1, 5], "blend_slices": False}]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_segment_equals_logits_resampled_at_once(plan, rank):
+    net, volume = network(rank=rank, **plan), scan()
+    labels = segment(net, volume)
+    assert labels.shape == volume.array.shape and labels.dtype == np.uint8
+    assert len(np.unique(labels)) >= 2
+    assert_largest(labels, logits_at_once(net, volume))
+    options = {"overlap": 0.3, "mirror": (0, 2)}
+    assert_largest(segment(net, volume, **options), logits_at_once(net, volume, **options))
+
+
+def test_segment_of_a_scan_smaller_than_the_patch_and_of_two_channels():
+    net, volume = network(channels=2), scan((3, 5, 7), channels=(2,))
+    labels = segment(net, volume)
+    assert labels.shape == (3, 5, 7)
+    assert_largest(labels, logits_at_once(net, volume))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_an_ensemble_averages_probabilities_on_the_scans_grid():
+    volume = scan()
+    nets = [network(0), network(1, rank=2, spacing=[1, 1, 1]), network(2, mean=None, std=None)]
+    alone = [segment(net, volume) for net in nets]
+    labels = segment(nets, volume)
+    assert_largest(labels, sum(softmax(logits_at_once(net, volume)) for net in nets) / 3)
+    assert all((labels != one).any() for one in alone)
+    np.testing.assert_array_equal(segment(nets[::-1], volume), labels)
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_an_ensemble_of_one_network_is_the_network(times):
+    net, volume = network(), scan()
+    np.testing.assert_array_equal(segment([net] * times, volume), segment(net, volume))
+
+
+def test_two_networks_that_are_sure_outvote_one_that_boasts():
+    volume, nets = scan(), [network(0), network(0), network(1)]
+    for parameter in nets[2].parameters()[2:]:
+        parameter.data *= 1000
+    sure = softmax(logits_at_once(nets[0], volume)).max(-1) > 0.75  # 2 x 0.75 > 1 + 2 x 0.25
+    labels, alone = segment(nets, volume), [segment(net, volume) for net in nets]
+    assert (alone[0] != alone[2])[sure].any()
+    np.testing.assert_array_equal(labels[sure], alone[0][sure])
+
+
+def test_segment_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"\[3, 2\] classes"):
+        segment([network(), network(classes=2)], scan())
+    with pytest.raises(ValueError, match="one or more"):
+        segment([], scan())
+    with pytest.raises(ValueError, match=r"scan.nii.gz: found 1 channels, expected 2"):
+        segment([network(), network(channels=2)], scan())
+
+
+def islands_by_flood(labels, largest, smallest):
+    """The same from a flood over all neighbours, one voxel at a time."""
+    steps = [s for s in product((-1, 0, 1), repeat=labels.ndim) if any(s)]
+    left, result = {tuple(v) for v in np.argwhere(labels).tolist()}, np.zeros_like(labels)
+    found = {}
+    for voxel in sorted(left):
+        if voxel not in left:
+            continue
+        island, edge = [], [voxel]
+        left.discard(voxel)
+        while edge:
+            here = edge.pop()
+            island.append(here)
+            for step in steps:
+                near = tuple(np.add(here, step).tolist())
+                if near in left and labels[near] == labels[voxel]:
+                    left.discard(near)
+                    edge.append(near)
+        found.setdefault(labels[voxel], []).append(island)
+    for number, parts in found.items():
+        for island in [max(parts, key=len)] if largest else parts:
+            if len(island) >= smallest:
+                result[tuple(np.transpose(island))] = number
+    return result
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 3), st.data(), st.booleans(), st.sampled_from([0, 1, 2, 3, 4.5, 100]))
+def test_islands_against_a_flood(rank, data, largest, smallest):
+    size = data.draw(st.tuples(*[st.integers(1, 7)] * rank))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    labels = rng.choice([0, 1, 3], size, p=[0.7, 0.2, 0.1]).astype("uint8")
+    before = labels.copy()
+    found = islands(labels, largest=largest, smallest=smallest)
+    np.testing.assert_array_equal(found, islands_by_flood(labels, largest, smallest))
+    np.testing.assert_array_equal(labels, before)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(islands(found, largest=largest, smallest=smallest), found)
+
+
+def test_islands_touch_at_corners_and_classes_do_not_mix():
+    labels = np.zeros((4, 4, 4), "uint8")
+    labels[0, 0, 0] = labels[1, 1, 1] = labels[3, 3, 3] = 1
+    labels[2, 2, 2] = 2  # would bridge the two
+    kept = islands(labels, largest=True)
+    assert kept[0, 0, 0] == kept[1, 1, 1] == 1 and kept[3, 3, 3] == 0 and kept[2, 2, 2] == 2
+    assert not islands(labels, smallest=3).any()
+
+
+def test_segment_cleans_in_millilitres_on_the_scans_grid():
+    net, volume = network(), scan()
+    labels, voxel = segment(net, volume), np.prod(volume.spacing) / 1000
+    cleaned = segment(net, volume, largest=True, smallest=20 * voxel)
+    np.testing.assert_array_equal(cleaned, islands_by_flood(labels, True, 20 - 1e-6))
+    assert (cleaned != labels).any()

@@ -86,7 +86,7 @@ def test_predictions_lie_on_the_scans_grid_and_score_as_told(done, data, capsys)
     assert commands.main(["evaluate", str(done / "copy"), str(data / "labelsTr")]) == 0
     told = json.loads((done / "copy" / "metrics.json").read_text())["cases"]
     for name, scores in metrics.items():
-        assert told[f"{name}.nii.gz"]["class 1"] == scores["pancreas"]
+        assert told[f"{name}.nii.gz"]["pancreas"].items() >= scores["pancreas"].items()
 
 
 def test_predict_command_repeats_the_evaluation(done, data, tmp_path, capsys):

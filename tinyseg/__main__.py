@@ -7,51 +7,168 @@ import hashlib
 import json
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from math import inf, prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoint, infer, metrics, models, pretrained, report
+from . import checkpoint, infer, metrics, models, nn, pretrained, report
 from .data import nifti
+from .data.augment import LEFT_RIGHT
+
+ENDINGS = (".nii", ".nii.gz")
 
 
-def predict(model: Path, scan: Path, out: Path) -> None:
-    """Segment SCAN with MODEL and write the label map to OUT, on the scan's own grid."""
-    net, volume = checkpoint.load(model), nifti.read(scan)
-    if "plan" not in net.metadata:
-        raise ValueError(f"{model}: holds no preparation; train it with the main job first")
-    bar = partial(tqdm, desc=scan.name, unit="window")
-    labels = infer.segment(net, volume, progress=bar)
-    nifti.write(out, labels, volume)
-    names, voxel = net.metadata["labels"], np.prod(volume.spacing) / 1000
-    for number, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        if number:
-            print(f"{names.get(str(number), number)}: {count} voxels, {count * voxel:.1f} ml")
+def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
+            device: str = "cpu", overlap: float = 0.5, mirror: bool = False,
+            largest: bool = False, smallest: float = 0) -> int:
+    """Segment SCAN with MODEL and write the label map to OUT, on the scan's own grid.
+
+    SCAN may be a folder of .nii and .nii.gz files: OUT is then one too, and names are kept. A file
+    that fails is named and the others go on; the exit code is then 1. How scans are prepared
+    stands in MODEL.
+    """
+    jobs = _jobs(scan, out)
+    nets = _agreeing([model, *others], device)
+    failed = []
+    for number, (source, target) in enumerate(jobs, 1):
+        try:
+            with tqdm(desc=f"{number}/{len(jobs)} {source.name}", unit="window") as bar:
+                told = _predict(nets, source, target, overlap=overlap,
+                                mirror=[LEFT_RIGHT] * mirror, largest=largest, smallest=smallest,
+                                progress=partial(_advance, bar))
+            print(f"{source.name}: {told}")
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            failed.append(source.name)
+            named = str(error) if str(source) in str(error) else f"{source}: {error}"
+            print(f"error: {named}", file=sys.stderr)
+    if failed and len(jobs) > 1:
+        print(f"{len(failed)} of {len(jobs)} scans failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
-def evaluate(predictions: Path, labels: Path) -> None:
-    """Score every label map in PREDICTIONS against the file of the same name in LABELS."""
+def _predict(nets: Sequence[nn.Module], source: Path, target: Path, **options: Any) -> str:
+    """Segment one file; returns how much of each class was found."""
+    scan = nifti.read(source)
+    labels = infer.segment(nets, scan, **options)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nifti.write(target, labels, scan)
+    names, voxel = nets[0].metadata.get("labels", {}), prod(scan.spacing) / 1000
+    counts = {names.get(str(c), c): np.count_nonzero(labels == c)
+              for c in range(1, nets[0].config["classes"])}
+    return ", ".join(f"{name} {n * voxel:.1f} ml ({n} voxels)" for name, n in counts.items())
+
+
+def _jobs(scan: Path, out: Path) -> list[tuple[Path, Path]]:
+    """(scan, label map) of a file or of all in a folder; refuses here what would fail at the end.
+
+    Names that begin with a dot are leftovers of file managers and archives.
+    """
+    if scan.is_dir():
+        jobs = [(path, out / path.name) for path in sorted(scan.iterdir())
+                if path.name.endswith(ENDINGS) and path.name[0] != "."]
+        if not jobs:
+            raise ValueError(f"{scan}: holds no .nii or .nii.gz file")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out}: expected a folder, as {scan} is one")
+    else:
+        jobs = [(scan, out)]
+        if not out.name.endswith(ENDINGS) or out.is_dir():
+            raise ValueError(f"{out}: expected a file name that ends in .nii or .nii.gz")
+    for source, target in jobs:
+        if target.exists() and source.exists() and target.samefile(source):
+            raise ValueError(f"{target}: is the scan itself, expected another place for labels")
+    return jobs
+
+
+def _agreeing(paths: Sequence[Path], device: str) -> list[nn.Module]:
+    """The networks in files of the main job, on a device; ValueError where classes differ."""
+    nets = []
+    for path in paths:
+        net = checkpoint.load(path)
+        if not {"plan", "patch"} <= net.metadata.keys():
+            raise ValueError(f"{path}: holds no preparation; train it with the main job first")
+        nets.append(nn.to_device(net, device))
+        told = [(n.config["classes"], n.metadata.get("labels")) for n in (nets[0], net)]
+        if told[0] != told[1]:
+            raise ValueError(f"{path}: found {told[1][0]} classes {told[1][1]}, expected"
+                             f" {told[0][0]} classes {told[0][1]} as in {paths[0]}")
+    return nets
+
+
+def _advance(bar: tqdm, groups: Sequence[Sequence]) -> Iterator[Sequence]:
+    """Groups of windows, one after the other, on a bar that several networks may share."""
+    bar.total = (bar.total or 0) + sum(map(len, groups))
+    for group in groups:
+        yield group
+        bar.update(len(group))
+
+
+def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0) -> None:
+    """Score every label map in PREDICTIONS against the file of the same name in LABELS.
+
+    Overlap, distances between surfaces and volumes of each class go to metrics.csv, a row for each
+    case and class, and with their means to metrics.json, both in PREDICTIONS. Classes are named as
+    in a dataset.json beside the folder LABELS.
+    """
     found = sorted(p for p in predictions.glob("*.nii*") if not p.name.startswith("."))
     if not found:
         raise ValueError(f"{predictions}: holds no .nii or .nii.gz file")
-    cases = {}
-    pairs = [(nifti.read(path, "uint8").array, nifti.read(labels / path.name, "uint8").array)
-             for path in tqdm(found, desc="read", unit="case")]
-    numbers = {n for pair in pairs for each in pair for n in np.unique(each).tolist()}
-    classes = {n: f"class {n}" for n in sorted(numbers)}
-    for path, (prediction, truth) in zip(found, pairs, strict=True):
-        try:
-            cases[path.name] = metrics.per_class(prediction, truth, classes)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    means = metrics.mean(cases)
-    for name, scores in [*cases.items(), ("mean", means)]:
-        print(f"{name:32}" + "  ".join(f"{c}: Dice {s['dice']:.3f} IoU {s['iou']:.3f}"
-                                       for c, s in scores.items()))
-    report.write_json(predictions / "metrics.json", {"cases": cases, "mean": means})
-    print(f"written to {predictions / 'metrics.json'}")
+    lost = [path.name for path in found if not (labels / path.name).is_file()]
+    if lost:
+        raise FileNotFoundError(f"{labels}: holds no file for {len(lost)} of {len(found)}"
+                                f" predictions, such as {lost[0]}")
+    classes, cases = _class_names(labels.resolve().parent / "dataset.json"), {}
+    for path in tqdm(found, desc="evaluate", unit="case"):
+        prediction, truth = _label_map(path), _label_map(labels / path.name)
+        prediction.expect_grid_of(truth)
+        for number in np.union1d(prediction.array, truth.array).tolist():
+            classes.setdefault(number, f"class {number}")
+        cases[path.name] = metrics.per_class(prediction.array, truth.array, classes,
+                                             truth.spacing, tolerance)
+    # Without dataset.json a class may first be met in a late case: in the others it is absent.
+    nothing = np.zeros((1, 1, 1), "uint8")
+    absent = metrics.per_class(nothing, nothing, dict(sorted(classes.items())), (1, 1, 1),
+                               tolerance)
+    cases = {case: absent | scores for case, scores in cases.items()}
+    means, counts = metrics.mean(cases), metrics.counts(cases)
+    report.write_table(predictions / "metrics.csv", [
+        {"case": case, "class": name, **measures}
+        for case, scores in cases.items() for name, measures in scores.items()])
+    report.write_json(predictions / "metrics.json", {
+        "tolerance_mm": tolerance, "cases": cases, "mean": means, "counts": counts})
+    print(report.summary(means, counts))
+    print(f"surface Dice at {tolerance:g} mm; every case stands in {predictions / 'metrics.csv'}"
+          " and metrics.json")
+
+
+def _label_map(path: Path) -> nifti.Volume:
+    """The label map in a file, array (D, H, W); some programs keep an axis of channels, of one."""
+    volume = nifti.read(path, "uint8")
+    if prod(volume.array.shape[3:]) != 1:
+        raise ValueError(f"{path}: found shape {volume.original_shape}, expected one label map")
+    return replace(volume, array=volume.array.reshape(volume.array.shape[:3]))
+
+
+def _class_names(source: Path) -> dict[int, str]:
+    """{number: name} from a dataset.json of the Decathlon format; {} where there is none."""
+    if not source.is_file():
+        return {}
+    try:
+        names = {int(number): str(name)
+                 for number, name in json.loads(source.read_bytes())["labels"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+        raise ValueError(f'{source}: found no class names ({fault!r}), expected "labels":'
+                         ' {"0": "background", "1": "pancreas"}; mend or move the file') from None
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{source}: found the class names {list(names.values())}, expected each"
+                         " once")
+    return names
 
 
 def convert(source: Path, target: Path) -> None:
@@ -90,20 +207,41 @@ def main(argv: list[str] | None = None) -> int:
     for function, names in ((predict, ("MODEL", "SCAN", "OUT")),
                             (evaluate, ("PREDICTIONS", "LABELS")),
                             (convert, ("SOURCE", "TARGET")), (inspect, ("MODEL",))):
-        sub = commands.add_parser(function.__name__, help=function.__doc__,
-                                  description=function.__doc__)
+        about = function.__doc__ or ""
+        sub = commands.add_parser(function.__name__, help=about.partition("\n")[0],
+                                  description=about)
         for name in names:
             sub.add_argument(name.lower(), metavar=name, type=Path)
         sub.set_defaults(run=function)
+    add = commands.choices["predict"].add_argument
+    add("--with", dest="others", metavar="MODEL", type=Path, action="append", default=[],
+        help="another network, to average its probabilities too; may be repeated")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--overlap", type=float, default=0.5, metavar="X",
+        help="the fraction of a window shared with the next, below 1 (%(default)s)")
+    add("--mirror", action="store_true", help="average with the answer to the left-right mirror "
+        "image, which training shows the network too; twice the time")
+    add("--largest", action="store_true", help="keep only the largest connected component of "
+        "each class (26 neighbours)")
+    add("--smallest", type=float, default=0, metavar="ML",
+        help="drop connected components of fewer millilitres")
+    commands.choices["evaluate"].add_argument(
+        "--tolerance", type=float, default=5.0, metavar="MM", help="how far apart surfaces may be "
+        "for the surface Dice (%(default)s, the Decathlon's for pancreas; also liver 7, brain 5, "
+        "heart, colon and prostate 4, spleen and hepatic vessels 3, lung 2, hippocampus 1)")
     options = vars(parser.parse_args(argv))
-    run = options.pop("run")
-    options.pop("command")
+    command, run = options.pop("command"), options.pop("run")
+    if command == "predict" and not 0 <= options["overlap"] < 1:
+        parser.error(f"--overlap is {options['overlap']}, expected 0 <= X < 1")
+    if command == "predict" and not 0 <= options["smallest"] < inf:
+        parser.error(f"--smallest is {options['smallest']}, expected millilitres")
+    if command == "evaluate" and not 0 <= options["tolerance"] < inf:
+        parser.error(f"--tolerance is {options['tolerance']}, expected millimetres")
     try:
-        run(**options)
-    except (OSError, ValueError, RuntimeError) as error:
+        return run(**options) or 0
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

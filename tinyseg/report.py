@@ -143,3 +143,24 @@ def score_lines(means: Mapping[str, Mapping[str, Mapping[str, float]]], measure:
     for model, scores in means.items():
         lines.append(f"{model:<12}" + "".join(f"{scores[c][measure]:>{width}.3f}" for c in classes))
     return "\n".join(lines)
+
+
+MEASURES = {"dice": "Dice", "iou": "IoU", "surface_dice": "surface Dice", "hausdorff95": "HD95 mm",
+            "mean_surface_distance": "distance mm", "prediction_ml": "predicted ml",
+            "reference_ml": "reference ml"}
+
+
+def summary(means: Mapping[str, Mapping[str, float]],
+            counts: Mapping[str, Mapping[str, int]]) -> str:
+    """The means of `metrics.mean` as a text table, one line a class, and what they leave out."""
+    width = max([len(name) for name in means] + [10])
+    measures = [m for m in MEASURES if any(m in scores for scores in means.values())]
+    lines = [" ".join([f"{'mean':{width}}", *(f"{MEASURES[m]:>12}" for m in measures)])]
+    lines += [" ".join([f"{name:{width}}", *(f"{scores[m]:12.3f}" for m in measures)])
+              for name, scores in means.items()]
+    for name, told in counts.items():
+        if told["empty_predictions"] or told["empty_references"]:
+            lines.append(f"{name}: empty in {told['empty_predictions']} predictions and"
+                         f" {told['empty_references']} references of {told['cases']}; its distance"
+                         f" is infinite, and not in the mean, in {told['infinite_distances']}")
+    return "\n".join(lines)
