@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from . import cuda
 from .backend import Array, array_module
-from .ops import _softmax
 from .tensor import Tensor, op
 
 
@@ -61,7 +60,11 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"labels hold {int(labels[~known][0])}; expected 0 to {classes - 1}"
                          + ("" if ignore is None else f", or {ignore} to ignore"))
 
-    p = _softmax(logits)
+    log_p = logits - logits.max(axis=-1, keepdims=True)
+    p = library.exp(log_p)
+    mass = p.sum(axis=-1, keepdims=True)
+    p /= mass
+    log_p -= library.log(mass)
     t = (labels[..., None] == library.arange(classes)) & counted[..., None]
     t = t.astype(logits.dtype)
     space = tuple(range(labels.ndim))
@@ -72,8 +75,6 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         voxel = weighted.sum(axis=-1, keepdims=True)
         total = voxel.sum()
         total = total + (total == 0)  # nothing counts: the sum above it is zero too
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        log_p = shifted - library.log(library.exp(shifted).sum(axis=-1, keepdims=True))
         value = value - (weighted * log_p).sum() / total
         parts.append(lambda: (p * voxel - weighted) / total)
 

@@ -71,7 +71,7 @@ def product(x: Array, w: Array, out: Array, before) -> None:
     """Write correlate(x, w), stride one, zero padding `before`, to `out` (N, *P, C_out)."""
     if out.ndim == 4:  # a plane is a volume of depth one
         x, w, out, before = x[:, None], w[None], out[:, None], (0, *before)
-    deep, channels, filters = len(w) == 3, *w.shape[-2:]
+    deep, (channels, filters) = len(w) == 3, w.shape[-2:]
     step = DEPTH if deep else 1
     depth, height, width = out.shape[1:4]
     slabs, down, across = ceil(depth / step), ceil(height / PLANE), ceil(width / PLANE)
@@ -94,7 +94,7 @@ def product(x: Array, w: Array, out: Array, before) -> None:
         n, slab, row = block
         thick_, high_ = min(thick, slabs - slab), min(high, down - row)
         seen = padded[n, slab * step : (slab + thick_) * step + 2 * deep,
-                      row * PLANE : (row + high_) * PLANE + 2]
+                      row * PLANE : (row + high_) * PLANE + 2, :]
         if deep:  # Bᵀ of F(2, 3)
             a, b, c, d = (seen[i : i + 2 * thick_ - 1 : 2] for i in range(4))
             planes = np.empty((4, *a.shape), x.dtype)

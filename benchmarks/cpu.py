@@ -1,0 +1,292 @@
+"""This library on the cores of a CPU beside PyTorch: time and memory, in one run.
+
+  layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
+               1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w, beside
+               the machine's matrix product
+  steps        forward, cross-entropy, backward, AdamW of whole networks, and memory
+  inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18
+  growth       one step against depth, batch and cores
+
+PyTorch runs in its faster memory format, at the same number of threads. Layers take turns in one
+process. Steps and inference have a process for each side, and their runs alternate, so that a
+machine that slows down slows both. Figures are medians; a ratio is PyTorch's time / ours.
+
+  python benchmarks/cpu.py                     all parts, about 15 minutes on two cores
+  python benchmarks/cpu.py --parts steps       one of them
+  python benchmarks/cpu.py --quick             a minute: few layers, small steps
+
+Needs PyTorch: pip install torch==2.13.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from itertools import product
+from math import exp, log, prod
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("layers", "steps", "inference", "growth")
+STEPS = {  # name: (backbone, rank, batch, size, options of the inflated network)
+    "ResNet-18 3D": ("resnet18", 3, 1, (64, 96, 96), {}),
+    "ResNet-18 3D, inflated": ("resnet18", 3, 1, (64, 96, 96), {
+        "depth": 3, "depth_dilation": 1, "depth_padding": "edge"}),
+    "ResNet-18 2D": ("resnet18", 2, 8, (256, 256), {}),
+    "ResNet-50 3D": ("resnet50", 3, 1, (32, 96, 96), {}),
+}
+
+
+def layers(backbone: str, rank: int, size: tuple[int, ...]) -> dict:
+    """{(size, channels, filters, window): how often} of a network's convolutions."""
+    import tinyseg as ts
+
+    found: dict = {}
+    original = ts.windows.correlate
+
+    def record(x, w, window):
+        key = (x.shape[1:-1], *w.shape[-2:], window)
+        found[key] = found.get(key, 0) + 1
+        shape = (1, *window.positions(x.shape[1:-1]), w.shape[-1])
+        return np.broadcast_to(np.float32(0), shape).copy()
+
+    ts.windows.correlate = record
+    try:
+        with ts.no_grad():
+            net = ts.models.resnet_seg(backbone, rank=rank, in_channels=1, classes=3).eval()
+            net(np.zeros((1, *size, 1), "float32"))
+    finally:
+        ts.windows.correlate = original
+    return found
+
+
+def alternate(calls: dict, turns: int) -> dict[str, float]:
+    """Median seconds of each call, one after the other in every turn, after a turn to warm up."""
+    seconds: dict = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: median(taken) for name, taken in seconds.items()}
+
+
+def layer_table(quick: bool, threads: int) -> None:
+    import torch
+
+    import tinyseg as ts
+    from tinyseg import windows
+
+    torch.set_num_threads(threads)
+    ts.parallel.set_threads(threads)
+    rng, square = np.random.default_rng(0), np.ones((1024, 1024), "float32")
+    print(f"\n{'convolution':42}{'peak':>6}" + "".join(
+        f"{d + ': ours':>14}{'PyTorch':>9}{'ratio':>7}" for d in ("y", "dx", "dw"))
+        + "   GFLOP/s of the arithmetic as written", flush=True)
+    ratios: dict = {"y": [], "dx": [], "dw": []}
+    for (rank, size, batch), backbone in product(
+            ((3, (64, 96, 96), 1), (2, (256, 256), 8)), ("resnet18", "resnet50")):
+        chosen = list(layers(backbone, rank, size).items())
+        for i, ((grid, channels, filters, window), count) in enumerate(chosen):
+            if quick and (rank == 2 or i % 4 != 1):
+                continue
+            x = rng.standard_normal((batch, *grid, channels), "float32")
+            w = rng.standard_normal((*window.kernel, channels, filters), "float32")
+            y = rng.standard_normal((batch, *window.positions(grid), filters), "float32")
+            formats = [torch.contiguous_format, {2: torch.channels_last,
+                                                 3: torch.channels_last_3d}[rank]]
+            options = (None, list(window.stride), [p[0] for p in window.padding],
+                       list(window.dilation), False, [0] * rank, 1)
+            calls = {"peak": lambda: square @ square,
+                     "y": lambda x=x, w=w, v=window: windows.correlate(x, w, v),
+                     "dx": lambda y=y, w=w, g=grid, v=window: windows.correlate_dx(y, w, g, v),
+                     "dw": lambda x=x, y=y, v=window: windows.correlate_dw(x, y, v)}
+            if channels == 1:
+                del calls["dx"]  # an image needs no gradient
+            for form in formats:
+                tx, ty, tw = (torch.from_numpy(a).movedim(-1, 1).contiguous(memory_format=form)
+                              for a in (x, y, w.transpose(-1, *range(rank), -2)))
+                mask = {"dx": [True, False, False], "dw": [False, True, False]}
+                calls[f"y {form}"] = lambda x=tx, w=tw, o=options: torch.convolution(x, w, *o)
+                for d in mask:
+                    if d in calls:
+                        calls[f"{d} {form}"] = lambda g=ty, x=tx, w=tw, o=options, m=mask[d]: (
+                            torch.ops.aten.convolution_backward(g, x, w, *o, m))
+            took = alternate(calls, 3 if quick else 5)
+            work = 2e-9 * batch * prod(window.positions(grid)) * prod(window.kernel)
+            work *= channels * filters
+            name = (f"{backbone[6:]} x{count} {'x'.join(map(str, grid))} {channels}-{filters} "
+                    f"k{window.kernel[-1]} s{window.stride[-1]} d{window.dilation[-1]}")
+            row = f"{name:42}{2 * 1.024**3 / took['peak']:6.0f}"
+            for d in ratios:
+                if d not in calls:
+                    row += " " * 30
+                    continue
+                theirs = min(took[f"{d} {form}"] for form in formats)
+                ratios[d].append(theirs / took[d])
+                row += f"{work / took[d]:14.0f}{work / theirs:9.0f}{theirs / took[d]:7.2f}"
+            print(row, flush=True)
+    print(f"{'geometric mean':48}" + "".join(
+        f"{exp(sum(map(log, r)) / len(r)):30.2f}" for r in ratios.values()))
+
+
+def our_side(case: tuple, threads: int, train: bool):
+    import tinyseg as ts
+
+    backbone, rank, batch, size, options = case
+    ts.parallel.set_threads(threads)
+    net = ts.models.resnet_seg(backbone, rank=rank, in_channels=1, classes=3, **options)
+    if not train:
+        return lambda x, _: ts.infer.sliding_window(net, x[0], size)
+    optimizer = ts.optim.AdamW(net.parameters(), 1e-4)
+
+    def step(x, y):
+        optimizer.zero_grad()
+        ts.losses.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def torch_side(case: tuple, threads: int, train: bool, last: bool):
+    import torch
+
+    import tinyseg as ts
+    sys.path.insert(0, str(ROOT / "tests"))
+    from torch_models import Net
+
+    backbone, rank, batch, size, options = case
+    torch.set_num_threads(threads)
+    form = torch.contiguous_format
+    if last:
+        form = torch.channels_last if rank == 2 else torch.channels_last_3d
+    net = Net(backbone, rank, 1, 3)
+    if options:  # inflated: kernels of three in depth, dilated in the plane alone, zero-padded
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] > 1:
+                shape = (*module.weight.shape[:2], 3, *module.weight.shape[3:])
+                module.weight = torch.nn.Parameter(torch.randn(shape) * 0.01)
+                module.dilation = (1, *module.dilation[1:])
+                module.padding = (1, *module.padding[1:])
+    net = net.to(memory_format=form)
+
+    def tensor(x):
+        return torch.from_numpy(x).movedim(-1, 1).contiguous(memory_format=form)
+
+    if not train:
+        net.eval()
+
+        def predict(x):
+            with torch.inference_mode():
+                return ts.Tensor(net(tensor(x.data)).movedim(1, -1).numpy())
+
+        return lambda x, _: ts.infer.sliding_window(predict, x[0], size)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
+
+    def step(x, y):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(tensor(x)), torch.from_numpy(y)).backward()
+        optimizer.step()
+
+    return step
+
+
+def work(pipe, make, arguments, shape) -> None:
+    """One side in a process of its own: a run for every message."""
+    run, rng = make(*arguments), np.random.default_rng(0)
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while pipe.recv():
+        x, y = rng.standard_normal((*shape, 1), "float32"), rng.integers(0, 3, shape)
+        began = time.perf_counter()
+        run(x, y)
+        took = time.perf_counter() - began
+        pipe.send((took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 2**20))
+
+
+def side_by_side(case: tuple, shape: tuple, threads: int, turns: int, train: bool = True) -> dict:
+    """{side: (median seconds, GiB above idle)} of ours and of PyTorch's two formats."""
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("spawn")  # the children read the thread count at start
+    pipes = {}
+    for name, make, more in (("ours", our_side, ()), ("first", torch_side, (False,)),
+                             ("last", torch_side, (True,))):
+        pipes[name], there = context.Pipe()
+        context.Process(target=work, args=(there, make, (case, threads, train, *more), shape),
+                        daemon=True).start()
+        there.close()
+    seconds: dict = {name: [] for name in pipes}
+    memory: dict = {}
+    for turn in range(turns + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            took, memory[name] = pipe.recv()
+            if turn:
+                seconds[name].append(took)
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {name: (median(seconds[name]), memory[name]) for name in pipes}
+
+
+HEAD = (f"{'':34}{'ours s':>9}{'PyTorch s':>11}{'ratio':>7}{'ours GiB':>10}{'PyTorch GiB':>13}"
+        f"{'ratio':>7}")
+
+
+def row(name: str, sides: dict) -> str:
+    """One line: PyTorch in its faster format, with the memory of that one."""
+    (ours, gib), (theirs, their_gib) = sides["ours"], min(sides["first"], sides["last"])
+    return (f"{name:34}{ours:9.2f}{theirs:11.2f}{theirs / ours:7.2f}{gib:10.2f}{their_gib:13.2f}"
+            f"{gib / their_gib:7.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+                        help=f"of {', '.join(PARTS)} (all)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--turns", type=int, default=5, help="timed runs of each (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few and small: a minute")
+    args = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                            capture_output=True).stdout.strip()
+    print(f"{platform.processor() or platform.machine()}, {args.threads} threads, Python "
+          f"{platform.python_version()}, NumPy {np.__version__}, {time.strftime('%Y-%m-%d')}, "
+          f"commit {commit}")
+    turns = 2 if args.quick else args.turns
+    if "layers" in args.parts:
+        layer_table(args.quick, args.threads)
+    if "steps" in args.parts:
+        print(f"\ntraining step\n{HEAD}")
+        for name, case in STEPS.items():
+            size = tuple(n // 2 for n in case[3]) if args.quick else case[3]
+            shape = (case[2], *size)
+            print(row(f"{name} {'x'.join(map(str, shape))}",
+                      side_by_side((*case[:3], size, case[4]), shape, args.threads, turns)),
+                  flush=True)
+    if "inference" in args.parts and not args.quick:
+        print(f"\ninference\n{HEAD}")
+        case = STEPS["ResNet-18 3D"]
+        print(row("ResNet-18 3D, 96x256x256", side_by_side(
+            case, (1, 96, 256, 256), args.threads, max(1, turns // 2), train=False)), flush=True)
+    if "growth" in args.parts and not args.quick:
+        print(f"\ngrowth of a step of ResNet-18 3D\n{HEAD}")
+        for batch, depth, threads in ((1, 16, args.threads), (1, 32, args.threads),
+                                      (1, 64, args.threads), (2, 32, args.threads),
+                                      *(((1, 32, 1),) if args.threads > 1 else ())):
+            size = (depth, 96, 96)
+            print(row(f"{batch}x{depth}x96x96, {threads} threads", side_by_side(
+                ("resnet18", 3, batch, size, {}), (batch, *size), threads, 3)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
