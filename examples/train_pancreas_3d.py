@@ -7,15 +7,16 @@ one is written first and takes the same path. Everything lands in --out:
   history.csv, progress.png    loss and Dice on training patches, step by step
   metrics.json                 Dice and IoU per class and case, on whole volumes
   predictions/, overlay_*.png  label maps on the scans' own grids, and pictures of them
-  checkpoint.npz               where --resume goes on
+  run.json, checkpoint.npz     what was asked for, and where --resume goes on
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,16 +34,17 @@ examples:
   python examples/train_pancreas_3d.py --quick
       two minutes on a synthetic task: does everything work here?
   python examples/train_pancreas_3d.py --data Task07_Pancreas --out runs/pancreas --device cuda
-      the main job; stop it with Ctrl-C, go on with --resume --out runs/pancreas
+      the main job; however it ends, go on with --resume --out runs/pancreas
 """
 RATES = {"2d": 1e-3, "3d": 3e-4}  # AdamW; the 3D network starts trained
 SLICES = 8  # slices per step of the 2D stage for every volume per step of the 3D stage
 SAVE_EVERY = 120.0  # seconds between checkpoints
+MOVABLE = {"data", "device"}  # a resumed run may find its scans elsewhere, or another machine
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of the default patch: 40x224x224 fits the larger
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+def options(**how) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, **how,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="Decathlon folder with dataset.json (default: a phantom in OUT)")
@@ -67,20 +69,75 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on with the run in OUT, with its settings")
     add("--quick", action="store_true", help="a small run of under two minutes")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """The options, checked and with their defaults; what is wrong exits with code 2."""
+    args = parser.parse_args(words)
     default = {"steps_2d": 40, "steps_3d": 22, "batch": 1} if args.quick else \
               {"steps_2d": 400, "steps_3d": 400, "batch": 2}
     for name, value in default.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.resume and args.pretrained:
-        parser.error("--resume goes on with the network in OUT; --pretrained would replace it")
-    if min(args.steps_2d, args.steps_3d) < 0 or args.batch < 1:
-        parser.error("steps must be at least 0 and batch at least 1")
+    if min(args.steps_2d, args.steps_3d, args.seed) < 0 or args.batch < 1:
+        parser.error("steps and seed must be at least 0 and batch at least 1")
     if args.patch and min(args.patch) < 1 or args.spacing and min(args.spacing) <= 0:
         parser.error("--patch and --spacing must be positive")
     if not 0 <= args.fold < args.folds:
         parser.error(f"--fold must be 0 to {args.folds - 1}, found {args.fold}")
     return args
+
+
+def arguments(argv: list[str] | None = None) -> tuple[Path, dict]:
+    """The run's folder and its settings: a new run's, or with --resume those it began with."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = options()
+    args = parse(parser, words)
+    out, told = args.out, args.out / "run.json"
+    if not args.resume:
+        parts = [name for name in ("run.json", "checkpoint.npz", "prepared")
+                 if (out / name).exists()]
+        if parts:
+            parser.error(f"{out} holds a run already ({', '.join(parts)}); go on with --resume, or "
+                         "choose another --out")
+        if args.pretrained and not args.pretrained.is_file():
+            parser.error(f"--pretrained {args.pretrained}: no such file")
+        return out, settings_of(args)
+
+    if args.pretrained:
+        parser.error("--resume goes on with the network in OUT; --pretrained would replace it")
+    if not told.is_file():
+        parser.error(f"--resume: there is no run to go on with in {out} ({told.name} is missing)")
+    kept, keys = decathlon.read_json(told), settings_of(args).keys()
+    if missing := sorted(keys - kept.keys()):
+        raise ValueError(f"{told}: found no {', '.join(missing)}, which every run writes")
+    # Anyone may have edited the file; as words it can ask for no more than a command line can.
+    before = words_of({key: kept[key] for key in keys})
+    begun = settings_of(parse(options(prog=str(told), usage=argparse.SUPPRESS), before))
+    asked = settings_of(parse(parser, before + words))
+    changed = [f"{key} was {begun[key]}, not {asked[key]}" for key in asked
+               if asked[key] != begun[key] and key not in MOVABLE]
+    if changed:
+        parser.error(f"a resumed run keeps its settings: {'; '.join(changed)}")
+    return out, kept | asked
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What a run depends on, as JSON has it."""
+    return {key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(args).items() if key not in ("out", "resume")}
+
+
+def words_of(settings: dict) -> list[str]:
+    """The command line that asks for these settings."""
+    words = []
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
+    return words
 
 
 def default_patch(cases: list[sampling.Prepared], spacing: tuple, voxels: int) -> tuple:
@@ -110,6 +167,16 @@ def begin_from(path: Path, flat, batch) -> None:
     print("batch-norm recalibrated on 8 batches of training slices; in eval mode nothing changed")
 
 
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block tells what was being done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
 def prepare(dataset, plan, folder: Path, seed: int) -> dict[str, sampling.Prepared]:
     """All cases, normalised and resampled once and kept in `folder`, by id."""
     cases = {}
@@ -117,9 +184,16 @@ def prepare(dataset, plan, folder: Path, seed: int) -> dict[str, sampling.Prepar
         try:
             cases[case.id] = sampling.open(folder, case.id)
         except (FileNotFoundError, ValueError):
-            sampling.store(folder, sampling.prepare(case, plan, seed + number))
-            cases[case.id] = sampling.open(folder, case.id)
+            with during(f"preparing case {case.id}"):
+                sampling.store(folder, sampling.prepare(case, plan, seed + number))
+                cases[case.id] = sampling.open(folder, case.id)
     return cases
+
+
+def suspects(patches) -> list[str]:
+    """The cases whose patches hold voxels that are not finite, else all that were drawn."""
+    drawn = [(id, bool(np.isfinite(image).all())) for id, image, _ in patches]
+    return sorted({id for id, finite in drawn if not finite} or {id for id, _ in drawn})
 
 
 class Run:
@@ -127,18 +201,37 @@ class Run:
 
     def __init__(self, out: Path, settings: dict):
         self.out, self.settings = out, settings
+        self.fixed = {key: value for key, value in settings.items() if key not in MOVABLE}
         self.history: list[dict] = []
         self.device = ts.device(settings["device"])
 
     def save(self, stage: str, step: int, net, optimizer) -> None:
+        """All that the rest of the run depends on. No generator is part of it: what is random in
+        a step is a function of the seed, the stage and the step."""
         arrays = {f"net/{k}": a for k, a in net.state().items()}
         arrays |= {f"optimizer/{k}": a for k, a in optimizer.state().items()}
         checkpoint.write(self.out / "checkpoint.npz", arrays,
-                         {"stage": stage, "step": step, "history": self.history})
+                         {"settings": self.fixed, "stage": stage, "step": step,
+                          "history": self.history})
         report.write_table(self.out / "history.csv", self.history)
 
+    def recall(self) -> tuple[str, tuple | None]:
+        """The stage the run has come to, and its arrays and step where a checkpoint has them."""
+        path = self.out / "checkpoint.npz"
+        if not path.exists():
+            return "2d", None
+        arrays, told = checkpoint.read(path)
+        if told.get("settings") != self.fixed:
+            raise ValueError(f"{path}: this is no checkpoint of the run that run.json describes")
+        self.history = told["history"]
+        print(f"resuming the {told['stage']} stage after step {told['step']}")
+        return told["stage"], (arrays, told["step"])
+
     def train(self, stage: str, net, batch, steps: int, resume: tuple | None) -> None:
-        """`steps` steps of one stage, from the checkpoint's if it is given."""
+        """`steps` steps of one stage, from the checkpoint's if it is given.
+
+        `batch(step)` gives arrays, `batch(step, sampling.patches)` the same with their cases.
+        """
         ts.to_device(net, self.device).train()
         optimizer = ts.optim.AdamW(net.parameters(), RATES[stage], weight_decay=1e-2)
         step = 0
@@ -153,23 +246,31 @@ class Run:
         bar = tqdm(total=steps, initial=step, desc=f"train {stage}", unit="step")
         try:
             for record in ts.train.fit(net, batch, loss, optimizer, steps, start=step):
-                step = record.step + 1
                 dice = {names[str(c)]: round(x, 4) for c, x in record.patch_dice.items()}
                 self.history.append({
                     "stage": stage, "step": record.step, "loss": record.loss, "lr": record.lr,
                     "seconds": round(record.seconds, 4),
                     **{f"patch_dice {name}": x for name, x in dice.items()},
                 })
+                step = record.step + 1
                 bar.set_postfix_str(f"loss {record.loss:.3f}, patch Dice "
                                     + " ".join(f"{name} {x:.2f}" for name, x in dice.items()))
                 bar.update()
                 if monotonic() - saved > SAVE_EVERY:
                     self.save(stage, step, net, optimizer)
                     saved = monotonic()
-        finally:  # also after Ctrl-C and a loss that is not finite: the last good step is kept
+        except FloatingPointError as error:
+            error.add_note(f"in the {stage} stage, on patches of "
+                           + ", ".join(suspects(batch(step, sampling.patches))))
+            raise
+        except MemoryError as error:
+            error.add_note(f"at step {step} of the {stage} stage")
+            raise
+        finally:
             bar.close()
-            self.save(stage, step, net, optimizer)
-            report.progress(self.out / "progress.png", self.history)
+            if optimizer.steps == step:  # however the step after it ended, unless halfway
+                self.save(stage, step, net, optimizer)
+                report.progress(self.out / "progress.png", self.history)
 
 
 def equivalence(flat, deep, patch: tuple, seed: int) -> float:
@@ -188,74 +289,70 @@ def evaluate(dataset, held_out: list[str], nets: dict, out: Path) -> dict:
     cases = [case for case in dataset.cases if case.id in held_out]
     drawn = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}
     for case in tqdm(cases, desc="evaluate", unit="case"):
-        scan, truth = case.read()
-        maps = {"reference": truth}
-        for name, net in nets.items():
-            maps[name] = ts.infer.segment(net, scan)
-            scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
-            folder = out / ("predictions" if name == "3d" else f"predictions_{name}")
-            folder.mkdir(exist_ok=True)
-            nifti.write(folder / f"{case.id}.nii.gz", maps[name], scan)
-        if case.id in drawn:
-            image = np.clip(scan.array[..., 0], *(net.metadata["plan"]["clip"] or (-1e9, 1e9)))
-            report.overlay(out / f"overlay_{case.id}.png", image, maps, dataset.labels,
-                           scan.spacing, f"{dataset.name} {case.id}, held out")
+        with during(f"evaluating case {case.id}"):
+            scan, truth = case.read()
+            maps = {"reference": truth}
+            for name, net in nets.items():
+                maps[name] = ts.infer.segment(net, scan)
+                scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
+                folder = out / ("predictions" if name == "3d" else f"predictions_{name}")
+                folder.mkdir(exist_ok=True)
+                nifti.write(folder / f"{case.id}.nii.gz", maps[name], scan)
+            if case.id in drawn:
+                low, high = net.metadata["plan"]["clip"] or (-1e9, 1e9)
+                report.overlay(out / f"overlay_{case.id}.png",
+                               np.clip(scan.array[..., 0], low, high), maps, dataset.labels,
+                               scan.spacing, f"{dataset.name} {case.id}, held out")
     return {name: {"cases": per, "mean": ts.metrics.mean(per)} for name, per in scores.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
-    out, description = args.out, args.out / "run.json"
-    if args.resume:
-        if not description.exists():
-            raise FileNotFoundError(f"{description}: there is no run to resume in {out}")
-        settings = {**json.loads(description.read_text()), "device": args.device}
-    else:
-        if description.exists():
-            raise FileExistsError(f"{out} holds a run already; go on with --resume, or choose "
-                                  "another --out")
-        settings = {key: str(value) if isinstance(value, Path) else value
-                    for key, value in vars(args).items() if key not in ("out", "resume")}
+def work(out: Path, settings: dict) -> None:
+    """The whole run, or what is left of it."""
     ts.device(settings["device"])  # before any work is done
     out.mkdir(parents=True, exist_ok=True)
-
-    if settings["data"] is None:
-        settings["data"] = str(out / "phantom")
-        print("no --data: writing a synthetic Decathlon folder to", settings["data"])
-        phantom.write(str(settings["data"]), cases=10 if settings["quick"] else 25,
-                      seed=settings["seed"])
-    dataset = decathlon.load(settings["data"])
-    train_ids, held_out = decathlon.folds([case.id for case in dataset.cases],
-                                          settings["folds"])[settings["fold"]]
+    nifti.sweep(out)
+    description, folder = out / "run.json", Path(settings["data"] or out / "phantom")
+    if settings["data"] is None and not (folder / "dataset.json").exists():
+        report.write_json(description, settings)
+        print("no --data: writing a synthetic Decathlon folder to", folder)
+        phantom.write(folder, cases=10 if settings["quick"] else 25, seed=settings["seed"])
+    dataset = decathlon.load(folder)
+    names = {str(number): name for number, name in dataset.labels.items()}
+    for key, found in (("labels", names), ("cases", [case.id for case in dataset.cases])):
+        if settings.setdefault(key, found) != found:
+            raise ValueError(f"{folder}: its {key} are no longer those that the run in {out} began "
+                             "with; bring them back, or begin again in another --out")
+    train_ids, held_out = decathlon.folds(settings["cases"], settings["folds"])[settings["fold"]]
+    report.write_json(description, settings)  # not before: a mistyped path begins no run
     training = [case for case in dataset.cases if case.id in train_ids]
     print(f"{dataset.name}: {len(training)} training and {len(held_out)} held-out cases, "
           f"classes {', '.join(dataset.labels.values())}")
 
     if "plan" not in settings:
         plan = ct.Plan.fit(tqdm(training, desc="read", unit="case"), settings["spacing"])
-        settings["plan"], settings["labels"] = asdict(plan), dataset.labels
-    plan = ct.Plan(**settings["plan"])
+        settings["plan"] = asdict(plan)
+        report.write_json(description, settings)
+    try:
+        plan = ct.Plan(**settings["plan"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{description}: no usable plan ({error})") from None
     prepared = prepare(dataset, plan, out / "prepared", settings["seed"])
     cases = [prepared[case.id] for case in training]
     if not settings["patch"]:
         settings["patch"] = default_patch(cases, plan.spacing, VOXELS[settings["device"]])
-    patch = settings["patch"] = tuple(settings["patch"])
     report.write_json(description, settings)
-    settings = json.loads(description.read_text())  # the same types now as after a resume
+    settings = decathlon.read_json(description)  # the same types now as after a resume
+    patch = tuple(settings["patch"])
     small = sum(any(n < p for n, p in zip(case.label.shape, patch, strict=True)) for case in cases)
     print(f"spacing {' x '.join(f'{s:.3g}' for s in plan.spacing)} mm, patch "
           f"{' x '.join(map(str, patch))} voxels"
           + (f"; {small} smaller cases are padded" if small else ""))
 
     run = Run(out, settings)
-    stage, resume = "2d", None
-    if args.resume and (out / "checkpoint.npz").exists():
-        arrays, told = checkpoint.read(out / "checkpoint.npz")
-        stage, run.history, resume = told["stage"], told["history"], (arrays, told["step"])
-        print(f"resuming the {stage} stage after step {told['step']}")
+    stage, resume = run.recall()
 
     def batches(size, count, salt):
-        return lambda step: sampling.batch(
+        return lambda step, draw=sampling.batch: draw(
             cases, size, count, np.random.default_rng((settings["seed"], salt, step)),
             augment=augment.mild)
 
@@ -291,12 +388,22 @@ def main(argv: list[str] | None = None) -> None:
     print(f"on {len(held_out)} held-out cases; see {out / 'progress.png'} and overlay_*.png")
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; returns its exit code."""
     try:
-        main()
+        work(*arguments(argv))
     except KeyboardInterrupt:
         print("\nstopped; go on with --resume and the same --out", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError, RuntimeError, FloatingPointError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 130
+    except (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+        told = ", ".join([str(error), *getattr(error, "__notes__", [])])
+        if isinstance(error, MemoryError):
+            told = (f"out of memory: {told}; a new run needs less with a smaller --patch or "
+                    "--batch, or a coarser --spacing")
+        tqdm.write(f"error: {told}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import stat
 import zipfile
 
 import numpy as np
@@ -117,6 +118,53 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
             harmless, changed = harmless + same, changed + (not same)
     assert not other and not changed
     assert harmless < len(bits) / 2
+
+
+def test_a_damaged_shape_is_refused(tmp_path):
+    """It reads a part of the array only, which the archive's checksums are not compared with."""
+    path = tmp_path / "shape.npz"
+    checkpoint.write(path, {"a": NUMBERS((300, 200))}, {})
+    whole = path.read_bytes()
+    assert whole.count(b"(300, 200)") == 1
+    path.write_bytes(whole.replace(b"(300, 200)", b"(100, 200)"))
+    with np.load(path) as file:
+        assert file["a"].shape == (100, 200)  # NumPy alone is content
+    assert "damaged" in refused(path)
+
+
+def test_what_was_described_otherwise_is_refused(tmp_path):
+    """Arrays and description of two files do not make a third."""
+    path = tmp_path / "mixed.npz"
+    checkpoint.write(path, ARRAYS, {"step": 3})
+    with np.load(path) as file:
+        content = dict(file)
+    for change in ({"b": ARRAYS["b"] + 1}, {"b": ARRAYS["b"].astype("float64")},
+                   {"b": ARRAYS["b"][None]},
+                   {checkpoint.TEXT: np.frombuffer(
+                       content[checkpoint.TEXT].tobytes().replace(b": 3", b": 4"), np.uint8)}):
+        with open(path, "wb") as file:
+            np.savez(file, **(content | change))
+        assert "damaged" in refused(path)
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **content)  # the same by other means
+    assert checkpoint.read(path)[1] == {"step": 3}
+
+
+def test_files_from_before_there_were_fingerprints_are_read(tmp_path):
+    path = tmp_path / "old.npz"
+    archive(path, {"format": checkpoint.FORMAT, "arrays": list(ARRAYS), "step": 3}, **ARRAYS)
+    arrays, description = checkpoint.read(path)
+    assert description == {"step": 3} and list(arrays) == list(ARRAYS)
+
+
+def test_what_json_changes_does_not_change_the_fingerprint(tmp_path):
+    path = tmp_path / "odd.npz"
+    arrays = {"t": np.asfortranarray(NUMBERS((3, 4))), "none": np.zeros((0, 3)),
+              "text": np.array(["ä", "bc"]), "strided": NUMBERS(9)[::2], "big": np.array(1, ">i4")}
+    checkpoint.write(path, arrays, {"labels": {1: "a"}, "size": (1, 2), "x": float("nan")})
+    found, description = checkpoint.read(path)
+    assert description["labels"] == {"1": "a"} and description["size"] == [1, 2]
+    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04", b"\x93NUMPY", b"{}" * 5000])
@@ -269,6 +317,16 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, where):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["net.npz"]
     checkpoint.write(path, {"a": np.ones(3)}, {"step": 4})
     assert checkpoint.read(path)[1]["step"] == 4
+
+
+def test_the_disk_has_the_content_before_the_name_and_the_name_before_write_ends(tmp_path,
+                                                                                 monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(
+        "folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file"))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("replace") or replace(a, b))
+    checkpoint.write(tmp_path / "net.npz", ARRAYS, {})
+    assert done == ["file", "replace", "folder"]
 
 
 def test_what_cannot_be_saved(tmp_path):

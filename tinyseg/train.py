@@ -62,8 +62,9 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     that was interrupted goes on exactly as it would have. The learning rate of a step is the
     optimiser's rate at the start of this call times schedule(step, steps); gradients are clipped
     to the norm `clip` (nnU-Net's 12). The network's train or eval mode is the caller's choice.
-    Raises FloatingPointError where the loss or the gradient is not finite; parameters and
-    running statistics are then those after the last good step.
+    Raises FloatingPointError where the loss or the gradient is not finite. However a step ends
+    (that, no memory, Ctrl-C), parameters and running statistics are those after the last good
+    step, unless `optimizer.steps` has grown: then they were being moved.
     """
     base, parameters = optimizer.lr, net.parameters()
     statistics = net.statistics()
@@ -72,23 +73,27 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
         for step in range(start, steps):
             began = perf_counter()
             images, labels = (to_library(a, library) for a in batch(step))
-            before = [array.copy() for array in statistics]
-            logits = net(images)
-            value = loss(logits, labels)
-            number = float(value.data)
-            scores = patch_dice(logits.data, labels)
-            del logits
-            optimizer.zero_grad()
-            value.backward()
-            norm = clip_norm(parameters, clip)
-            if not (isfinite(number) and isfinite(norm)):
-                for array, good in zip(statistics, before, strict=True):
-                    array[...] = good
-                raise FloatingPointError(f"loss {number}, norm of the gradient {norm} at step "
-                                         f"{step}; lower the learning rate or look at this step's "
-                                         "images")
-            optimizer.lr = base * schedule(step, steps)
-            optimizer.step()
+            taken, before = optimizer.steps, [array.copy() for array in statistics]
+            try:
+                logits = net(images)
+                value = loss(logits, labels)
+                number = float(value.data)
+                scores = patch_dice(logits.data, labels)
+                del logits
+                optimizer.zero_grad()
+                value.backward()
+                norm = clip_norm(parameters, clip)
+                if not (isfinite(number) and isfinite(norm)):
+                    raise FloatingPointError(f"loss {number}, norm of the gradient {norm} at step "
+                                             f"{step}; lower the learning rate or look at this "
+                                             "step's images")
+                optimizer.lr = base * schedule(step, steps)
+                optimizer.step()
+            except BaseException:  # Ctrl-C too may come at any time
+                if optimizer.steps == taken:
+                    for array, good in zip(statistics, before, strict=True):
+                        array[...] = good
+                raise
             yield Record(step, number, optimizer.lr, scores, perf_counter() - began)
     finally:
         optimizer.lr = base

@@ -37,6 +37,13 @@ class Case:
         Raises ValueError, with the file's name, where the two lie on different grids, a voxel is
         not finite, or channels or label values are not those that dataset.json announces.
         """
+        try:
+            return self._read()
+        except MemoryError as error:
+            error.add_note(f"reading {self.image}")
+            raise
+
+    def _read(self) -> tuple[nifti.Volume, np.ndarray]:
         scan, truth = nifti.read(self.image), nifti.read(self.label, dtype="uint8")
         image = scan.array.reshape(*scan.array.shape[:3], -1)
         label = truth.array[..., 0] if truth.array.shape[3:] == (1,) else truth.array
@@ -75,16 +82,7 @@ def load(folder: str | Path) -> Dataset:
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; expected the folder of a Decathlon task"
                                 " as downloaded, with dataset.json, imagesTr and labelsTr")
-    if source.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{source}: found {source.stat().st_size} bytes, expected at most"
-                         f" {LARGEST_JSON}; this is not a Decathlon description")
-    try:
-        content = json.loads(source.read_bytes())
-    except (ValueError, RecursionError) as fault:
-        raise ValueError(f"{source}: not valid JSON ({fault}); fetch the file again") from fault
-    if type(content) is not dict:
-        raise ValueError(f"{source}: found a {type(content).__name__}, expected an object")
-
+    content = read_json(source)
     labels, modalities = (_numbered(content, key, source) for key in ("labels", "modality"))
     if 0 not in labels or not all(0 <= number < 255 for number in labels):
         raise ValueError(f"{source}: found label numbers {sorted(labels)}, expected 0 for the"
@@ -114,6 +112,21 @@ def load(folder: str | Path) -> Dataset:
     return Dataset(str(content.get("name", folder.name)), labels, modalities,
                    tuple(cases[name] for name in sorted(cases)),
                    tuple(sorted(path for path in test if not path.name.startswith((".", "_")))))
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file, bounded before it is read; ValueError names the file."""
+    path = Path(path)
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path}: found {size} bytes, expected at most {LARGEST_JSON}; this is no"
+                         " description of a task or a run")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as fault:
+        raise ValueError(f"{path}: not valid JSON ({fault}); fetch the file again") from fault
+    if type(content) is not dict:
+        raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
+    return content
 
 
 def _numbered(content: dict, key: str, source: Path) -> dict[int, str]:

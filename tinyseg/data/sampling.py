@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,10 @@ def patch(case: Prepared, size: Sequence[int], rng: np.random.Generator,
     return pad(image, size)[0], pad(labels, size, IGNORE)[0]
 
 
-def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
-          foreground: float = 0.5, augment: Callable | None = None
-          ) -> tuple[np.ndarray, np.ndarray]:
-    """Patches (N, *size, C) float32 and labels (N, *size) uint8 of cases drawn uniformly.
+def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
+            foreground: float = 0.5, augment: Callable | None = None
+            ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(id, image (*size, C) float32, labels (*size) uint8) of `count` cases drawn uniformly.
 
     Two sizes (H, W) mean slices: patches of depth one without the depth axis. The first
     ceil(count * foreground) patches are centred on foreground, by index and not by chance, so
@@ -132,12 +132,20 @@ def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.ra
                          " expected two or three sizes, a case and a patch at least")
     certain = math.ceil(count * foreground)
     inhabited = [case for case in cases if case.foreground] or cases
-    patches = []
     for index in range(count):
         among = inhabited if index < certain else cases
         case = among[int(rng.integers(len(among)))]
         image, labels = patch(case, (1, *size)[-3:], rng, foreground=float(index < certain))
         if len(size) == 2:
             image, labels = image[0], labels[0]
-        patches.append(augment(image, labels, rng) if augment else (image, labels))
-    return np.stack([image for image, _ in patches]), np.stack([labels for _, labels in patches])
+        image, labels = augment(image, labels, rng) if augment else (image, labels)
+        yield case.id, image, labels
+
+
+def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
+          foreground: float = 0.5, augment: Callable | None = None
+          ) -> tuple[np.ndarray, np.ndarray]:
+    """`patches` as two arrays: images (N, *size, C) float32 and labels (N, *size) uint8."""
+    drawn = patches(cases, size, count, rng, foreground, augment)
+    _, images, labels = zip(*drawn, strict=True)
+    return np.stack(images), np.stack(labels)
