@@ -14,7 +14,7 @@ import emulator
 import numpy as np
 
 FUNCTIONS = """abs arange argmax array ascontiguousarray broadcast_to concatenate copyto dot empty
-    empty_like equal exp flip full isfinite log matmul maximum mean minimum moveaxis multiply
+    einsum empty_like equal exp flip full isfinite log matmul maximum mean minimum moveaxis multiply
     ones ones_like pad result_type sqrt stack subtract sum tensordot transpose where zeros
     zeros_like""".split()
 METHODS = "all any argmax astype copy max mean min ravel reshape sum swapaxes transpose".split()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 from tinyseg import parallel, windows
-from tinyseg.windows import Window, cpu, reference
+from tinyseg.windows import Window, cpu, reference, winograd
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,54 @@ def test_the_shapes_of_networks(size, channels, filters, kernel, options, thread
     check(*arrays(size, 2, channels, filters, kernel, 1), Window.of(kernel, **options))
 
 
+@st.composite
+def filters_of_three(draw):
+    """What Winograd's tiles take: 3 x 3 taps in the plane, 1 or 3 in depth, any dilation."""
+    kernel = (*draw(st.sampled_from([(), (1,), (3,)])), 3, 3)
+    each = [draw(st.tuples(st.integers(1, 11), st.integers(1, 4), st.integers(0, 5),
+                           st.integers(0, 5))) for _ in kernel]
+    size = tuple(max(n, d * (k - 1) + 1 - a - b) for k, (n, d, a, b) in
+                 zip(kernel, each, strict=True))
+    edge = tuple(draw(st.sampled_from(["zero", "zero", "edge"])) for _ in kernel)
+    return size, Window.of(kernel, 1, tuple((a, b) for _, _, a, b in each),
+                           tuple(d for _, d, _, _ in each), edge)
+
+
+@settings(max_examples=60, deadline=None)
+@given(filters_of_three(), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7),
+       st.integers(1, 3), st.sampled_from([2**8, 2**12, 2**20]), st.integers(0, 99))
+def test_tiles(problem, batch, channels, filters, threads, block, seed):
+    """Winograd's way, also where it would not be chosen, in blocks that end anywhere."""
+    size, window = problem
+    parallel.set_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "serves", lambda *problem: set(problem[-2]) == {1})
+        patch.setattr(winograd, "BLOCK", block)
+        patch.setattr(winograd, "WHOLE", 16 * block)
+        check(*arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
+
+
+def test_the_matrices_are_a_minimal_filter():
+    """y = Aᵀ [(G w) ⊙ (Bᵀ x)] is the correlation of 6 numbers with 3, for any numbers."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, w = rng.standard_normal(6), rng.standard_normal(3)
+        y = winograd.A4 @ ((winograd.G4 @ w) * (winograd.B4 @ x))
+        assert np.allclose(y, np.correlate(x, w, "valid"), atol=1e-12)
+
+
+def test_who_takes_tiles():
+    def serves(kernel=(3, 3, 3), images=1, channels=64, filters=64, positions=(16, 24, 24),
+               stride=(1, 1, 1), dilation=(1, 1, 1)):
+        return winograd.serves(kernel, images, channels, filters, positions, stride, dilation)
+
+    assert serves() and serves((1, 3, 3)) and serves(dilation=(2, 2, 2))
+    assert serves((3, 3), 8, 64, 64, (32, 32), (1, 1), (4, 4))
+    assert not serves(stride=(1, 2, 2)) and not serves((3, 1, 1)) and not serves((5, 3, 3))
+    assert not serves(channels=16) and not serves(filters=3)
+    assert not serves(positions=(8, 12, 12)) and not serves(positions=(3, 25, 25))
+
+
 def test_a_grid_that_no_tap_sees():
     """All windows stand in the padding: zeros, in every reading."""
     x, w = arrays((2,), 1, 300, 5, (2,), 0)
@@ -111,6 +159,20 @@ def test_who_computes_what(monkeypatch):
     assert isinstance(windows.correlate(x, w, window), np.ndarray)
     assert windows.correlate(x.astype("float64"), w.astype("float64"), window) == "reference"
     assert windows.correlate(x, w.astype("float64"), window) == "reference"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
+def test_pooling(channels, threads, seed):
+    """Channels are pooled apart: the same bits."""
+    parallel.set_threads(threads)
+    x, _ = arrays((7, 6, 9), 2, channels, 1, (1,), seed)
+    window = Window.of((3, 2, 3), 2, (1, 0, (1, 2)), (1, 2, 1))
+    y, winner = windows.maximum(x, window)
+    truth = reference.maximum(x, window)
+    assert (y == truth[0]).all() and (winner == truth[1]).all()
+    dx = windows.maximum_adjoint(y, winner, (7, 6, 9), window)
+    assert (dx == reference.maximum_adjoint(y, winner, (7, 6, 9), window)).all()
 
 
 # Threads

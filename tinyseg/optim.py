@@ -5,8 +5,10 @@ Both keep PyTorch's conventions, so that published settings carry over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import cos, pi, sqrt
+
+import numpy as np
 
 from . import cuda, parallel
 from .backend import Array, array_module, to_library
@@ -36,7 +38,7 @@ class Optimizer:
         if rows and cuda.serves(*(array for row in rows for array in row)):
             self.update_all(*map(list, zip(*rows, strict=True)))
         else:
-            parallel.run(lambda row: self.update(*row), rows)
+            parallel.run(lambda part: self.update(*part), [p for row in rows for p in _parts(*row)])
 
     def update(self, p: Array, g: Array, *running: Array) -> None:
         """One parameter with its gradient and running arrays."""
@@ -68,6 +70,16 @@ class Optimizer:
         for name, array in pairs:
             array[...] = to_library(state[name], array_module(array))
         self.steps = steps
+
+
+def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape in pieces that stay in cache; whole where they are not NumPy's."""
+    if array_module(arrays[0]) is not np or not all(a.flags.c_contiguous for a in arrays):
+        yield arrays
+        return
+    flat = [a.reshape(-1) for a in arrays]
+    for start in range(0, flat[0].size, 2**15):
+        yield tuple(a[start : start + 2**15] for a in flat)
 
 
 class SGD(Optimizer):

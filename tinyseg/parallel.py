@@ -36,6 +36,12 @@ def set_threads(number: int) -> None:
     _setting = number
 
 
+def parts(length: int) -> list[slice]:
+    """An axis of this length cut into a part for each thread."""
+    size = max(1, -(-length // threads()))
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
 @cache
 def _pool(process: int, number: int) -> ThreadPoolExecutor:
     # Keyed by the process: a forked one has this cache, but none of the threads.
@@ -58,10 +64,13 @@ def run(job: Callable[[Any], None], items: Sequence) -> None:
             job(item)
         return
 
-    def alone(item):
+    waiting = iter(items)  # shared: whoever is free takes the next
+
+    def work(_):
         _here.busy = True
-        job(item)
+        for item in waiting:
+            job(item)
 
     with _blas().limit(limits=1, user_api="blas"):
-        for _ in _pool(os.getpid(), number).map(alone, items):
+        for _ in _pool(os.getpid(), number).map(work, range(number)):
             pass

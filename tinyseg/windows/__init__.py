@@ -34,14 +34,14 @@ def correlate_dw(x: Array, y: Array, window: Window) -> Array:
 
 def maximum(x: Array, window: Window) -> tuple[Array, Array]:
     """(N, *S, C) -> (N, *P, C) and the tap that won each; see reference.maximum."""
-    on_gpu = kernels.serves(window, x) and not any(window.edge)
-    return (kernels if on_gpu else reference).maximum(x, window)
+    body = None if any(window.edge) else _body(window, x)
+    return (body or reference).maximum(x, window)
 
 
 def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:
     """(N, *P, C) and the winning taps -> (N, *size, C), the adjoint of `maximum`."""
-    on_gpu = kernels.serves(window, g) and not any(window.edge)
-    return (kernels if on_gpu else reference).maximum_adjoint(g, winner, size, window)
+    body = None if any(window.edge) else _body(window, g)
+    return (body or reference).maximum_adjoint(g, winner, size, window)
 
 
 def _body(window: Window, *arrays: Array):

@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from .. import parallel
 from ..backend import Array
-from . import winograd
+from . import reference, winograd
 from .geometry import Box, Window, blocks
 
 WIDTH = 640  # numbers in a row of columns, at most
@@ -102,8 +102,8 @@ def product(x: Array, w: Array, into: Array, start, step, stride, dilation, befo
     """See products: into[:, start::step] = correlate(x, w)."""
     out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
     filters, positions = w.shape[-1], out.shape[1:-1]
-    if winograd.serves(w.shape[:-2], x.shape[-1], filters, positions, stride, dilation):
-        return winograd.product(x, w, out, before)
+    if winograd.serves(w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation):
+        return winograd.product(x, w, out, dilation, before)
     columns = Columns(x, w.shape[:-2], positions, stride, dilation, before)
     width = max(columns.width, filters)
 
@@ -137,24 +137,56 @@ def product(x: Array, w: Array, into: Array, start, step, stride, dilation, befo
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     """See products: the gradient of correlate(x, w) in w, (*K, C_in, C_out)."""
     filters = y.shape[-1]
+    if winograd.serves(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation):
+        return winograd.weights(x, y, kernel, dilation, before)
     columns = Columns(x, kernel, y.shape[1:-1], stride, dilation, before)
-    boxes = _blocks(y.shape[:-1], max(columns.width, filters))
+    boxes = _blocks(y.shape[:-1], max(4, columns.width, filters) // 4)  # long sums, less to add
     threads, groups = parallel.threads(), columns.groups
     shares = 1 if len(groups) >= 4 * threads else min(len(boxes), threads)
-    sums = np.zeros((shares, len(groups), columns.width, filters), x.dtype)
+    sums = np.empty((shares, len(groups), columns.width, filters), x.dtype)
 
     def compute(item: tuple[int, int]) -> None:
         share, number = item
         head, sees = groups[number]
         memory = np.empty(max(map(_volume, boxes)) * columns.width, x.dtype)
+        total, empty = sums[share, number], True
         for block in boxes[share::shares]:
             box = _common(sees, block)
             if _volume(box):
-                seen = columns.gather(head, box, memory)
-                sums[share, number] += seen.T @ y[box].reshape(-1, filters)
+                seen, g = columns.gather(head, box, memory), y[box].reshape(-1, filters)
+                if empty:
+                    np.matmul(seen.T, g, out=total)
+                else:
+                    total += seen.T @ g
+                empty = False
+        if empty:
+            total[...] = 0
 
     parallel.run(compute, list(every(range(shares), range(len(groups)))))
     dw = np.zeros((*kernel, x.shape[-1], filters), x.dtype)
     for number, (head, _) in enumerate(groups):
         dw[head].reshape(-1, filters)[...] = sums[:, number].sum(axis=0)
     return dw
+
+
+def maximum(x: Array, window: Window) -> tuple[Array, Array]:
+    """See reference.maximum: channels know nothing of each other."""
+    y = np.empty((len(x), *window.positions(x.shape[1:-1]), x.shape[-1]), x.dtype)
+    winner = np.empty(y.shape, "int16")
+
+    def compute(part: slice) -> None:
+        y[..., part], winner[..., part] = reference.maximum(x[..., part], window)
+
+    parallel.run(compute, parallel.parts(x.shape[-1]))
+    return y, winner
+
+
+def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:
+    """See reference.maximum_adjoint."""
+    dx = np.empty((len(g), *size, g.shape[-1]), g.dtype)
+
+    def compute(part: slice) -> None:
+        dx[..., part] = reference.maximum_adjoint(g[..., part], winner[..., part], size, window)
+
+    parallel.run(compute, parallel.parts(g.shape[-1]))
+    return dx

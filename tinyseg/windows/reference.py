@@ -145,11 +145,12 @@ def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Wind
     """Each gradient goes to the tap that won: (N, *P, C) -> (N, *size, C)."""
     library = array_module(g)
     dx = library.zeros((len(g), *size, g.shape[-1]), g.dtype)
-    taps = prod(window.kernel)
-    window, boxes = _batched(dx, window, taps * g.shape[-1])
+    window, boxes = _batched(dx, window, g.shape[-1])
     for block in boxes:
-        number = library.arange(taps, dtype="int16").reshape(*window.kernel, 1)
-        where = (..., *(None,) * len(window.kernel), slice(None))
-        fold(library.where(winner[block][where] == number, g[block][where], 0 * g.dtype.type(0)),
-             window, block, dx)
+        inside, missing = window.region(block, dx.shape[:-1])
+        shape = [i.stop - i.start + sum(m) for i, m in zip(inside, missing, strict=True)]
+        region = library.zeros((*shape, g.shape[-1]), g.dtype)
+        for i, (_, points) in enumerate(window.taps(tuple(b.stop - b.start for b in block))):
+            region[points] += library.where(winner[block] == i, g[block], 0 * g.dtype.type(0))
+        dx[inside] += pad_adjoint(region, missing, window.edge)
     return dx
