@@ -161,6 +161,20 @@ def test_who_computes_what(monkeypatch):
     assert windows.correlate(x, w.astype("float64"), window) == "reference"
 
 
+def test_explain():
+    """It says what runs: tiles, or groups of taps and how much of them is not padding."""
+    plain = windows.explain((1, 16, 24, 24, 64), (3, 3, 3, 64, 64), Window.of((3, 3, 3), 1, 1))
+    line = "Winograd: 288 tiles of 2x4x4, 144 products where 864 would be direct"
+    assert plain.splitlines() == [f"y  {line}", f"dx {line}", f"dw {line}"]
+    window = Window.of((3, 3, 3), 1, 4, 4)
+    far = windows.explain((1, 8, 12, 12, 512), (3, 3, 3, 512, 512), window)
+    seen = (4 + 8 + 4) / 24 * ((8 + 12 + 8) / 36) ** 2
+    assert far.splitlines()[0] == ("y  columns: 27 groups of 1 taps, 512 numbers wide, "
+                                   f"{seen:.0%} of the products (the rest sees padding only)")
+    strided = windows.explain((1, 9, 9, 1), (3, 3, 1, 8), Window.of((3, 3), 2, 1))
+    assert [line[:2] for line in strided.splitlines()] == ["y ", *["dx"] * 4, "dw"]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
 def test_pooling(channels, threads, seed):

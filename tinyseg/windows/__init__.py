@@ -5,11 +5,14 @@ float32 and are fast: `cpu` on NumPy arrays, `kernels` on a GPU. Both compute th
 `products`, which makes every convolution of them. This file is the one place that chooses.
 """
 
+import numpy as np
+
 from ..backend import Array
 from . import cpu, kernels, products, reference
 from .geometry import Window
 
-__all__ = ["Window", "correlate", "correlate_dw", "correlate_dx", "maximum", "maximum_adjoint"]
+__all__ = ["Window", "correlate", "correlate_dw", "correlate_dx", "explain", "maximum",
+           "maximum_adjoint"]
 
 
 def correlate(x: Array, w: Array, window: Window) -> Array:
@@ -42,6 +45,37 @@ def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Wind
     """(N, *P, C) and the winning taps -> (N, *size, C), the adjoint of `maximum`."""
     body = None if any(window.edge) else _body(window, g)
     return (body or reference).maximum_adjoint(g, winner, size, window)
+
+
+def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) -> str:
+    """How a float32 convolution (N, *S, C_in) with (*K, C_in, C_out) is computed on a CPU: a line
+    for each product of the output, of the gradient in x (one per residue of the stride), and of
+    the gradient in w."""
+    lines = []
+
+    class Body:
+        """Writes down what the CPU's body would do."""
+
+        def __init__(self, reading: str):
+            self.reading = reading
+
+        def note(self, *problem) -> None:
+            lines.append(f"{self.reading:3}{cpu.reason(*problem)}")
+
+        def product(self, x, w, into, start, step, stride, dilation, before) -> None:
+            positions = products.count(into.shape[1:-1], start, step)
+            self.note(x, w.shape[:-2], w.shape[-1], positions, stride, dilation, before)
+
+        def weights(self, x, y, kernel, stride, dilation, before) -> None:
+            self.note(x, kernel, y.shape[-1], y.shape[1:-1], stride, dilation, before)
+
+    size = x_shape[1:-1]
+    x, w, y = (np.broadcast_to(np.float32(0), shape) for shape in (
+        x_shape, w_shape, (x_shape[0], *window.positions(size), w_shape[-1])))
+    products.correlate(Body("y"), x, w, window)
+    products.correlate_dx(Body("dx"), y, w, size, window)
+    products.correlate_dw(Body("dw"), x, y, window)
+    return "\n".join(lines)
 
 
 def _body(window: Window, *arrays: Array):

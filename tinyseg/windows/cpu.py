@@ -90,6 +90,22 @@ class Columns:
         return seen.reshape(-1, self.width)
 
 
+def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) -> str:
+    """Which way a product or weight gradient of these sizes is computed, and why."""
+    sizes = kernel, len(x), x.shape[-1], filters, positions, stride, dilation
+    if winograd.serves(*sizes):
+        apart, steps, tiles = winograd.describe(kernel, positions, dilation)
+        products, outputs = prod(s + 2 if s > 1 else 1 for s in steps), prod(steps)
+        return (f"Winograd: {len(x) * apart * prod(tiles)} tiles of {'x'.join(map(str, steps))}, "
+                f"{products} products where {outputs * prod(kernel)} would be direct")
+    columns = Columns(x, kernel, positions, stride, dilation, before)
+    taps = columns.width // x.shape[-1]
+    seen = sum(_volume(sees) for _, sees in columns.groups) * taps
+    share = seen / (len(x) * prod(positions) * prod(kernel))
+    return (f"columns: {len(columns.groups)} groups of {taps} taps, {columns.width} numbers wide, "
+            f"{share:.0%} of the products (the rest sees padding only)")
+
+
 def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
     """The positions in boxes whose columns fill BLOCK numbers, as many for each thread."""
     rows, threads = prod(positions), parallel.threads()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from math import ceil, gcd
-from types import ModuleType
+from typing import Any
 
 from ..backend import Array, array_module
 from .geometry import Window
@@ -29,7 +29,7 @@ def repeated(window: Window) -> tuple[Window, list[tuple[int, int]]]:
     return replace(window, padding=zeros, edge=(False,) * len(zeros)), [(0, 0), *border]
 
 
-def correlate(body: ModuleType, x: Array, w: Array, window: Window) -> Array:
+def correlate(body: Any, x: Array, w: Array, window: Window) -> Array:
     """See reference.correlate."""
     window, border = repeated(window)
     x, rank = pad(x, border, [True] * len(border)), len(window.kernel)
@@ -56,7 +56,7 @@ def combs(size: int, kernel: int, stride: int, dilation: int, before: int) -> It
                -((a + before - last * dilation) // stride))
 
 
-def correlate_dx(body: ModuleType, y: Array, w: Array, size: tuple[int, ...],
+def correlate_dx(body: Any, y: Array, w: Array, size: tuple[int, ...],
                  window: Window) -> Array:
     """See reference.correlate_dx."""
     library = array_module(y)
@@ -73,7 +73,7 @@ def correlate_dx(body: ModuleType, y: Array, w: Array, size: tuple[int, ...],
     return library.ascontiguousarray(pad_adjoint(dx, border, [True] * len(border)))
 
 
-def correlate_dw(body: ModuleType, x: Array, y: Array, window: Window) -> Array:
+def correlate_dw(body: Any, x: Array, y: Array, window: Window) -> Array:
     """See reference.correlate_dw."""
     window, border = repeated(window)
     return body.weights(pad(x, border, [True] * len(border)), y, window.kernel, window.stride,

@@ -57,6 +57,12 @@ def serves(kernel, images: int, channels: int, filters: int, positions, stride, 
             and prod(apart) * prod(tiles) * prod(steps) <= 1.5 * prod(positions))
 
 
+def describe(kernel, positions, dilation) -> tuple[int, list, list]:
+    """Phases, outputs of a tile and tiles of a phase along each axis."""
+    apart, steps, tiles = _tiles(kernel, positions, dilation)
+    return prod(apart), steps, tiles
+
+
 class Tiling:
     """How the windows of a convolution with stride one fall into tiles and blocks of tiles."""
 
