@@ -24,7 +24,7 @@ from . import reference, winograd
 from .geometry import Box, Window, blocks
 
 WIDTH = 640  # numbers in a row of columns, at most
-BLOCK = 1 << 18  # numbers in the columns of a block: 1 MiB
+BLOCK = 1 << 19  # numbers in the columns of a block: 2 MiB
 
 
 def serves(window: Window, *arrays: Array) -> bool:

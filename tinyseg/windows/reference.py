@@ -134,7 +134,8 @@ def maximum(x: Array, window: Window) -> tuple[Array, Array]:
         for i, (_, points) in enumerate(window.taps(tuple(b.stop - b.start for b in block))):
             seen = region[points]
             if i:
-                library.copyto(tap, i, where=seen > best)
+                # i grows, so that the last tap to be larger is the largest number of those seen
+                library.maximum(tap, (seen > best) * tap.dtype.type(i), out=tap)
                 library.maximum(best, seen, out=best)
             else:
                 best[...] = seen
