@@ -35,6 +35,8 @@ from statistics import median
 
 import numpy as np
 
+from tinyseg import parallel
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("layers", "steps", "inference", "growth")
 STEPS = {  # name: (backbone, rank, batch, size, options of the inflated network)
@@ -253,7 +255,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                         help=f"of {', '.join(PARTS)} (all)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=parallel.threads())
     parser.add_argument("--turns", type=int, default=5, help="timed runs of each (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few and small: a minute")
     args = parser.parse_args()

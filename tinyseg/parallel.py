@@ -25,7 +25,10 @@ _here = threading.local()
 
 def threads() -> int:
     """How many threads work: what `set_threads` said, by default the cores of this process."""
-    return _setting or len(os.sched_getaffinity(0))
+    if _setting:
+        return _setting
+    # Where the system can tell, the cores that this process may use and not those of the machine.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(number: int) -> None:
