@@ -19,20 +19,8 @@
 // that belong to channels stay in its registers, and a warp reads whole rows of the tile. Threads
 // add in the order of rows, then blocks in a tree, then chunks: always in the same order.
 #include "common.cuh"
+#include "pack.cuh"
 
-#ifndef VECTOR
-#define VECTOR 4     // channels of a thread, a divisor of C: 4 or 1
-#endif
-#ifndef THREADS
-#define THREADS 256  // of a block, a power of two, as blockDim.y is
-#endif
-
-struct __align__(4 * VECTOR) Pack { float of[VECTOR]; };
-
-__device__ __forceinline__ Pack load(const float* p) { return *(const Pack*)p; }
-__device__ __forceinline__ void store(float* p, const Pack& v) { *(Pack*)p = v; }
-
-#define EACH_CHANNEL _Pragma("unroll") for (int i = 0; i < VECTOR; ++i)
 #define EACH_ROW(own) for (; own.count; --own.count, own.at += own.step)
 
 // What a thread owns: `count` rows, `step` numbers apart, of which the first begins `at`.

@@ -12,21 +12,12 @@
 // what overlapping windows read again is mostly in the caches. The adjoint gathers: a point asks
 // the windows that cover it, in their order, so that no two threads add to one number.
 #include "common.cuh"
-
-#ifndef VECTOR
-#define VECTOR 4     // channels of a thread, a divisor of C: 4 or 1
-#endif
-#ifndef THREADS
-#define THREADS 256  // of a block: along the channels, and along the points
-#endif
+#include "pack.cuh"
 
 struct Axis { int size, count, kernel, stride, before, dilation; };  // count: of windows
 struct Window { Axis depth, height, width; };
 
-struct __align__(4 * VECTOR) Pack { float of[VECTOR]; };
 struct __align__(2 * VECTOR) Taps { short of[VECTOR]; };
-
-#define EACH_CHANNEL _Pragma("unroll") for (int i = 0; i < VECTOR; ++i)
 
 struct Point { int n, d, h, w; };
 
@@ -79,7 +70,7 @@ maximum(const float* __restrict__ x, Window window, int points, int channels,
         int w = place(width, p.w, kw);
         if (w < 0 || w >= width.size) continue;
         short tap = (kd * height.kernel + kh) * width.kernel + kw;
-        Pack seen = *(const Pack*)(x + (row + w) * channels + c);
+        Pack seen = load(x + (row + w) * channels + c);
         EACH_CHANNEL {
           bool more = seen.of[i] > best.of[i];
           if (more) won.of[i] = tap;
@@ -89,7 +80,7 @@ maximum(const float* __restrict__ x, Window window, int points, int channels,
     }
   }
   long long at = (long long)index * channels + c;
-  *(Pack*)(y + at) = best;
+  store(y + at, best);
   *(Taps*)(winner + at) = won;
 }
 
@@ -118,10 +109,10 @@ maximum_adjoint(const float* __restrict__ g, const short* __restrict__ winner, W
         int tap = (kd * height.kernel + kh) * width.kernel + kw;
         long long at = (row + pw) * channels + c;
         Taps won = *(const Taps*)(winner + at);
-        Pack value = *(const Pack*)(g + at);
+        Pack value = load(g + at);
         EACH_CHANNEL if (won.of[i] == tap) sum.of[i] += value.of[i];
       }
     }
   }
-  *(Pack*)(dx + (long long)index * channels + c) = sum;
+  store(dx + (long long)index * channels + c, sum);
 }

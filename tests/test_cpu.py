@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from convolutions import arrays, placed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
@@ -38,26 +39,11 @@ def check(x, w, window, seed=0, tolerance=1e-5):
                  reference.correlate_dw(wide[0], wide_g, window)) < tolerance
 
 
-def arrays(size, batch, channels, filters, kernel, seed):
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((batch, *size, channels), "float32"),
-            rng.standard_normal((*kernel, channels, filters), "float32"))
-
-
 @st.composite
 def problems(draw):
-    rank = draw(st.integers(1, 4))
-
-    def each(low, high):
-        return tuple(draw(st.integers(low, high)) for _ in range(rank))
-
-    kernel, dilation = each(1, 3), each(1, 4)
-    padding = tuple(draw(st.tuples(st.integers(0, 5), st.integers(0, 5))) for _ in range(rank))
-    edge = tuple(draw(st.sampled_from(["zero", "zero", "edge"])) for _ in range(rank))
-    size = tuple(max(n, d * (k - 1) + 1 - sum(p)) for n, k, d, p in
-                 zip(each(1, 7), kernel, dilation, padding, strict=True))
+    size, window = draw(placed(rank=4, size=7, dilation=4, padding=5))
     return (size, draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 40, 230, 650])),
-            draw(st.integers(1, 7)), Window.of(kernel, each(1, 3), padding, dilation, edge))
+            draw(st.integers(1, 7)), window)
 
 
 @settings(max_examples=100, deadline=None)

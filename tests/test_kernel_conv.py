@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import emulator
 import numpy as np
 import pytest
+from convolutions import arrays, placed
 from emulator import mutated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -53,27 +54,10 @@ def check(cuda, x, w, window, seed=0, *, full=True, tolerance=3e-6):
         assert error(a.get(), b) < tolerance, name
 
 
-def arrays(size, batch, channels, filters, kernel, seed):
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((batch, *size, channels), "float32"),
-            rng.standard_normal((*kernel, channels, filters), "float32"))
-
-
 @st.composite
 def problems(draw, factor):
-    """Sizes, kernel, stride, dilation, padding and border drawn per axis; channels and filters
-    are multiples of `factor`."""
-    rank = draw(st.integers(1, 3))
-
-    def each(low, high):
-        return tuple(draw(st.integers(low, high)) for _ in range(rank))
-
-    kernel, dilation = each(1, 3), each(1, 3)
-    padding = tuple(draw(st.tuples(st.integers(0, 4), st.integers(0, 4))) for _ in range(rank))
-    edge = tuple(draw(st.sampled_from(["zero", "zero", "edge"])) for _ in range(rank))
-    size = tuple(max(n, d * (k - 1) + 1 - sum(p)) for n, k, d, p in
-                 zip(each(1, 8), kernel, dilation, padding, strict=True))
-    window = Window.of(kernel, each(1, 3), padding, dilation, edge)
+    """Channels and filters are multiples of `factor`."""
+    size, window = draw(placed(rank=3, size=8, dilation=3, padding=4))
     channels, filters = (factor * draw(st.integers(1, 6)) for _ in range(2))
     return size, draw(st.integers(1, 2)), channels, filters, window
 

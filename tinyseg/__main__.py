@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint, infer, metrics, models, nn, pretrained, report
-from .data import nifti
+from .data import decathlon, nifti
 from .data.augment import LEFT_RIGHT
 
 ENDINGS = (".nii", ".nii.gz")
@@ -161,8 +161,8 @@ def _class_names(source: Path) -> dict[int, str]:
         return {}
     try:
         names = {int(number): str(name)
-                 for number, name in json.loads(source.read_bytes())["labels"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+                 for number, name in decathlon.read_json(source)["labels"].items()}
+    except (ValueError, KeyError, AttributeError) as fault:
         raise ValueError(f'{source}: found no class names ({fault!r}), expected "labels":'
                          ' {"0": "background", "1": "pancreas"}; mend or move the file') from None
     if len(set(names.values())) < len(names):

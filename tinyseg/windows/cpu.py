@@ -94,10 +94,11 @@ def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) 
     """Which way a product or weight gradient of these sizes is computed, and why."""
     sizes = kernel, len(x), x.shape[-1], filters, positions, stride, dilation
     if winograd.serves(*sizes):
-        apart, steps, tiles = winograd.describe(kernel, positions, dilation)
+        apart, steps, tiles = winograd.tiles_of(kernel, positions, dilation)
         products, outputs = prod(s + 2 if s > 1 else 1 for s in steps), prod(steps)
-        return (f"Winograd: {len(x) * apart * prod(tiles)} tiles of {'x'.join(map(str, steps))}, "
-                f"{products} products where {outputs * prod(kernel)} would be direct")
+        number = len(x) * prod(apart) * prod(tiles)
+        return (f"Winograd: {number} tiles of {'x'.join(map(str, steps))}, {products} "
+                f"products where {outputs * prod(kernel)} would be direct")
     columns = Columns(x, kernel, positions, stride, dilation, before)
     taps = columns.width // x.shape[-1]
     seen = sum(_volume(sees) for _, sees in columns.groups) * taps

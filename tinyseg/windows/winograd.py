@@ -39,7 +39,7 @@ G4 = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
 INPUT, OUTPUT, KERNEL = (np.kron(m, m).astype("float32") for m in (B4, A4, G4))
 
 
-def _tiles(kernel, positions, dilation) -> tuple[list, list, list]:
+def tiles_of(kernel, positions, dilation) -> tuple[list, list, list]:
     """Per axis: dilation that matters, outputs of a tile, tiles along one phase."""
     apart = [d if k > 1 else 1 for k, d in zip(kernel, dilation, strict=True)]
     steps = [*[DEPTH if k > 1 else 1 for k in kernel[:-2]], PLANE, PLANE]
@@ -52,15 +52,9 @@ def serves(kernel, images: int, channels: int, filters: int, positions, stride, 
     tiles to pay for that of w, and few that stand over the border."""
     if kernel[-2:] != (3, 3) or kernel[:-2] not in ((), (1,), (3,)) or set(stride) != {1}:
         return False
-    apart, steps, tiles = _tiles(kernel, positions, dilation)
+    apart, steps, tiles = tiles_of(kernel, positions, dilation)
     return (min(channels, filters) >= 32 and images * prod(apart) * prod(tiles) >= 96
             and prod(apart) * prod(tiles) * prod(steps) <= 1.5 * prod(positions))
-
-
-def describe(kernel, positions, dilation) -> tuple[int, list, list]:
-    """Phases, outputs of a tile and tiles of a phase along each axis."""
-    apart, steps, tiles = _tiles(kernel, positions, dilation)
-    return prod(apart), steps, tiles
 
 
 class Tiling:
@@ -68,7 +62,7 @@ class Tiling:
 
     def __init__(self, images: int, kernel, positions, dilation, width: int):
         self.images, self.deep = images, kernel[0] == 3
-        self.apart, self.steps, self.tiles = _tiles(kernel, positions, dilation)
+        self.apart, self.steps, self.tiles = tiles_of(kernel, positions, dilation)
         self.phases = list(every(*map(range, self.apart)))
         self.frequencies = 4 if self.deep else 1
         slabs, down, across = self.tiles
