@@ -96,7 +96,7 @@ import numpy as np
 before = np.random.get_state()[1].copy()
 import tinyseg
 assert (np.random.get_state()[1] == before).all()
-heavy = {"cupy", "torch", "matplotlib", "scipy.ndimage"}
+heavy = {"cupy", "torch", "matplotlib", "nibabel", "scipy.ndimage"}
 assert not heavy & {*asked, *sys.modules}, heavy & {*asked, *sys.modules}
 assert "tinyseg" in asked
 """

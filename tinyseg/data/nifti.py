@@ -20,11 +20,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-SAR = axcodes2ornt("SAR")
+# nibabel is imported where it is called: it takes as long to load as NumPy, and most programs that
+# import this library to learn from it read no scan.
+SAR = np.array([[2, 1], [1, 1], [0, 1]])  # nibabel's orientation: output axis of each, and its sign
 MILLIMETRES = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # by NIfTI's unit code: unknown, m, mm, micron
 LENGTHS = 1e-6, 1e5  # mm, between which a spacing is believed: from an atom's size to a street's
 LARGEST = 16 * 2**30  # bytes; the longest published CTs stay under 1 GiB
@@ -33,9 +33,6 @@ PIECE = 4 * 2**20  # bytes read at a time
 SPARE = 64 * 2**20  # bytes that a file may hold before or after its voxels; DICOM headers fit
 SAME_GRID = 1e-3  # mm, the most by which the affines of one grid may differ
 SKEW = 1e-4  # cosine between two axes from which ITK refuses an sform (measured, ITK 5.4)
-
-_DAMAGE = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
-           ArithmeticError, EOFError, KeyError, OSError, TypeError, ValueError, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +76,8 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
     Raises FileNotFoundError, or ValueError for a damaged, impossible or unusable file; naming it.
     Memory grows with what the file holds, not with what its header claims.
     """
+    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
     path, dtype = Path(path), np.dtype(dtype)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -89,7 +88,7 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
         shape, stored = header.get_data_shape(), _stored(header)
         offset, scale = float(header["vox_offset"]), header.get_slope_inter()
         affine, unit = _affine(header), _unit(header)
-    except _DAMAGE as fault:
+    except _damage() as fault:
         raise ValueError(f"{path}: cannot be read as NIfTI ({fault})") from fault
 
     if header["dim"][0] not in (3, 4) or min(shape) < 1:
@@ -117,7 +116,7 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
 
     try:
         content = _bytes(path, int(offset), claimed)
-    except _DAMAGE as fault:
+    except _damage() as fault:
         raise ValueError(f"{path}: voxels cannot be read ({fault}); the file is truncated or"
                          " damaged, fetch it again") from fault
     values: np.ndarray = np.frombuffer(content, stored).reshape(shape, order="F")
@@ -133,11 +132,22 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
     return Volume(array, (d, h, w), affine, header, shape, path)
 
 
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    return (ImageFileError, HeaderDataError, ArithmeticError, EOFError, KeyError, OSError,
+            TypeError, ValueError, zlib.error)
+
+
 def _header(path: Path) -> Any:
     """The header as it stands in the file, repaired nowhere, so that it can be written back.
 
     Extensions are not read: they may hold anything (gigabytes, a patient's name).
     """
+    import nibabel as nib
+
     with nib.openers.ImageOpener(str(path)) as file:
         start = file.read(nib.Nifti2Header.sizeof_hdr)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
@@ -151,8 +161,10 @@ def _header(path: Path) -> Any:
 
 def _stored(header: Any) -> np.dtype:
     """The type of the voxels in the file."""
+    from nibabel.nifti1 import data_type_codes
+
     code = int(header["datatype"])
-    if code not in nib.nifti1.data_type_codes.value_set():
+    if code not in data_type_codes.value_set():
         raise ValueError(f"found voxels of type code {code}, which NIfTI does not know")
     return header.get_data_dtype()
 
@@ -189,7 +201,7 @@ def _qform(header: Any) -> np.ndarray:
 
 def _columns(header: Any, affine: np.ndarray, unit: float) -> np.ndarray:
     """The norms of the affine's columns, its spacing; ValueError where it is none."""
-    columns, pixdim = nib.affines.voxel_sizes(affine), header["pixdim"][1:4]
+    columns, pixdim = np.linalg.norm(affine[:3, :3], axis=0), header["pixdim"][1:4]
     valid = (columns * unit > LENGTHS[0]) & (columns * unit < LENGTHS[1])
     valid &= (header["sform_code"] > 0) | (pixdim > 0)  # 0 is not a millimetre
     if not np.isfinite(affine).all() or not valid.all() \
@@ -222,7 +234,7 @@ def _doubts(header: Any, affine: np.ndarray, columns: np.ndarray, unit: float) -
         corners = [*product(*((0, n - 1) for n in header.get_data_shape()[:3]), (1,))]
         try:
             gaps = np.linalg.norm(corners @ (_qform(header) - affine)[:3].T, axis=1)
-        except _DAMAGE:  # it is no rotation
+        except _damage():  # it is no rotation
             gaps = np.array([np.inf])
         if not gaps.max() <= min(columns) / 2:
             yield (f"found an sform and a qform up to {gaps.max() * unit:g} mm apart, expected at"
@@ -232,8 +244,10 @@ def _doubts(header: Any, affine: np.ndarray, columns: np.ndarray, unit: float) -
 
 def _bytes(path: Path, offset: int, count: int) -> bytearray:
     """`count` bytes of the unpacked file; memory grows only as they arrive."""
+    from nibabel.openers import ImageOpener
+
     content = bytearray()
-    with nib.openers.ImageOpener(str(path)) as file:
+    with ImageOpener(str(path)) as file:
         file.seek(offset)
         while len(content) < count and (piece := file.read(min(PIECE, count - len(content)))):
             content += piece
@@ -268,6 +282,9 @@ def write(path: str | Path, array: np.ndarray, like: Volume) -> None:
     replaced; extensions are left out. Voxels are the smallest unsigned type that holds the
     labels. The file appears whole or not at all. ValueError where shape or values do not fit.
     """
+    from nibabel.openers import ImageOpener
+    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
     path, array = Path(path), np.asarray(array)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
@@ -286,7 +303,7 @@ def write(path: str | Path, array: np.ndarray, like: Volume) -> None:
     header["vox_offset"] = 0  # filled in as it is written
     labels = apply_orientation(array, ornt_transform(SAR, io_orientation(like.affine)))
     labels = labels.astype(header.get_data_dtype())  # in the header's byte order
-    with whole(path) as draft, nib.openers.ImageOpener(str(draft), "wb") as file:
+    with whole(path) as draft, ImageOpener(str(draft), "wb") as file:
         header.write_to(file)
         file.write(labels.tobytes(order="F"))
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from numpy.typing import ArrayLike
 
 from . import nifti
@@ -108,6 +106,9 @@ def write(folder: str | Path, cases: int = 8, seed: int = 0,
           shape: tuple[int, int, int] = SHAPE,
           spacing: tuple[float, float, float] = SPACING) -> Path:
     """A Decathlon folder of phantoms, the same files for the same arguments. Returns the folder."""
+    import nibabel as nib
+    from nibabel import orientations
+
     folder = Path(folder)
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -116,15 +117,15 @@ def write(folder: str | Path, cases: int = 8, seed: int = 0,
         rng = np.random.default_rng((seed, case))  # a case does not depend on how many there are
         arrays = volume(rng, shape, spacing)
         codes = ORIENTATIONS[case % len(ORIENTATIONS)]
-        turn = ornt_transform(nifti.SAR, axcodes2ornt(codes))
+        turn = orientations.ornt_transform(nifti.SAR, orientations.axcodes2ornt(codes))
         affine = np.zeros((4, 4))
         affine[(2, 1, 0), (0, 1, 2)] = spacing
         affine[:, 3] = *np.round(rng.uniform(-200, 0, 3), 2), 1
-        affine = affine @ inv_ornt_aff(turn, shape)
+        affine = affine @ orientations.inv_ornt_aff(turn, shape)
         entry = {}
         for part, array in zip(("image", "label"), arrays, strict=True):
             name = f"./{part}sTr/phantom_{case:03d}.nii.gz"
-            stored = nib.Nifti1Image(apply_orientation(array, turn), affine)
+            stored = nib.Nifti1Image(orientations.apply_orientation(array, turn), affine)
             stored.header.set_xyzt_units("mm", "sec")
             with nifti.whole(folder / name) as draft:
                 nib.save(stored, draft)
