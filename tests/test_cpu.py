@@ -157,6 +157,9 @@ def test_explain():
     seen = (4 + 8 + 4) / 24 * ((8 + 12 + 8) / 36) ** 2
     assert far.splitlines()[0] == ("y  columns: 27 groups of 1 taps, 512 numbers wide, "
                                    f"{seen:.0%} of the products (the rest sees padding only)")
+    flat = windows.explain((2, 8, 12, 12, 64), (1, 1, 1, 64, 32), Window.of((1, 1, 1), 2))
+    assert flat.splitlines() == [f"{d:3}one matrix product: a kernel of one tap"
+                                 for d in ("y", "dx", "dw")]
     strided = windows.explain((1, 9, 9, 1), (3, 3, 1, 8), Window.of((3, 3), 2, 1))
     assert [line[:2] for line in strided.splitlines()] == ["y ", *["dx"] * 4, "dw"]
 
@@ -190,21 +193,26 @@ def test_threads_are_a_setting():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_run(threads):
-    """Every item once; BLAS has one thread meanwhile; an inner run goes on alone."""
+    """Every item once, by all threads at once; BLAS has one meanwhile; an inner run goes alone."""
     parallel.set_threads(threads)
     done, inner, blas, names = [], [], set(), set()
+    together = threading.Barrier(threads)
 
     def job(item):
+        if item <= threads:
+            together.wait(60)
         done.append(item)
         names.add(threading.current_thread().name)
         blas.update(i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas")
         parallel.run(inner.append, [item, -item])
+        return item**2
 
     before = threadpool_info()
-    parallel.run(job, range(1, 20))
+    assert parallel.run(job, range(1, 20)) == [item**2 for item in range(1, 20)]
     assert sorted(done) == list(range(1, 20)) and sorted(map(abs, inner)) == sorted(2 * done)
-    assert all(name.startswith("tinyseg") for name in names) == (threads > 1)
-    assert threads == 1 or blas == {1}
+    names.remove(threading.current_thread().name)
+    assert len(names) == threads - 1 and all(name.startswith("tinyseg") for name in names)
+    assert blas == {1}
     assert [i["num_threads"] for i in threadpool_info()] == [i["num_threads"] for i in before]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -56,24 +56,36 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def run(job: Callable[[Any], None], items: Sequence) -> None:
-    """job(item) for every item, side by side where there are several; the first error is raised.
+def run(job: Callable[[Any], Any], items: Sequence) -> list:
+    """[job(item) for item in items], side by side where there are several; an error is raised.
 
-    A job that calls `run` itself does that part alone. A single item keeps BLAS's own threads.
+    A job that calls `run` itself does that part alone. A single item has BLAS's own threads.
     """
     number = min(threads(), len(items))
-    if number < 2 or getattr(_here, "busy", False):
-        for item in items:
-            job(item)
-        return
+    if getattr(_here, "busy", False):
+        return [job(item) for item in items]
+    if number < 2:
+        with _blas().limit(limits=threads(), user_api="blas"):
+            return [job(item) for item in items]
 
-    waiting = iter(items)  # shared: whoever is free takes the next
+    results: list = [None] * len(items)
+    waiting = iter(enumerate(items))  # shared: whoever is free takes the next
 
-    def work(_):
+    def work() -> None:
         _here.busy = True
-        for item in waiting:
-            job(item)
+        try:
+            for i, item in waiting:
+                results[i] = job(item)
+        finally:
+            _here.busy = False
 
     with _blas().limit(limits=1, user_api="blas"):
-        for _ in _pool(os.getpid(), number).map(work, range(number)):
-            pass
+        others = [_pool(os.getpid(), number - 1).submit(work) for _ in range(number - 1)]
+        try:
+            work()
+        finally:  # those who have not begun need not; then nobody writes to the arrays any more
+            others = [other for other in others if not other.cancel()]
+            wait(others)
+    for other in others:
+        other.result()
+    return results

@@ -62,9 +62,10 @@ def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) 
         def note(self, *problem) -> None:
             lines.append(f"{self.reading:3}{cpu.reason(*problem)}")
 
-        def product(self, x, w, into, start, step, stride, dilation, before) -> None:
-            positions = products.count(into.shape[1:-1], start, step)
-            self.note(x, w.shape[:-2], w.shape[-1], positions, stride, dilation, before)
+        def products(self, problems) -> None:
+            for x, w, into, start, step, *geometry in problems:
+                positions = products.count(into.shape[1:-1], start, step)
+                self.note(x, w.shape[:-2], w.shape[-1], positions, *geometry)
 
         def weights(self, x, y, kernel, stride, dilation, before) -> None:
             self.note(x, kernel, y.shape[-1], y.shape[1:-1], stride, dilation, before)

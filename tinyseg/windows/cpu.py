@@ -8,10 +8,16 @@ of at most WIDTH numbers, so that a product is long enough whatever the channels
 Along the other axes a group is applied only to the positions from which it sees the grid: far taps
 of a dilated kernel on a small grid stand in the padding for most positions, and that product is
 never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
+
+A kernel of one tap needs none of this: it is one matrix product, with BLAS's own threads. Kernels
+of 3 x 3 taps with enough channels and points take fewer multiplications in `winograd`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 from itertools import product as every
 from math import ceil, prod
 
@@ -90,9 +96,21 @@ class Columns:
         return seen.reshape(-1, self.width)
 
 
+def _points(x: Array, kernel, positions, stride, before) -> Array | None:
+    """What a kernel of one tap sees, (rows, C); None for other kernels or if any see padding."""
+    last = [(p - 1) * s for p, s in zip(positions, stride, strict=True)]
+    if prod(kernel) > 1 or any(before) or any(a >= n for a, n in zip(last, x.shape[1:-1],
+                                                                     strict=True)):
+        return None
+    seen = x[(slice(None), *(slice(0, a + 1, s) for a, s in zip(last, stride, strict=True)))]
+    return np.ascontiguousarray(seen).reshape(-1, x.shape[-1])
+
+
 def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) -> str:
     """Which way a product or weight gradient of these sizes is computed, and why."""
     sizes = kernel, len(x), x.shape[-1], filters, positions, stride, dilation
+    if _points(x, kernel, positions, stride, before) is not None:
+        return "one matrix product: a kernel of one tap"
     if winograd.serves(*sizes):
         apart, steps, tiles = winograd.tiles_of(kernel, positions, dilation)
         products, outputs = prod(s + 2 if s > 1 else 1 for s in steps), prod(steps)
@@ -115,25 +133,39 @@ def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
     return list(blocks(positions, ceil(rows / number)))
 
 
-def product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> None:
-    """See products: into[:, start::step] = correlate(x, w)."""
+def products(problems: Iterable[tuple]) -> None:
+    """See products: into[:, start::step] = correlate(x, w) of each."""
+    jobs = parallel.run(lambda problem: _product(*problem), list(problems))
+    parallel.run(lambda job: job(), list(chain(*jobs)))
+
+
+def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> list:
+    """One product as jobs that can be done side by side."""
     out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
     filters, positions = w.shape[-1], out.shape[1:-1]
     if winograd.serves(w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation):
-        return winograd.product(x, w, out, dilation, before)
+        winograd.product(x, w, out, dilation, before)
+        return []
+    if (seen := _points(x, w.shape[:-2], positions, stride, before)) is not None:
+        y = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+        np.matmul(seen, w.reshape(-1, filters), out=y.reshape(-1, filters))
+        if y is not out:
+            out[...] = y
+        return []
     columns = Columns(x, w.shape[:-2], positions, stride, dilation, before)
     width = max(columns.width, filters)
+    matrices = [w[head].reshape(-1, filters) for head, _ in columns.groups]
 
     def compute(block: Box) -> None:
         rows, here = _volume(block), out[block]
         memory, part = np.empty(rows * width, x.dtype), np.empty((rows, filters), x.dtype)
         total = here if here.flags.c_contiguous else np.empty(here.shape, x.dtype)
         empty = True
-        for head, sees in columns.groups:
+        for (head, sees), matrix in zip(columns.groups, matrices, strict=True):
             box = _common(sees, block)
             if not _volume(box):
                 continue
-            seen, matrix = columns.gather(head, box, memory), w[head].reshape(-1, filters)
+            seen = columns.gather(head, box, memory)
             if empty and len(seen) == rows:
                 np.matmul(seen, matrix, out=total.reshape(rows, filters))
             else:
@@ -148,7 +180,7 @@ def product(x: Array, w: Array, into: Array, start, step, stride, dilation, befo
         if total is not here:
             here[...] = total
 
-    parallel.run(compute, _blocks((len(x), *positions), width))
+    return [partial(compute, block) for block in _blocks((len(x), *positions), width)]
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
@@ -156,6 +188,9 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     filters = y.shape[-1]
     if winograd.serves(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation):
         return winograd.weights(x, y, kernel, dilation, before)
+    if (seen := _points(x, kernel, y.shape[1:-1], stride, before)) is not None:
+        dw, = parallel.run(lambda points: points.T @ y.reshape(-1, filters), [seen])
+        return dw.reshape(*kernel, x.shape[-1], filters)
     columns = Columns(x, kernel, y.shape[1:-1], stride, dilation, before)
     boxes = _blocks(y.shape[:-1], max(4, columns.width, filters) // 4)  # long sums, less to add
     threads, groups = parallel.threads(), columns.groups

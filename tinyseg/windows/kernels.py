@@ -7,6 +7,7 @@ leading axes of one. TF32 on the tensor cores where the channels allow, float32 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import ceil, prod
 
 import numpy as np
@@ -62,8 +63,13 @@ def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, i
                              "STAGES": 3 if columns == 128 else 4}
 
 
-def product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> None:
-    """See products: into[:, start::step] = correlate(x, w)."""
+def products(problems: Iterable[tuple]) -> None:
+    """See products: into[:, start::step] = correlate(x, w) of each."""
+    for problem in problems:
+        _product(*problem)
+
+
+def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> None:
     x, w, filters, taps = plain(x), plain(w), w.shape[-1], prod(w.shape[:-2])
     file, threads, constants = _body(x.shape[-1], filters, taps)
     columns, positions = constants["COLUMNS"], count(into.shape[1:-1], start, step)

@@ -128,6 +128,8 @@ class Tiling:
 
 def transformed(w: Array) -> Array:
     """G w: (1 or 3, 3, 3, C, F) -> (36, 1 or 4, C, F)."""
+    if w.strides[-1] > w.strides[-2]:  # a view of (F, C): products take such a one as it stands
+        return transformed(w.swapaxes(-1, -2)).swapaxes(-1, -2)
     factors = np.empty((36, 4 if len(w) == 3 else 1, *w.shape[3:]), w.dtype)
 
     def transform(channel: slice) -> None:
