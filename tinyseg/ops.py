@@ -7,6 +7,7 @@ reductions, reshape, transpose and indexing are methods of `Tensor`.
 from __future__ import annotations
 
 from itertools import accumulate
+from math import prod
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
 def _slabs(rows) -> list[slice]:
     """Rows (M, C) cut so that what is computed of a slab stays in cache, on all cores; uncut
     where the array is not NumPy's."""
-    size = max(1, 2**16 // rows.shape[-1]) if array_module(rows) is np else len(rows)
+    size = max(1, parallel.SLAB // rows.shape[-1]) if array_module(rows) is np else len(rows)
     return [slice(i, i + size) for i in range(0, len(rows), size)]
 
 
@@ -266,22 +267,30 @@ def upsample(x, size, *, align_corners: bool):
 
     One small matrix product per axis (see `interpolation`), last axis first.
     """
-    library, before = array_module(x), x.shape
+    library, shape = array_module(x), x.shape
     if len(size) != x.ndim - 2:
-        raise ValueError(f"upsample: size {size} does not fit the spatial axes of {before}")
+        raise ValueError(f"upsample: size {size} does not fit the spatial axes of {shape}")
     if cuda.serves(x) and len(size) <= 3:
         return cuda.upsample.upsample(x, size, align_corners), (
-            lambda g: cuda.upsample.upsample_adjoint(g, before[1:-1], align_corners),)
+            lambda g: cuda.upsample.upsample_adjoint(g, shape[1:-1], align_corners),)
     steps = [
-        (axis, library.asarray(interpolation(before[axis], m, align_corners), dtype=x.dtype))
+        (axis, library.asarray(interpolation(shape[axis], m, align_corners), dtype=x.dtype))
         for axis, m in reversed(list(enumerate(size, start=1)))
-        if before[axis] != m
+        if shape[axis] != m
     ]
 
     def along(array, axis, matrix):
         head, tail = array.shape[:axis], array.shape[axis + 1 :]
-        lines = matrix @ array.reshape(-1, array.shape[axis], int(np.prod(tail)))
-        return lines.reshape(*head, len(matrix), *tail)
+        lines = array.reshape(-1, array.shape[axis], prod(tail))
+        y = library.empty((len(lines), len(matrix), lines.shape[-1]), array.dtype)
+        before = (slice(None),) * (0 if len(lines) > lines.shape[-1] else 2)  # the longer is cut
+
+        def interpolate(part):
+            library.matmul(matrix, lines[*before, part], out=y[*before, part])
+
+        parallel.run(interpolate, parallel.parts(lines.shape[len(before)]) if library is np
+                     else [slice(None)])
+        return y.reshape(*head, len(matrix), *tail)
 
     y = x
     for axis, matrix in steps:

@@ -78,8 +78,8 @@ def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
         yield arrays
         return
     flat = [a.reshape(-1) for a in arrays]
-    for start in range(0, flat[0].size, 2**15):
-        yield tuple(a[start : start + 2**15] for a in flat)
+    for start in range(0, flat[0].size, parallel.SLAB):
+        yield tuple(a[start : start + parallel.SLAB] for a in flat)
 
 
 class SGD(Optimizer):

@@ -9,8 +9,8 @@ Along the other axes a group is applied only to the positions from which it sees
 of a dilated kernel on a small grid stand in the padding for most positions, and that product is
 never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
 
-A kernel of one tap needs none of this: it is one matrix product, with BLAS's own threads. Kernels
-of 3 x 3 taps with enough channels and points take fewer multiplications in `winograd`.
+A kernel of one tap needs none of this: it is one matrix product. Kernels of 3 x 3 taps with enough
+channels and points take fewer multiplications in `winograd`.
 """
 
 from __future__ import annotations
@@ -146,12 +146,11 @@ def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, bef
     if winograd.serves(w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation):
         winograd.product(x, w, out, dilation, before)
         return []
-    if (seen := _points(x, w.shape[:-2], positions, stride, before)) is not None:
-        y = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
-        np.matmul(seen, w.reshape(-1, filters), out=y.reshape(-1, filters))
-        if y is not out:
-            out[...] = y
-        return []
+    seen = _points(x, w.shape[:-2], positions, stride, before)
+    if seen is not None and out.flags.c_contiguous:
+        y, matrix = out.reshape(-1, filters), w.reshape(-1, filters)
+        return [partial(np.matmul, seen[rows], matrix, out=y[rows])
+                for rows in parallel.parts(len(seen))]
     columns = Columns(x, w.shape[:-2], positions, stride, dilation, before)
     width = max(columns.width, filters)
     matrices = [w[head].reshape(-1, filters) for head, _ in columns.groups]
@@ -189,8 +188,11 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     if winograd.serves(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation):
         return winograd.weights(x, y, kernel, dilation, before)
     if (seen := _points(x, kernel, y.shape[1:-1], stride, before)) is not None:
-        dw, = parallel.run(lambda points: points.T @ y.reshape(-1, filters), [seen])
-        return dw.reshape(*kernel, x.shape[-1], filters)
+        dw, rows = np.empty((*kernel, x.shape[-1], filters), x.dtype), y.reshape(-1, filters)
+        parallel.run(lambda part: np.matmul(seen[:, part].T, rows,
+                                            out=dw.reshape(-1, filters)[part]),
+                     parallel.parts(x.shape[-1]))
+        return dw
     columns = Columns(x, kernel, y.shape[1:-1], stride, dilation, before)
     boxes = _blocks(y.shape[:-1], max(4, columns.width, filters) // 4)  # long sums, less to add
     threads, groups = parallel.threads(), columns.groups
@@ -235,10 +237,20 @@ def maximum(x: Array, window: Window) -> tuple[Array, Array]:
 
 def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:
     """See reference.maximum_adjoint."""
-    dx = np.empty((len(g), *size, g.shape[-1]), g.dtype)
+    dx = np.zeros((len(g), *size, g.shape[-1]), g.dtype)
+    # Where a window begins in an image of dx, and how far behind that a tap lies.
+    steps = [prod(dx.shape[axis + 1 :]) for axis in range(1, dx.ndim - 1)]
+    corner = sum(np.ix_(*((np.arange(p) * s - before) * step for p, s, (before, _), step in zip(
+        g.shape[1:-1], window.stride, window.padding, steps, strict=True))))
+    behind = sum(np.ix_(*(np.arange(k) * d * step for k, d, step in zip(
+        window.kernel, window.dilation, steps, strict=True)))).ravel()
 
     def compute(part: slice) -> None:
-        dx[..., part] = reference.maximum_adjoint(g[..., part], winner[..., part], size, window)
+        start = corner[..., None] + np.arange(g.shape[-1])[part]
+        for image, here, won in zip(dx, g, winner, strict=True):
+            index = behind[won[..., part]]
+            index += start
+            np.add.at(image.reshape(-1), index.ravel(), here[..., part].ravel())
 
     parallel.run(compute, parallel.parts(g.shape[-1]))
     return dx

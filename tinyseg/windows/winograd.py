@@ -16,7 +16,6 @@ are computed as so many more images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product as every
 from math import ceil, prod
 
@@ -25,6 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from .. import parallel
 from ..backend import Array
+from .geometry import Box, blocks
 
 PLANE, DEPTH = 4, 2  # outputs of a tile along an axis
 BLOCK = 1 << 20  # numbers in a block's transformed tiles
@@ -65,21 +65,16 @@ class Tiling:
         self.apart, self.steps, self.tiles = tiles_of(kernel, positions, dilation)
         self.phases = list(every(*map(range, self.apart)))
         self.frequencies = 4 if self.deep else 1
-        slabs, down, across = self.tiles
-        tile = 36 * self.frequencies * width
-        self.high = max(1, min(down, BLOCK // (tile * across)))  # rows of tiles in a block,
-        self.thick = max(1, min(slabs, BLOCK // (tile * across * self.high)))  # slabs, images
-        self.many = max(1, BLOCK // (tile * across * self.high * self.thick))
-        if self.high < down or self.thick < slabs:
-            self.many = 1
+        self.row = 36 * self.frequencies * width * self.tiles[2]  # numbers in a row of tiles
 
-    def blocks(self, first: int, last: int) -> Iterator[tuple[slice, slice, slice]]:
-        """The images `first` to `last`, phases counted, as boxes of images, slabs and rows."""
-        slabs, down, _ = self.tiles
-        for n, slab, row in every(range(first, last, self.many), range(0, slabs, self.thick),
-                                  range(0, down, self.high)):
-            yield (slice(n, min(n + self.many, last)), slice(slab, min(slab + self.thick, slabs)),
-                   slice(row, min(row + self.high, down)))
+    def blocks(self, first: int, last: int) -> list[Box]:
+        """The images `first` to `last`, phases counted, as boxes of images, slabs and rows: of
+        about BLOCK numbers, as many for each thread, with 24 tiles at least."""
+        grid = (last - first, *self.tiles[:2])
+        number = ceil(prod(grid) * self.row / BLOCK / parallel.threads()) * parallel.threads()
+        limit = max(ceil(prod(grid) / number), ceil(24 / self.tiles[2]))
+        return [(slice(first + images.start, first + images.stop), *box)
+                for images, *box in blocks(grid, limit)]
 
     def spread(self, x: Array, before, margin: bool) -> Array:
         """x (N, D, H, W, C) with its phases as images and zeros around: (phases N, *reach, C).
@@ -104,7 +99,7 @@ class Tiling:
         parallel.run(fill, range(len(self.phases)))
         return out
 
-    def spectrum(self, spread: Array, block: tuple[slice, slice, slice]) -> Array:
+    def spectrum(self, spread: Array, block: Box) -> Array:
         """Bᵀ x of a block: (36, frequencies in depth, tiles, C)."""
         images, slab, row = block
         step, across, channels = self.steps[0], self.tiles[2], spread.shape[-1]
@@ -157,7 +152,7 @@ def product(x: Array, w: Array, out: Array, dilation, before) -> None:
     tiling = Tiling(len(x), w.shape[:3], out.shape[1:4], dilation, max(w.shape[3:]))
     spread, factors, step = tiling.spread(x, before, True), transformed(w), tiling.steps[0]
 
-    def compute(block: tuple[slice, slice, slice]) -> None:
+    def compute(block: Box) -> None:
         answer = np.matmul(tiling.spectrum(spread, block), factors)
         if tiling.deep:  # Aᵀ in depth
             first, second = answer[:, 0], answer[:, 3]
@@ -179,7 +174,7 @@ def product(x: Array, w: Array, out: Array, dilation, before) -> None:
                 slab.start * step : slab.stop * step, row.start * PLANE : row.stop * PLANE]
             here[...] = values[tuple(map(slice, here.shape[:3]))]
 
-    parallel.run(compute, list(tiling.blocks(0, len(spread))))
+    parallel.run(compute, tiling.blocks(0, len(spread)))
 
 
 def weights(x: Array, y: Array, kernel, dilation, before) -> Array:
@@ -193,16 +188,16 @@ def weights(x: Array, y: Array, kernel, dilation, before) -> Array:
     sums = np.zeros((36, tiling.frequencies, channels, filters), x.dtype)
     together = max(1, WHOLE // (36 * tiling.frequencies * each * (channels + filters)))
     for start in range(0, len(seen), together):
-        blocks = list(tiling.blocks(start, min(start + together, len(seen))))
-        ends = np.cumsum([prod(s.stop - s.start for s in b) * tiling.tiles[2] for b in blocks])
+        boxes = tiling.blocks(start, min(start + together, len(seen)))
+        ends = np.cumsum([prod(s.stop - s.start for s in b) * tiling.tiles[2] for b in boxes])
         left = np.empty((36, tiling.frequencies, ends[-1], channels), x.dtype)
         right = np.empty((36, tiling.frequencies, ends[-1], filters), x.dtype)
 
-        def transform(i, blocks=blocks, ends=ends, left=left, right=right) -> None:
-            images, slab, row = blocks[i]
-            count, thick, high = (s.stop - s.start for s in blocks[i])
+        def transform(i, boxes=boxes, ends=ends, left=left, right=right) -> None:
+            images, slab, row = boxes[i]
+            count, thick, high = (s.stop - s.start for s in boxes[i])
             here = slice(ends[i] - count * thick * high * tiling.tiles[2], ends[i])
-            left[:, :, here] = tiling.spectrum(seen, blocks[i])
+            left[:, :, here] = tiling.spectrum(seen, boxes[i])
             tiles = answers[images, slab.start * step : slab.stop * step,
                             row.start * PLANE : row.stop * PLANE]
             tiles = tiles.reshape(count, thick, step, high, PLANE, -1, PLANE, filters)
@@ -218,7 +213,7 @@ def weights(x: Array, y: Array, kernel, dilation, before) -> Array:
         def multiply(f, left=left, right=right) -> None:
             sums[f] += left[f].swapaxes(-1, -2) @ right[f]
 
-        parallel.run(transform, range(len(blocks)))
+        parallel.run(transform, range(len(boxes)))
         parallel.run(multiply, list(every(range(36), range(tiling.frequencies))))
 
     dw = np.empty((*kernel, channels, filters), x.dtype)
