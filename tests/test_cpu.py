@@ -98,13 +98,14 @@ def test_tiles(problem, batch, channels, filters, threads, block, seed):
         check(*arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
 
 
-def test_the_matrices_are_a_minimal_filter():
-    """y = Aᵀ [(G w) ⊙ (Bᵀ x)] is the correlation of 6 numbers with 3, for any numbers."""
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_the_matrices_are_a_minimal_filter(m):
+    """y = Aᵀ [(G w) ⊙ (Bᵀ x)] is the correlation of m + 2 numbers with 3, for any numbers."""
+    a, b, g = winograd.filtering(m)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        x, w = rng.standard_normal(6), rng.standard_normal(3)
-        y = winograd.A4 @ ((winograd.G4 @ w) * (winograd.B4 @ x))
-        assert np.allclose(y, np.correlate(x, w, "valid"), atol=1e-12)
+        x, w = rng.standard_normal(m + 2), rng.standard_normal(3)
+        assert np.allclose(a @ ((g @ w) * (b @ x)), np.correlate(x, w, "valid"), atol=1e-12)
 
 
 def test_who_takes_tiles():
@@ -117,6 +118,10 @@ def test_who_takes_tiles():
     assert not serves(stride=(1, 2, 2)) and not serves((3, 1, 1)) and not serves((5, 3, 3))
     assert not serves(channels=16) and not serves(filters=3)
     assert not serves(positions=(8, 12, 12)) and not serves(positions=(3, 25, 25))
+    assert not serves(channels=512, filters=512)  # the transformed kernel alone is 151 MB
+    # Tiles of three where tiles of four stand over the border.
+    assert [winograd.tiles_of((3, 3), (12, 12), (d, d))[1] for d in (1, 2, 3, 4)] == [
+        [4, 4], [3, 3], [4, 4], [3, 3]]
 
 
 def test_a_grid_that_no_tap_sees():
