@@ -8,8 +8,10 @@
   growth       one step against depth, batch and cores
 
 PyTorch runs in its faster memory format, at the same number of threads. Layers take turns in one
-process. Steps and inference have a process for each side, and their runs alternate, so that a
-machine that slows down slows both. Figures are medians; a ratio is PyTorch's time / ours.
+process, each in bursts of which the first 30 ms do not count: the threads of PyTorch's OpenMP keep
+a core busy for a while after their work. Steps and inference have a process for each side, and
+their runs alternate, so that a machine that slows down slows both. Figures are medians; a ratio is
+PyTorch's time / ours.
 
   python benchmarks/cpu.py                     all parts, about 15 minutes on two cores
   python benchmarks/cpu.py --parts steps       one of them
@@ -72,14 +74,16 @@ def layers(backbone: str, rank: int, size: tuple[int, ...]) -> dict:
 
 
 def alternate(calls: dict, turns: int) -> dict[str, float]:
-    """Median seconds of each call, one after the other in every turn, after a turn to warm up."""
+    """Median seconds of each call, in bursts that take turns."""
     seconds: dict = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
+    for _, (name, call) in product(range(turns), calls.items()):
+        began = time.perf_counter()
+        while time.perf_counter() < began + 0.03:
+            call()
+        for _ in range(3):
             began = time.perf_counter()
             call()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - began)
     return {name: median(taken) for name, taken in seconds.items()}
 
 
@@ -92,6 +96,12 @@ def layer_table(quick: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     ts.parallel.set_threads(threads)
     rng, square = np.random.default_rng(0), np.ones((1024, 1024), "float32")
+    np.ones(2**23 - 2**12, "float32")  # 32 MiB, given back: from now on malloc keeps what is freed,
+    # as it does in any training; before, every array of a few MiB would be paged in anew.
+
+    def multiply(rows: slice) -> None:
+        square[rows] @ square
+
     print(f"\n{'convolution':42}{'peak':>6}" + "".join(
         f"{d + ': ours':>14}{'PyTorch':>9}{'ratio':>7}" for d in ("y", "dx", "dw"))
         + "   GFLOP/s of the arithmetic as written", flush=True)
@@ -109,7 +119,7 @@ def layer_table(quick: bool, threads: int) -> None:
                                                  3: torch.channels_last_3d}[rank]]
             options = (None, list(window.stride), [p[0] for p in window.padding],
                        list(window.dilation), False, [0] * rank, 1)
-            calls = {"peak": lambda: square @ square,
+            calls = {"peak": lambda: parallel.run(multiply, parallel.parts(1024)),
                      "y": lambda x=x, w=w, v=window: windows.correlate(x, w, v),
                      "dx": lambda y=y, w=w, g=grid, v=window: windows.correlate_dx(y, w, g, v),
                      "dw": lambda x=x, y=y, v=window: windows.correlate_dw(x, y, v)}
@@ -124,7 +134,7 @@ def layer_table(quick: bool, threads: int) -> None:
                     if d in calls:
                         calls[f"{d} {form}"] = lambda g=ty, x=tx, w=tw, o=options, m=mask[d]: (
                             torch.ops.aten.convolution_backward(g, x, w, *o, m))
-            took = alternate(calls, 3 if quick else 5)
+            took = alternate(calls, 2 if quick else 4)
             work = 2e-9 * batch * prod(window.positions(grid)) * prod(window.kernel)
             work *= channels * filters
             name = (f"{backbone[6:]} x{count} {'x'.join(map(str, grid))} {channels}-{filters} "

@@ -84,8 +84,8 @@ def serves(kernel, images: int, channels: int, filters: int, positions, stride, 
 class Tiling:
     """How the windows of a convolution with stride one fall into tiles and blocks of tiles."""
 
-    def __init__(self, images: int, kernel, positions, dilation, width: int):
-        self.images, self.deep = images, kernel[0] == 3
+    def __init__(self, kernel, positions, dilation, width: int):
+        self.deep = kernel[0] == 3
         self.apart, self.steps, self.tiles = tiles_of(kernel, positions, dilation)
         self.plane = self.steps[-1]  # outputs of a tile along an axis of the plane
         self.phases = list(every(*map(range, self.apart)))
@@ -177,7 +177,7 @@ def product(x: Array, w: Array, out: Array, dilation, before) -> None:
         x, w, out = x[:, None], w[None], out[:, None]
         dilation, before = (1, *dilation), (0, *before)
     filters = w.shape[-1]
-    tiling = Tiling(len(x), w.shape[:3], out.shape[1:4], dilation, max(w.shape[3:]))
+    tiling = Tiling(w.shape[:3], out.shape[1:4], dilation, max(w.shape[3:]))
     (output, _, kernel), m, step = PLANES[tiling.plane], tiling.plane, tiling.steps[0]
     spread, factors = tiling.spread(x, before, True), transformed(w, kernel)
 
@@ -211,7 +211,7 @@ def weights(x: Array, y: Array, kernel, dilation, before) -> Array:
     if y.ndim == 4:
         return weights(x[:, None], y[:, None], (1, *kernel), (1, *dilation), (0, *before))[0]
     channels, filters = x.shape[-1], y.shape[-1]
-    tiling = Tiling(len(x), kernel, y.shape[1:4], dilation, max(channels, filters))
+    tiling = Tiling(kernel, y.shape[1:4], dilation, max(channels, filters))
     seen, answers = tiling.spread(x, before, True), tiling.spread(y, (0, 0, 0), False)
     (output, _, matrix), m, step = PLANES[tiling.plane], tiling.plane, tiling.steps[0]
     sums = np.empty((len(matrix), tiling.frequencies, channels, filters), x.dtype)
