@@ -1,11 +1,11 @@
 """This library on the cores of a CPU beside PyTorch: time and memory, in one run.
 
-  layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
-               1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w, beside
-               the machine's matrix product
   steps        forward, cross-entropy, backward, AdamW of whole networks, and memory
   inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18
   growth       one step against depth, batch and cores
+  layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
+               1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w, beside
+               the machine's matrix product
 
 PyTorch runs in its faster memory format, at the same number of threads. Layers take turns in one
 process, each in bursts of which the first 30 ms do not count: the threads of PyTorch's OpenMP keep
@@ -13,7 +13,7 @@ a core busy for a while after their work. Steps and inference have a process for
 their runs alternate, so that a machine that slows down slows both. Figures are medians; a ratio is
 PyTorch's time / ours.
 
-  python benchmarks/cpu.py                     all parts, about 15 minutes on two cores
+  python benchmarks/cpu.py                     all parts, about 20 minutes on two cores
   python benchmarks/cpu.py --parts steps       one of them
   python benchmarks/cpu.py --quick             a minute: few layers, small steps
 
@@ -40,7 +40,7 @@ import numpy as np
 from tinyseg import parallel
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("layers", "steps", "inference", "growth")
+PARTS = ("steps", "inference", "growth", "layers")
 STEPS = {  # name: (backbone, rank, batch, size, options of the inflated network)
     "ResNet-18 3D": ("resnet18", 3, 1, (64, 96, 96), {}),
     "ResNet-18 3D, inflated": ("resnet18", 3, 1, (64, 96, 96), {
@@ -275,8 +275,6 @@ def main() -> None:
           f"{platform.python_version()}, NumPy {np.__version__}, {time.strftime('%Y-%m-%d')}, "
           f"commit {commit}")
     turns = 2 if args.quick else args.turns
-    if "layers" in args.parts:
-        layer_table(args.quick, args.threads)
     if "steps" in args.parts:
         print(f"\ntraining step\n{HEAD}")
         for name, case in STEPS.items():
@@ -298,6 +296,8 @@ def main() -> None:
             size = (depth, 96, 96)
             print(row(f"{batch}x{depth}x96x96, {threads} threads", side_by_side(
                 ("resnet18", 3, batch, size, {}), (batch, *size), threads, 3)), flush=True)
+    if "layers" in args.parts:  # last: a process counts its parent's peak of memory as its own
+        layer_table(args.quick, args.threads)
 
 
 if __name__ == "__main__":
