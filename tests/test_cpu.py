@@ -183,6 +183,19 @@ def test_pooling(channels, threads, seed):
     assert (dx == reference.maximum_adjoint(y, winner, (7, 6, 9), window)).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1.0])
+def test_pooling_where_nothing_is_larger(value):
+    """No tap is larger than the padding, or windows see nothing else: nothing leaks elsewhere."""
+    x = np.full((2, 4, 5, 3), value, "float32")
+    window = Window.of((2, 2), 2, (3, (2, 5)))
+    y, winner = windows.maximum(x, window)
+    truth = reference.maximum(x, window)
+    assert np.array_equal(y, truth[0], equal_nan=True) and (winner == truth[1]).all()
+    g = np.random.default_rng(0).standard_normal(y.shape).astype("float32")
+    dx = windows.maximum_adjoint(g, winner, (4, 5), window)
+    assert np.allclose(dx, reference.maximum_adjoint(g, winner, (4, 5), window), atol=1e-6)
+
+
 # Threads
 
 

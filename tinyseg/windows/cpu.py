@@ -237,11 +237,13 @@ def maximum(x: Array, window: Window) -> tuple[Array, Array]:
 
 def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:
     """See reference.maximum_adjoint."""
-    dx = np.zeros((len(g), *size, g.shape[-1]), g.dtype)
+    # On the padded grid: where a window sees no number at all, the tap that won is padding.
+    padded = [n + sum(p) for n, p in zip(size, window.padding, strict=True)]
+    dx = np.zeros((len(g), *padded, g.shape[-1]), g.dtype)
     # Where a window begins in an image of dx, and how far behind that a tap lies.
     steps = [prod(dx.shape[axis + 1 :]) for axis in range(1, dx.ndim - 1)]
-    corner = sum(np.ix_(*((np.arange(p) * s - before) * step for p, s, (before, _), step in zip(
-        g.shape[1:-1], window.stride, window.padding, steps, strict=True))))
+    corner = sum(np.ix_(*(np.arange(p) * s * step for p, s, step in zip(
+        g.shape[1:-1], window.stride, steps, strict=True))))
     behind = sum(np.ix_(*(np.arange(k) * d * step for k, d, step in zip(
         window.kernel, window.dilation, steps, strict=True)))).ravel()
 
@@ -253,4 +255,5 @@ def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Wind
             np.add.at(image.reshape(-1), index.ravel(), here[..., part].ravel())
 
     parallel.run(compute, parallel.parts(g.shape[-1]))
-    return dx
+    return np.ascontiguousarray(dx[(slice(None), *(slice(p[0], p[0] + n) for p, n in zip(
+        window.padding, size, strict=True)))])
