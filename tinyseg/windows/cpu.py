@@ -16,7 +16,7 @@ channels and points take fewer multiplications in `winograd`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from itertools import product as every
 from math import ceil, prod
@@ -242,10 +242,10 @@ def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Wind
     dx = np.zeros((len(g), *padded, g.shape[-1]), g.dtype)
     # Where a window begins in an image of dx, and how far behind that a tap lies.
     steps = [prod(dx.shape[axis + 1 :]) for axis in range(1, dx.ndim - 1)]
-    corner = sum(np.ix_(*(np.arange(p) * s * step for p, s, step in zip(
-        g.shape[1:-1], window.stride, steps, strict=True))))
-    behind = sum(np.ix_(*(np.arange(k) * d * step for k, d, step in zip(
-        window.kernel, window.dilation, steps, strict=True)))).ravel()
+    corner = reduce(np.add.outer, [np.arange(p) * s * step for p, s, step in zip(
+        g.shape[1:-1], window.stride, steps, strict=True)])
+    behind = reduce(np.add.outer, [np.arange(k) * d * step for k, d, step in zip(
+        window.kernel, window.dilation, steps, strict=True)]).ravel()
 
     def compute(part: slice) -> None:
         start = corner[..., None] + np.arange(g.shape[-1])[part]
