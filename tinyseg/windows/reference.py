@@ -25,12 +25,18 @@ WORKSPACE = 32 << 20  # bytes of columns at a time: few enough to bound, enough 
 
 def pad(x: Array, missing, edge, fill: float = 0.0) -> Array:
     """`x` extended by `missing` (before, after) per axis: the border repeated, or `fill`."""
-    library = array_module(x)
-    for mode, wanted in (({"constant_values": fill}, False), ({"mode": "edge"}, True)):
-        widths = [m if e is wanted else (0, 0) for m, e in zip(missing, edge, strict=True)]
-        if any(map(any, widths)):
-            x = library.pad(x, widths + [(0, 0)] * (x.ndim - len(widths)), **mode)
-    return x
+    if not any(map(any, missing)):
+        return x
+    missing = [*missing, *[(0, 0)] * (x.ndim - len(missing))]
+    shape = [n + sum(m) for n, m in zip(x.shape, missing, strict=True)]
+    grown = array_module(x).full(shape, fill, x.dtype)
+    grown[tuple(slice(m[0], m[0] + n) for n, m in zip(x.shape, missing, strict=True))] = x
+    for axis, ((before, after), repeats) in enumerate(zip(missing, edge, strict=False)):
+        if repeats:
+            lines = grown.swapaxes(0, axis)
+            lines[:before] = lines[before]
+            lines[len(lines) - after :] = lines[len(lines) - after - 1]
+    return grown
 
 
 def pad_adjoint(g: Array, missing, edge) -> Array:
