@@ -96,13 +96,12 @@ class Columns:
 
 
 def _points(x: Array, kernel, positions, stride, before) -> Array | None:
-    """What a kernel of one tap sees, (rows, C); None for other kernels or if any see padding."""
+    """What a kernel of one tap sees, (N, *P, C); None for other kernels or if any see padding."""
     last = [(p - 1) * s for p, s in zip(positions, stride, strict=True)]
     if prod(kernel) > 1 or any(before) or any(a >= n for a, n in zip(last, x.shape[1:-1],
                                                                      strict=True)):
         return None
-    seen = x[(slice(None), *(slice(0, a + 1, s) for a, s in zip(last, stride, strict=True)))]
-    return np.ascontiguousarray(seen).reshape(-1, x.shape[-1])
+    return x[(slice(None), *(slice(0, a + 1, s) for a, s in zip(last, stride, strict=True)))]
 
 
 def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) -> str:
@@ -147,9 +146,9 @@ def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, bef
         return []
     seen = _points(x, w.shape[:-2], positions, stride, before)
     if seen is not None and out.flags.c_contiguous:
-        y, matrix = out.reshape(-1, filters), w.reshape(-1, filters)
-        return [partial(np.matmul, seen[rows], matrix, out=y[rows])
-                for rows in parallel.parts(len(seen))]
+        points, y, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, out, w))
+        return [partial(np.matmul, points[rows], matrix, out=y[rows])
+                for rows in parallel.parts(len(points))]
     columns = Columns(x, w.shape[:-2], positions, stride, dilation, before)
     width = max(columns.width, filters)
     matrices = [w[head].reshape(-1, filters) for head, _ in columns.groups]
@@ -187,10 +186,10 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     if winograd.serves(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation):
         return winograd.weights(x, y, kernel, dilation, before)
     if (seen := _points(x, kernel, y.shape[1:-1], stride, before)) is not None:
-        dw, rows = np.empty((*kernel, x.shape[-1], filters), x.dtype), y.reshape(-1, filters)
-        parallel.run(lambda part: np.matmul(seen[:, part].T, rows,
-                                            out=dw.reshape(-1, filters)[part]),
-                     parallel.parts(x.shape[-1]))
+        dw = np.empty((*kernel, x.shape[-1], filters), x.dtype)
+        points, rows, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, y, dw))
+        parallel.run(lambda part: np.matmul(points[:, part].T, rows, out=matrix[part]),
+                     parallel.parts(len(matrix)))
         return dw
     columns = Columns(x, kernel, y.shape[1:-1], stride, dilation, before)
     boxes = _blocks(y.shape[:-1], max(4, columns.width, filters) // 4)  # long sums, less to add
