@@ -65,7 +65,8 @@ class Columns:
         # Trailing axes are padded and seen through overlapping windows, without a copy.
         padding = [(b, max(0, (p - 1) * s + (k - 1) * d + 1 - b - n))
                    for n, k, p, s, d, b in geometry[lead:]]
-        x = reference.pad(x, [(0, 0)] * (1 + lead) + [(max(b, 0), a) for b, a in padding], [])
+        grown = [(0, 0)] * (1 + lead) + [(max(b, 0), a) for b, a in padding]
+        x = reference.pad(x, grown, [False] * len(grown))
         x = x[(slice(None),) * (1 + lead) + tuple(slice(max(-b, 0), None) for b, _ in padding)]
         strides = list(zip(x.strides[1 + lead : -1], geometry[lead:], strict=True))
         self.windows = as_strided(

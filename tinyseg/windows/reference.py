@@ -25,13 +25,14 @@ WORKSPACE = 32 << 20  # bytes of columns at a time: few enough to bound, enough 
 
 def pad(x: Array, missing, edge, fill: float = 0.0) -> Array:
     """`x` extended by `missing` (before, after) per axis: the border repeated, or `fill`."""
+    borders = list(zip(missing, edge, strict=True))
     if not any(map(any, missing)):
         return x
-    missing = [*missing, *[(0, 0)] * (x.ndim - len(missing))]
-    shape = [n + sum(m) for n, m in zip(x.shape, missing, strict=True)]
+    widths = [*missing, *[(0, 0)] * (x.ndim - len(missing))]
+    shape = [n + sum(m) for n, m in zip(x.shape, widths, strict=True)]
     grown = array_module(x).full(shape, fill, x.dtype)
-    grown[tuple(slice(m[0], m[0] + n) for n, m in zip(x.shape, missing, strict=True))] = x
-    for axis, ((before, after), repeats) in enumerate(zip(missing, edge, strict=False)):
+    grown[tuple(slice(m[0], m[0] + n) for n, m in zip(x.shape, widths, strict=True))] = x
+    for axis, ((before, after), repeats) in enumerate(borders):
         if repeats:
             lines = grown.swapaxes(0, axis)
             lines[:before] = lines[before]
