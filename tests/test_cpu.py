@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 from tinyseg import parallel, windows
-from tinyseg.windows import Window, cpu, reference, winograd
+from tinyseg.windows import Window, cpu, lines, reference, winograd
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,8 @@ def test_any_convolution(problem, threads, seed):
     ((9, 21, 30), 64, 72, (3, 3, 3), {"padding": 1}),
     ((10, 23, 31), 66, 64, (3, 3, 3), {"padding": 1, "padding_mode": ("edge", "zero", "zero")}),
     ((30, 41), 64, 128, (3, 3), {"padding": ((0, 2), 1)}),
+    ((12, 15, 13), 450, 460, (3, 3, 3), {"padding": (1, 4, 4), "dilation": (1, 4, 4),
+                                         "padding_mode": ("edge", "zero", "zero")}),
     ((20, 33, 18), 1, 64, (7, 7, 7), {"padding": 3, "stride": 2}),
     ((9, 15, 13), 70, 65, (3, 3, 3), {"padding": 1, "stride": 2}),
     ((9, 15, 13), 128, 96, (1, 1, 1), {"stride": 2}),
@@ -96,6 +98,51 @@ def test_tiles(problem, batch, channels, filters, threads, block, seed):
         patch.setattr(winograd, "BLOCK", block)
         patch.setattr(winograd, "WHOLE", 16 * block)
         check(*arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
+
+
+@st.composite
+def lines_of_three(draw):
+    """Three taps, without stride or dilation, along the first axis; anything along the others."""
+    size, window = draw(placed(rank=3, size=6, dilation=3, padding=4))
+    length, before, after = draw(st.tuples(*[st.integers(a, b) for a, b in (
+        (1, 11), (0, 3), (0, 3))]))
+    edge = draw(st.booleans())
+    return (max(length, 3 - before - after), *size), Window(
+        (3, *window.kernel), (1, *window.stride), ((before, after), *window.padding),
+        (1, *window.dilation), (edge, *window.edge))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines_of_three(), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7),
+       st.integers(1, 3), st.sampled_from([2, 3, 4]), st.integers(0, 99))
+def test_lines(problem, batch, channels, filters, threads, m, seed):
+    """Winograd's way along the first axis, also where it would not be chosen; and again along the
+    next, where that allows it."""
+    size, window = problem
+    parallel.set_threads(threads)
+
+    def outputs(kernel, images, channels, filters, positions, stride, dilation, before):
+        allowed = len(kernel) > 1 and (kernel[0], stride[0], dilation[0]) == (3, 1, 1)
+        return m if allowed and before[0] >= 0 else 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "outputs", outputs)
+        patch.setattr(winograd, "serves", lambda *problem: False)
+        check(*arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
+
+
+def test_who_takes_lines():
+    def outputs(kernel=(3, 3, 3), images=1, channels=512, filters=512, positions=(12, 16, 12),
+                stride=(1, 1, 1), dilation=(1, 4, 4), before=(1, 4, 4)):
+        return lines.outputs(kernel, images, channels, filters, positions, stride, dilation, before)
+
+    assert [outputs(positions=(n, 20, 20)) for n in (6, 8, 9, 12)] == [3, 4, 3, 4]
+    assert not outputs(positions=(2, 16, 12))  # four products for four
+    assert not outputs(kernel=(1, 3, 3)) and not outputs(kernel=(5, 3, 3)) and not outputs(
+        kernel=(3,), positions=(9,), stride=(1,), dilation=(1,), before=(1,))
+    assert not outputs(stride=(2, 1, 1)) and not outputs(dilation=(4, 4, 4))
+    assert not outputs(before=(-1, 4, 4)) and not outputs(channels=16) and not outputs(filters=16)
+    assert not outputs(positions=(12, 4, 4))  # the kernel's transform takes longer
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
@@ -162,6 +209,11 @@ def test_explain():
     seen = (4 + 8 + 4) / 24 * ((8 + 12 + 8) / 36) ** 2
     assert far.splitlines()[0] == ("y  columns: 27 groups of 1 taps, 512 numbers wide, "
                                    f"{seen:.0%} of the products (the rest sees padding only)")
+    deep = windows.explain((1, 12, 16, 12, 512), (3, 3, 3, 512, 512),
+                           Window.of((3, 3, 3), 1, (1, 4, 4), (1, 4, 4)))
+    line = ("Winograd along the first axis: 6 convolutions over the other axes for 4 outputs, "
+            "where 12 would be direct")
+    assert deep.splitlines() == [f"y  {line}", f"dx {line}", f"dw {line}"]
     flat = windows.explain((2, 8, 12, 12, 64), (1, 1, 1, 64, 32), Window.of((1, 1, 1), 2))
     assert flat.splitlines() == [f"{d:3}one matrix product: a kernel of one tap"
                                  for d in ("y", "dx", "dw")]

@@ -10,7 +10,7 @@ of a dilated kernel on a small grid stand in the padding for most positions, and
 never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
 
 A kernel of one tap needs none of this: it is one matrix product. Kernels of 3 x 3 taps with enough
-channels and points take fewer multiplications in `winograd`.
+channels and points take fewer multiplications in `winograd`, and wide ones in depth in `lines`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from .. import parallel
 from ..backend import Array
-from . import reference, winograd
+from . import lines, reference, winograd
 from .geometry import Box, Window, blocks
 
 WIDTH = 640  # numbers in a row of columns, at most
@@ -116,6 +116,9 @@ def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) 
         number = len(x) * prod(apart) * prod(tiles)
         return (f"Winograd: {number} tiles of {'x'.join(map(str, steps))}, {products} "
                 f"products where {outputs * prod(kernel)} would be direct")
+    if m := lines.outputs(*sizes, before):
+        return (f"Winograd along the first axis: {m + 2} convolutions over the other axes for {m} "
+                f"outputs, where {3 * m} would be direct")
     columns = Columns(x, kernel, positions, stride, dilation, before)
     taps = columns.width // x.shape[-1]
     seen = sum(_volume(sees) for _, sees in columns.groups) * taps
@@ -144,6 +147,10 @@ def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, bef
     filters, positions = w.shape[-1], out.shape[1:-1]
     if winograd.serves(w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation):
         winograd.product(x, w, out, dilation, before)
+        return []
+    if m := lines.outputs(w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation,
+                          before):
+        lines.product(products, x, w, out, m, stride, dilation, before)
         return []
     seen = _points(x, w.shape[:-2], positions, stride, before)
     if seen is not None and out.flags.c_contiguous:
@@ -186,6 +193,9 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     filters = y.shape[-1]
     if winograd.serves(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation):
         return winograd.weights(x, y, kernel, dilation, before)
+    if m := lines.outputs(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation,
+                          before):
+        return lines.weights(weights, x, y, m, kernel, stride, dilation, before)
     if (seen := _points(x, kernel, y.shape[1:-1], stride, before)) is not None:
         dw = np.empty((*kernel, x.shape[-1], filters), x.dtype)
         points, rows, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, y, dw))

@@ -1,0 +1,135 @@
+"""Convolution with three taps along the first axis by fewer multiplications along that axis alone.
+
+Winograd's filter (see `winograd`) turns m outputs of a line into m + 2 products. Applied to the
+first axis only, these products are convolutions over the other axes, which any body computes:
+
+    y = Aᵀ [ correlate(Bᵀ x, G w) ]        dw = Gᵀ [ correlate_dw(Bᵀ x, A y) ]
+
+It is the way for the wide layers of inflated networks. Their kernels are large and their grids
+small: taking tiles in the plane too would multiply the kernel by four or more, and cost more than
+it saves. The tiles of the line stand beside each other as one more axis, next to the channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, prod
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from .. import parallel
+from ..backend import Array
+from .reference import pad
+from .winograd import IMAGE, filtering
+
+LINES = {m: [matrix.astype("float32") for matrix in filtering(m)] for m in (4, 3, 2)}  # Aᵀ, Bᵀ, G
+KERNEL = 160  # cost of a transformed number of the kernel, in products; measured as in `winograd`
+
+
+def outputs(kernel, images: int, channels: int, filters: int, positions, stride, dilation,
+            before) -> int:
+    """How many outputs of a line to compute together; 0 where another way is faster.
+
+    As in `winograd.serves`, by products for each pair of channels: what is saved, against what the
+    transforms of the kernel and of the images cost (KERNEL and IMAGE a number). Along the
+    first axis stride and dilation must be one.
+    """
+    if len(kernel) < 2 or kernel[0] != 3 or stride[0] != 1 or dilation[0] != 1 or before[0] < 0:
+        return 0
+    m = min(LINES, key=lambda m: ceil(positions[0] / m) * (m + 2))
+    products = ceil(positions[0] / m) * (m + 2)
+    plane = images * prod(p + (k - 1) * max(0, p - d) for p, k, d in zip(
+        positions[1:], kernel[1:], dilation[1:], strict=True))  # what sees no padding
+    cost = ((m + 2) * prod(kernel[1:]) * KERNEL + products * images * prod(positions[1:]) * IMAGE
+            * (1 / channels + 1 / filters))
+    return m if (3 * positions[0] - 2 - products) * plane > cost else 0
+
+
+def along(matrix: Array, lines: Array) -> Array:
+    """The matrix (a, b) times lines (b, N, tiles, S, ..., C): (a, S, ..., N tiles, C)."""
+    b, images, tiles, *size, channels = lines.shape
+    out = np.empty((len(matrix), *size, images * tiles, channels), lines.dtype)
+
+    def transform(part: slice) -> None:
+        here = np.ascontiguousarray(lines[:, :, :, part])
+        answer = (matrix @ here.reshape(b, -1)).reshape(len(matrix), images * tiles,
+                                                        *here.shape[3:])
+        out[:, part] = np.moveaxis(answer, 1, -2)
+
+    parallel.run(transform, parallel.parts(size[0]))
+    return out
+
+
+def spectrum(x: Array, m: int, tiles: int, before: int) -> Array:
+    """Bᵀ x of the lines of x (N, D, S, ..., C), as (m + 2, S, ..., N tiles, C)."""
+    reach = tiles * m + 2  # of all windows together; padding alone may be longer
+    before = min(before, reach)
+    x = x[:, : reach - before]
+    x = pad(x, [(0, 0), (before, reach - before - x.shape[1])], [False, False])
+    images, line, *rest = x.strides
+    return along(LINES[m][1], as_strided(
+        x, (m + 2, len(x), tiles, *x.shape[2:]), (line, images, m * line, *rest),
+        writeable=False))
+
+
+def combined(w: Array, row: Array) -> Array:
+    """Σ_k row[k] w[k], and a last axis of one tap: (3, K, ..., C, F) -> (K, ..., 1, C, F).
+
+    The result lies in memory as w does: transposing a kernel takes longer than the rest of this.
+    """
+    used = [k for k in range(3) if row[k]]
+    total = np.empty_like(w[0])
+
+    def add(tap: tuple[int, ...]) -> None:  # tap by tap: in cache
+        here = total[tap]
+        np.multiply(w[(used[0], *tap)], row[used[0]], out=here)
+        for k in used[1:]:
+            here += w[(k, *tap)] * row[k]
+
+    parallel.run(add, list(np.ndindex(w.shape[1:-2])))
+    return np.expand_dims(total, -3)
+
+
+def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, dilation,
+            before) -> None:
+    """Write correlate(x, w), stride one along the first axis, to `out` (N, *P, C_out); `others`
+    gives the products over the other axes."""
+    output, _, kernel = LINES[m]
+    tiles = ceil(out.shape[1] / m)
+    seen = spectrum(x, m, tiles, before[0])
+    answers = np.empty((m + 2, *out.shape[2:-1], len(x) * tiles, out.shape[-1]), x.dtype)
+    zeros, ones = (0,) * len(stride), (1,) * len(stride)
+    for f, row in enumerate(kernel):
+        others([(seen[f][None], combined(w, row), answers[f][None], zeros, ones,
+                 (*stride[1:], 1), (*dilation[1:], 1), (*before[1:], 0))])
+
+    def back(part: slice) -> None:
+        here = answers[:, part]
+        lines = (output @ here.reshape(m + 2, -1)).reshape(m, *here.shape[1:-2], len(x), tiles, -1)
+        lines = np.moveaxis(lines, (-3, -2, 0), (0, 1, 2))
+        lines = lines.reshape(len(x), tiles * m, *lines.shape[3:])
+        out[:, :, part] = lines[:, : out.shape[1]]
+
+    parallel.run(back, parallel.parts(out.shape[2]))
+
+
+def weights(others: Callable, x: Array, y: Array, m: int, kernel, stride, dilation,
+            before) -> Array:
+    """The gradient of correlate(x, w) in w, (*K, C_in, C_out); `others` gives those over the other
+    axes."""
+    output, _, matrix = LINES[m]
+    tiles = ceil(y.shape[1] / m)
+    seen = spectrum(x, m, tiles, before[0])
+    y = pad(y, [(0, 0), (0, tiles * m - y.shape[1])], [False, False])
+    answers = along(output.T, np.moveaxis(y.reshape(len(y), tiles, m, *y.shape[2:]), 2, 0))
+    parts = [others(x, y, (*kernel[1:], 1), (*stride[1:], 1), (*dilation[1:], 1), (*before[1:], 0))
+             for x, y in zip(seen[:, None], answers[:, None], strict=True)]
+    dw: Array = np.empty((*kernel, x.shape[-1], y.shape[-1]), x.dtype)
+
+    def back(tap: tuple[int, ...]) -> None:
+        here = np.stack([part[tap] for part in parts])
+        dw[(slice(None), *tap)] = (matrix.T @ here.reshape(m + 2, -1)).reshape(3, *here.shape[2:])
+
+    parallel.run(back, list(np.ndindex(kernel[1:])))
+    return dw
