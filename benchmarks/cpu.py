@@ -4,8 +4,10 @@
   inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18
   growth       one step against depth, batch and cores
   layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
-               1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w, beside
-               the machine's matrix product
+               1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w. Beside
+               them, NumPy's matrix product of 1024 x 1024 (peak), and that of the layer's own sizes
+               with the columns of im2col at hand (product): what a body that saves no
+               multiplications can at best reach
 
 PyTorch runs in its faster memory format, at the same number of threads. Layers take turns in one
 process, each in bursts of which the first 30 ms do not count: the threads of PyTorch's OpenMP keep
@@ -99,10 +101,10 @@ def layer_table(quick: bool, threads: int) -> None:
     np.ones(2**23 - 2**12, "float32")  # 32 MiB, given back: from now on malloc keeps what is freed,
     # as it does in any training; before, every array of a few MiB would be paged in anew.
 
-    def multiply(rows: slice) -> None:
-        square[rows] @ square
+    def multiply(a: np.ndarray, b: np.ndarray) -> None:
+        parallel.run(lambda rows: a[rows] @ b, parallel.parts(len(a)))
 
-    print(f"\n{'convolution':42}{'peak':>6}" + "".join(
+    print(f"\n{'convolution':42}{'peak':>6}{'product':>9}" + "".join(
         f"{d + ': ours':>14}{'PyTorch':>9}{'ratio':>7}" for d in ("y", "dx", "dw"))
         + "   GFLOP/s of the arithmetic as written", flush=True)
     ratios: dict = {"y": [], "dx": [], "dw": []}
@@ -119,7 +121,9 @@ def layer_table(quick: bool, threads: int) -> None:
                                                  3: torch.channels_last_3d}[rank]]
             options = (None, list(window.stride), [p[0] for p in window.padding],
                        list(window.dilation), False, [0] * rank, 1)
-            calls = {"peak": lambda: parallel.run(multiply, parallel.parts(1024)),
+            columns = np.ones((y[..., 0].size, w[..., 0].size), "float32")
+            calls = {"peak": lambda: multiply(square, square),
+                     "product": lambda a=columns, w=w: multiply(a, w.reshape(a.shape[1], -1)),
                      "y": lambda x=x, w=w, v=window: windows.correlate(x, w, v),
                      "dx": lambda y=y, w=w, g=grid, v=window: windows.correlate_dx(y, w, g, v),
                      "dw": lambda x=x, y=y, v=window: windows.correlate_dw(x, y, v)}
@@ -139,7 +143,7 @@ def layer_table(quick: bool, threads: int) -> None:
             work *= channels * filters
             name = (f"{backbone[6:]} x{count} {'x'.join(map(str, grid))} {channels}-{filters} "
                     f"k{window.kernel[-1]} s{window.stride[-1]} d{window.dilation[-1]}")
-            row = f"{name:42}{2 * 1.024**3 / took['peak']:6.0f}"
+            row = f"{name:42}{2 * 1.024**3 / took['peak']:6.0f}{work / took['product']:9.0f}"
             for d in ratios:
                 if d not in calls:
                     row += " " * 30
@@ -148,7 +152,7 @@ def layer_table(quick: bool, threads: int) -> None:
                 ratios[d].append(theirs / took[d])
                 row += f"{work / took[d]:14.0f}{work / theirs:9.0f}{theirs / took[d]:7.2f}"
             print(row, flush=True)
-    print(f"{'geometric mean':48}" + "".join(
+    print(f"{'geometric mean':57}" + "".join(
         f"{exp(sum(map(log, r)) / len(r)):30.2f}" for r in ratios.values()))
 
 
