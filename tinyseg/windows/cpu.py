@@ -145,11 +145,11 @@ def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, bef
     """One product as jobs that can be done side by side."""
     out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
     filters, positions = w.shape[-1], out.shape[1:-1]
-    if winograd.serves(w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation):
+    sizes = w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation
+    if winograd.serves(*sizes):
         winograd.product(x, w, out, dilation, before)
         return []
-    if m := lines.outputs(w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation,
-                          before):
+    if m := lines.outputs(*sizes, before):
         lines.product(products, x, w, out, m, stride, dilation, before)
         return []
     seen = _points(x, w.shape[:-2], positions, stride, before)
@@ -191,10 +191,10 @@ def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, bef
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     """See products: the gradient of correlate(x, w) in w, (*K, C_in, C_out)."""
     filters = y.shape[-1]
-    if winograd.serves(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation):
+    sizes = kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation
+    if winograd.serves(*sizes):
         return winograd.weights(x, y, kernel, dilation, before)
-    if m := lines.outputs(kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation,
-                          before):
+    if m := lines.outputs(*sizes, before):
         return lines.weights(weights, x, y, m, kernel, stride, dilation, before)
     if (seen := _points(x, kernel, y.shape[1:-1], stride, before)) is not None:
         dw = np.empty((*kernel, x.shape[-1], filters), x.dtype)

@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import as_strided
 from .. import parallel
 from ..backend import Array
 from .reference import pad
-from .winograd import IMAGE, filtering
+from .winograd import IMAGE, filtering, pairs
 
 LINES = {m: [matrix.astype("float32") for matrix in filtering(m)] for m in (4, 3, 2)}  # Aᵀ, Bᵀ, G
 KERNEL = 160  # cost of a transformed number of the kernel, in products; measured as in `winograd`
@@ -39,11 +39,11 @@ def outputs(kernel, images: int, channels: int, filters: int, positions, stride,
         return 0
     m = min(LINES, key=lambda m: ceil(positions[0] / m) * (m + 2))
     products = ceil(positions[0] / m) * (m + 2)
-    plane = images * prod(p + (k - 1) * max(0, p - d) for p, k, d in zip(
-        positions[1:], kernel[1:], dilation[1:], strict=True))  # what sees no padding
+    saved = pairs(kernel[:1], positions[:1], dilation[:1]) - products
+    plane = images * pairs(kernel[1:], positions[1:], dilation[1:])
     cost = ((m + 2) * prod(kernel[1:]) * KERNEL + products * images * prod(positions[1:]) * IMAGE
             * (1 / channels + 1 / filters))
-    return m if (3 * positions[0] - 2 - products) * plane > cost else 0
+    return m if saved * plane > cost else 0
 
 
 def along(matrix: Array, lines: Array) -> Array:
@@ -100,8 +100,8 @@ def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, di
     seen = spectrum(x, m, tiles, before[0])
     answers = np.empty((m + 2, *out.shape[2:-1], len(x) * tiles, out.shape[-1]), x.dtype)
     zeros, ones = (0,) * len(stride), (1,) * len(stride)
-    for f, row in enumerate(kernel):
-        others([(seen[f][None], combined(w, row), answers[f][None], zeros, ones,
+    for image, row, into in zip(seen[:, None], kernel, answers[:, None], strict=True):
+        others([(image, combined(w, row), into, zeros, ones,
                  (*stride[1:], 1), (*dilation[1:], 1), (*before[1:], 0))])
 
     def back(part: slice) -> None:

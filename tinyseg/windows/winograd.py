@@ -67,6 +67,12 @@ def tiles_of(kernel, positions, dilation) -> tuple[list, list, list]:
     return apart, *min(map(cut, PLANES), key=lambda c: (c[0][-1] + 2) ** 2 * prod(c[1]))
 
 
+def pairs(kernel, positions, dilation) -> int:
+    """How many pairs of a tap and an output stand on the grid and not in its padding."""
+    return prod(p + (k - 1) * max(0, p - d) for k, p, d in
+                zip(kernel, positions, dilation, strict=True))
+
+
 def serves(kernel, images: int, channels: int, filters: int, positions, stride, dilation) -> bool:
     """Whether this is the faster way, by products for each pair of channels: what the transforms
     of images (IMAGE products a number) and of the kernel (KERNEL) cost, against what they save.
@@ -76,8 +82,7 @@ def serves(kernel, images: int, channels: int, filters: int, positions, stride, 
     apart, steps, tiles = tiles_of(kernel, positions, dilation)
     number, frequencies = images * prod(apart) * prod(tiles), prod(s + 2 for s in steps if s > 1)
     here = frequencies * (number * (1 + IMAGE / channels + IMAGE / filters) + KERNEL)
-    direct = images * prod((p + (k - 1) * max(0, p - d) * (k > 1)) for p, k, d in
-                           zip(positions, kernel, dilation, strict=True))  # what sees no padding
+    direct = images * pairs(kernel, positions, dilation)
     return here < direct and frequencies * channels * filters <= WHOLE
 
 
