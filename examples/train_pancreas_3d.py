@@ -284,7 +284,8 @@ def equivalence(flat, deep, patch: tuple, seed: int) -> float:
 
 
 def evaluate(dataset, held_out: list[str], nets: dict, out: Path) -> dict:
-    """Predict every held-out case with every network, write the label maps, score, draw."""
+    """Predict every held-out case with every network, write the label maps, score, draw. The mean
+    with the answer to the left-right mirror image counts: training showed the network both."""
     scores: dict = {name: {} for name in nets}
     cases = [case for case in dataset.cases if case.id in held_out]
     drawn = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}
@@ -293,7 +294,7 @@ def evaluate(dataset, held_out: list[str], nets: dict, out: Path) -> dict:
             scan, truth = case.read()
             maps = {"reference": truth}
             for name, net in nets.items():
-                maps[name] = ts.infer.segment(net, scan)
+                maps[name] = ts.infer.segment(net, scan, mirror=[augment.LEFT_RIGHT])
                 scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
                 folder = out / ("predictions" if name == "3d" else f"predictions_{name}")
                 folder.mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ from .nn import Module
 from .tensor import Tensor, no_grad
 
 Progress = Callable[[Iterable], Iterable]
+CELL = 8  # voxels between a network's answers, at output stride 8; in between they are interpolated
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
@@ -100,12 +101,23 @@ def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap
 
 def _logits(net: Module | Callable, windows: np.ndarray, flips: list[tuple[int, ...]],
             library: ModuleType) -> np.ndarray:
-    """The mean over flips of the answers (N, *P, classes) to windows (N, *P, C), flipped back."""
-    answers = []
+    """The mean over flips, the empty one first, of the answers (N, *P, classes) to windows
+    (N, *P, C), flipped back.
+
+    A flip along an odd number of axes sees its window moved by half a cell along all axes, so that
+    interpolations between different voxels are averaged. What it lost there, the first answers.
+    """
+    answers: list[np.ndarray] = []
     with _evaluation(net):
         for axes in flips:
-            seen = to_library(np.ascontiguousarray(np.flip(windows, axes)), library)
-            answers.append(np.flip(to_numpy(net(Tensor(seen)).data), axes))
+            by = [min(CELL // 2, n // 2) * (len(axes) % 2) for n in windows.shape[1:-1]]
+            kept = (slice(None), *[slice(-b or None) for b in by])
+            moved = (slice(None), *[slice(b, None) for b in by])
+            seen = np.pad(windows[kept], [(0, 0), *[(b, 0) for b in by], (0, 0)], mode="edge")
+            seen = to_library(np.ascontiguousarray(np.flip(seen, axes)), library)
+            answer = np.flip(to_numpy(net(Tensor(seen)).data), axes)
+            answers.append(np.array(answers[0] if answers else answer))
+            answers[-1][kept] = answer[moved]
     return np.mean(answers, axis=0)
 
 
@@ -134,9 +146,10 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     of one axis less than the volume the network is one of slices: they are taken along the first
     axis, every one once in depth. `mirror` names spatial axes of the volume: logits are averaged
     over the reflections along every subset of them, 2^n times the work (a network of slices has
-    nothing to reflect along the first). `batch` windows go through the network at a time;
-    `progress` wraps the list of such groups (tqdm, say). A module is in evaluation mode while it
-    runs, and runs where its parameters are; the result is in host memory.
+    nothing to reflect along the first), half of them moved by half a `CELL`. `batch` windows go
+    through the network at a time; `progress` wraps the list of such groups (tqdm, say). A module
+    is in evaluation mode while it runs, and runs where its parameters are; the result is in host
+    memory.
 
     Raises ValueError where patch or mirror do not fit the volume's rank or overlap is not in
     [0, 1).
