@@ -284,8 +284,10 @@ def equivalence(flat, deep, patch: tuple, seed: int) -> float:
 
 
 def evaluate(dataset, held_out: list[str], nets: dict, out: Path) -> dict:
-    """Predict every held-out case with every network, write the label maps, score, draw. The mean
-    with the answer to the left-right mirror image counts: training showed the network both."""
+    """Predict every held-out case with every network, write the label maps, score, draw.
+
+    Answers are averaged with those to the left-right mirror image, which training showed too.
+    """
     scores: dict = {name: {} for name in nets}
     cases = [case for case in dataset.cases if case.id in held_out]
     drawn = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}

@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--overlap", type=float, default=0.5, metavar="X",
         help="the fraction of a window shared with the next, below 1 (%(default)s)")
     add("--mirror", action="store_true", help="average with the answer to the left-right mirror "
-        "image, which training shows the network too; twice the time")
+        "image, which training shows the network too, as its scores are; twice the time")
     add("--largest", action="store_true", help="keep only the largest connected component of "
         "each class (26 neighbours)")
     add("--smallest", type=float, default=0, metavar="ML",
