@@ -8,6 +8,7 @@
                them, NumPy's matrix product of 1024 x 1024 (peak), and that of the layer's own sizes
                with the columns of im2col at hand (product): what a body that saves no
                multiplications can at best reach
+  profile      where the time of the 3x3x3 convolutions of stride 2 goes
 
 PyTorch runs in its faster memory format, at the same number of threads. Layers take turns in one
 process, each in bursts of which the first 30 ms do not count: the threads of PyTorch's OpenMP keep
@@ -36,13 +37,14 @@ from itertools import product
 from math import exp, log, prod
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import numpy as np
 
 from tinyseg import parallel
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("steps", "inference", "growth", "layers")
+PARTS = ("steps", "inference", "growth", "layers", "profile")
 STEPS = {  # name: (backbone, rank, batch, size, options of the inflated network)
     "ResNet-18 3D": ("resnet18", 3, 1, (64, 96, 96), {}),
     "ResNet-18 3D, inflated": ("resnet18", 3, 1, (64, 96, 96), {
@@ -154,6 +156,51 @@ def layer_table(quick: bool, threads: int) -> None:
             print(row, flush=True)
     print(f"{'geometric mean':57}" + "".join(
         f"{exp(sum(map(log, r)) / len(r)):30.2f}" for r in ratios.values()))
+
+
+def profile(threads: int, turns: int) -> None:
+    from tinyseg import windows
+    from tinyseg.windows import cpu
+
+    spent: dict = {}
+
+    def timed(name: str, owner, attribute: str):
+        """Adds what calls of owner.attribute take, in whichever thread, to spent[name]."""
+        original = getattr(owner, attribute)
+
+        def call(*args, **options):
+            began = time.perf_counter()
+            try:
+                return original(*args, **options)
+            finally:
+                spent[name].append(time.perf_counter() - began)
+
+        spent[name] = []
+        return patch.object(owner, attribute, call)
+
+    parallel.set_threads(threads)
+    rng, window = np.random.default_rng(0), windows.Window.of((3, 3, 3), 2, 1)
+    np.ones(2**23 - 2**12, "float32")  # as for the layers
+    print(f"\n{'share of the time of all threads':42}{'ms':>6}{'multiplying':>13}{'gathering':>11}"
+          f"{'padding':>9}{'rest':>6}")
+    for channels, direction in product((64, 128), ("y", "dx")):
+        x = rng.standard_normal((1, 16, 24, 24, channels), "float32")
+        w = rng.standard_normal((3, 3, 3, channels, 128), "float32")
+        y = rng.standard_normal((1, 8, 12, 12, 128), "float32")
+        call = {"y": lambda x=x, w=w: windows.correlate(x, w, window),
+                "dx": lambda y=y, w=w: windows.correlate_dx(y, w, (16, 24, 24), window)}[direction]
+        call()
+        with (timed("multiplying", np, "matmul"), timed("gathering", cpu.Columns, "gather"),
+              timed("padding", cpu.Columns, "__init__")):
+            began = time.perf_counter()
+            for _ in range(10 * turns):
+                call()
+            wall = time.perf_counter() - began
+        shares = [sum(seconds) / (threads * wall) for seconds in spent.values()]
+        print(f"{f'{direction} of 1x16x24x24, {channels}-128, stride 2':42}"
+              f"{1e3 * wall / (10 * turns):6.1f}" + "".join(
+                  f"{share:{width}.0%}" for share, width in zip(
+                      [*shares, 1 - sum(shares)], (13, 11, 9, 6), strict=True)), flush=True)
 
 
 def our_side(case: tuple, threads: int, train: bool):
@@ -302,6 +349,8 @@ def main() -> None:
                 ("resnet18", 3, batch, size, {}), (batch, *size), threads, 3)), flush=True)
     if "layers" in args.parts:  # last: a process counts its parent's peak of memory as its own
         layer_table(args.quick, args.threads)
+    if "profile" in args.parts:
+        profile(args.threads, turns)
 
 
 if __name__ == "__main__":
