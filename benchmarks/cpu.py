@@ -320,6 +320,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="timed runs of each (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few and small: a minute")
     args = parser.parse_args()
+    if min(args.threads, args.turns) < 1:
+        parser.error(f"found --threads {args.threads} --turns {args.turns}, expected at least 1")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip()
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, Python "
