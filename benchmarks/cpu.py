@@ -33,6 +33,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
 from math import exp, log, prod
 from pathlib import Path
@@ -170,37 +171,36 @@ def profile(threads: int, turns: int) -> None:
 
         def call(*args, **options):
             began = time.perf_counter()
-            try:
-                return original(*args, **options)
-            finally:
-                spent[name].append(time.perf_counter() - began)
+            answer = original(*args, **options)
+            spent[name].append(time.perf_counter() - began)
+            return answer
 
         spent[name] = []
         return patch.object(owner, attribute, call)
 
     parallel.set_threads(threads)
     rng, window = np.random.default_rng(0), windows.Window.of((3, 3, 3), 2, 1)
+    grid, filters, runs = (16, 24, 24), 128, 10 * turns
     np.ones(2**23 - 2**12, "float32")  # as for the layers
     print(f"\n{'share of the time of all threads':42}{'ms':>6}{'multiplying':>13}{'gathering':>11}"
           f"{'padding':>9}{'rest':>6}")
-    for channels, direction in product((64, 128), ("y", "dx")):
-        x = rng.standard_normal((1, 16, 24, 24, channels), "float32")
-        w = rng.standard_normal((3, 3, 3, channels, 128), "float32")
-        y = rng.standard_normal((1, 8, 12, 12, 128), "float32")
-        call = {"y": lambda x=x, w=w: windows.correlate(x, w, window),
-                "dx": lambda y=y, w=w: windows.correlate_dx(y, w, (16, 24, 24), window)}[direction]
-        call()
-        with (timed("multiplying", np, "matmul"), timed("gathering", cpu.Columns, "gather"),
-              timed("padding", cpu.Columns, "__init__")):
-            began = time.perf_counter()
-            for _ in range(10 * turns):
-                call()
-            wall = time.perf_counter() - began
-        shares = [sum(seconds) / (threads * wall) for seconds in spent.values()]
-        print(f"{f'{direction} of 1x16x24x24, {channels}-128, stride 2':42}"
-              f"{1e3 * wall / (10 * turns):6.1f}" + "".join(
-                  f"{share:{width}.0%}" for share, width in zip(
-                      [*shares, 1 - sum(shares)], (13, 11, 9, 6), strict=True)), flush=True)
+    for channels in (64, 128):
+        x = rng.standard_normal((1, *grid, channels), "float32")
+        w = rng.standard_normal((*window.kernel, channels, filters), "float32")
+        y = rng.standard_normal((1, *window.positions(grid), filters), "float32")
+        for direction, call in (("y", partial(windows.correlate, x, w, window)),
+                                ("dx", partial(windows.correlate_dx, y, w, grid, window))):
+            call()
+            with (timed("multiplying", np, "matmul"), timed("gathering", cpu.Columns, "gather"),
+                  timed("padding", cpu.Columns, "__init__")):
+                began = time.perf_counter()
+                for _ in range(runs):
+                    call()
+                wall = time.perf_counter() - began
+            shares = [sum(seconds) / (threads * wall) for seconds in spent.values()]
+            name = f"{direction} of 1x{'x'.join(map(str, grid))}, {channels}-{filters}, stride 2"
+            print(f"{name:42}{1e3 * wall / runs:6.1f}{shares[0]:13.0%}{shares[1]:11.0%}"
+                  f"{shares[2]:9.0%}{1 - sum(shares):6.0%}", flush=True)
 
 
 def our_side(case: tuple, threads: int, train: bool):
