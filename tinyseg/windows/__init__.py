@@ -49,8 +49,8 @@ def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Wind
 
 def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) -> str:
     """How a float32 convolution (N, *S, C_in) with (*K, C_in, C_out) is computed on a CPU: a line
-    for each product of the output, of the gradient in x (one per residue of the stride), and of
-    the gradient in w."""
+    for each product of the output, of the gradient in x (one per residue of the stride; those by
+    columns share them), and of the gradient in w."""
     lines = []
 
     class Body:
@@ -62,8 +62,8 @@ def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) 
         def note(self, *problem) -> None:
             lines.append(f"{self.reading:3}{cpu.reason(*problem)}")
 
-        def products(self, problems) -> None:
-            for x, w, into, start, step, *geometry in problems:
+        def products(self, x, problems) -> None:
+            for w, into, start, step, *geometry in problems:
                 positions = products.count(into.shape[1:-1], start, step)
                 self.note(x, w.shape[:-2], w.shape[-1], positions, *geometry)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial, reduce
-from itertools import chain
 from itertools import product as every
 from math import ceil, prod
 
@@ -135,55 +134,72 @@ def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
     return list(blocks(positions, ceil(rows / number)))
 
 
-def products(problems: Iterable[tuple]) -> None:
+def products(x: Array, problems: Iterable[tuple]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
-    jobs = parallel.run(lambda problem: _product(*problem), list(problems))
-    parallel.run(lambda job: job(), list(chain(*jobs)))
+    jobs: list = []
+    alike: dict = {}  # those whose windows are parts of one
+    for w, into, start, step, stride, dilation, before in problems:
+        out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
+        kernel, positions = w.shape[:-2], out.shape[1:-1]
+        sizes = kernel, len(x), x.shape[-1], w.shape[-1], positions, stride, dilation
+        if winograd.serves(*sizes):
+            winograd.product(x, w, out, dilation, before)
+        elif m := lines.outputs(*sizes, before):
+            lines.product(products, x, w, out, m, stride, dilation, before)
+        elif out.flags.c_contiguous and (
+                seen := _points(x, kernel, positions, stride, before)) is not None:
+            points, y, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, out, w))
+            jobs += [partial(np.matmul, points[rows], matrix, out=y[rows])
+                     for rows in parallel.parts(len(points))]
+        else:
+            phase = tuple(b % d for b, d in zip(before, dilation, strict=True))
+            alike.setdefault((stride, dilation, phase), []).append((w, out, before))
+    for (stride, dilation, _), parts in alike.items():
+        jobs += _by_columns(x, parts, stride, dilation)
+    parallel.run(lambda job: job(), jobs)
 
 
-def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> list:
-    """One product as jobs that can be done side by side."""
-    out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
-    filters, positions = w.shape[-1], out.shape[1:-1]
-    sizes = w.shape[:-2], len(x), x.shape[-1], filters, positions, stride, dilation
-    if winograd.serves(*sizes):
-        winograd.product(x, w, out, dilation, before)
-        return []
-    if m := lines.outputs(*sizes, before):
-        lines.product(products, x, w, out, m, stride, dilation, before)
-        return []
-    seen = _points(x, w.shape[:-2], positions, stride, before)
-    if seen is not None and out.flags.c_contiguous:
-        points, y, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, out, w))
-        return [partial(np.matmul, points[rows], matrix, out=y[rows])
-                for rows in parallel.parts(len(points))]
-    columns = Columns(x, w.shape[:-2], positions, stride, dilation, before)
-    width = max(columns.width, filters)
-    matrices = [w[head].reshape(-1, filters) for head, _ in columns.groups]
+def _by_columns(x: Array, parts: list[tuple], stride, dilation) -> list:
+    """The products of x with each (w, out, before), as jobs that can be done side by side.
+
+    What a window over all of their taps sees is gathered once, and each takes its part of it.
+    """
+    first = tuple(map(max, zip(*(before for _, _, before in parts), strict=True)))
+    taps = [[slice((f - b) // d, (f - b) // d + k) for f, b, d, k in
+             zip(first, before, dilation, w.shape[:-2], strict=True)] for w, _, before in parts]
+    kernel = tuple(max(t.stop for t in axis) for axis in zip(*taps, strict=True))
+    positions = tuple(map(max, zip(*(out.shape[1:-1] for _, out, _ in parts), strict=True)))
+    columns = Columns(x, kernel, positions, stride, dilation, first)
+    lead, width = columns.lead, max(columns.width, *(w.shape[-1] for w, _, _ in parts))
+
+    # Who has taps in a group: the number of the part, which taps of the group, and their matrix.
+    readers: dict = {head: [] for head, _ in columns.groups}
+    for head, (i, ((w, _, _), box)) in every(readers, enumerate(zip(parts, taps, strict=True))):
+        tap = tuple(h - t.start for h, t in zip(head, box, strict=False))
+        if all(0 <= a < k for a, k in zip(tap, w.shape, strict=False)):
+            readers[head].append((i, (slice(None), *box[lead:]), w[tap].reshape(-1, w.shape[-1])))
 
     def compute(block: Box) -> None:
-        rows, here = _volume(block), out[block]
-        memory, part = np.empty(rows * width, x.dtype), np.empty((rows, filters), x.dtype)
-        total = here if here.flags.c_contiguous else np.empty(here.shape, x.dtype)
-        empty = True
-        for (head, sees), matrix in zip(columns.groups, matrices, strict=True):
+        shape = tuple(b.stop - b.start for b in block)
+        memory, totals = np.empty(prod(shape) * columns.width, x.dtype), [None] * len(parts)
+        for head, sees in columns.groups:
             box = _common(sees, block)
-            if not _volume(box):
+            if not (rows := _volume(box)):
                 continue
-            seen = columns.gather(head, box, memory)
-            if empty and len(seen) == rows:
-                np.matmul(seen, matrix, out=total.reshape(rows, filters))
-            else:
-                if empty:
-                    total[...] = 0
-                inside = total[tuple(slice(a.start - b.start, a.stop - b.start)
-                                     for a, b in zip(box, block, strict=True))]
-                inside += np.matmul(seen, matrix, out=part[: len(seen)]).reshape(inside.shape)
-            empty = False
-        if empty:
-            total[...] = 0
-        if total is not here:
-            here[...] = total
+            seen = columns.gather(head, box, memory).reshape(rows, *kernel[lead:], -1)
+            for i, own, matrix in readers[head]:
+                answer = np.matmul(seen[own].reshape(rows, -1), matrix)
+                if totals[i] is None and box == block:
+                    totals[i] = answer.reshape(*shape, -1)
+                    continue
+                if totals[i] is None:
+                    totals[i] = np.zeros((*shape, answer.shape[-1]), x.dtype)
+                inside = totals[i][tuple(slice(a.start - b.start, a.stop - b.start)
+                                         for a, b in zip(box, block, strict=True))]
+                inside += answer.reshape(inside.shape)
+        for (_, out, _), total in zip(parts, totals, strict=True):
+            here = out[block]  # one may have fewer positions than another
+            here[...] = 0 if total is None else total[tuple(map(slice, here.shape[:-1]))]
 
     return [partial(compute, block) for block in _blocks((len(x), *positions), width)]
 

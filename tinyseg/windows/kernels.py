@@ -63,14 +63,15 @@ def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, i
                              "STAGES": 3 if columns == 128 else 4}
 
 
-def products(problems: Iterable[tuple]) -> None:
+def products(x: Array, problems: Iterable[tuple]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
+    x = plain(x)
     for problem in problems:
-        _product(*problem)
+        _product(x, *problem)
 
 
 def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> None:
-    x, w, filters, taps = plain(x), plain(w), w.shape[-1], prod(w.shape[:-2])
+    w, filters, taps = plain(w), w.shape[-1], prod(w.shape[:-2])
     file, threads, constants = _body(x.shape[-1], filters, taps)
     columns, positions = constants["COLUMNS"], count(into.shape[1:-1], start, step)
     shared = 0 if file == "conv_simt" else 4 * 32 * constants["STAGES"] * (ROWS + columns + 8)

@@ -1,7 +1,7 @@
 """Every convolution as one of two products with zero padding, for bodies that compute just those.
 
     products  into[:, start::step] = correlate(x, w)       (the output may be a comb of points),
-              for a list of (x, w, into, start, step, stride, dilation, before)
+              for an x and a list of (w, into, start, step, stride, dilation, before)
     weights   the gradient of correlate(x, w) in w
 
 - A border that repeats is written out before (`pad`) and added up after (`pad_adjoint`).
@@ -35,8 +35,8 @@ def correlate(body: Any, x: Array, w: Array, window: Window) -> Array:
     window, border = repeated(window)
     x, rank = pad(x, border, [True] * len(border)), len(window.kernel)
     y = array_module(x).empty((len(x), *window.positions(x.shape[1:-1]), w.shape[-1]), x.dtype)
-    body.products([(x, w, y, (0,) * rank, (1,) * rank, window.stride, window.dilation,
-                    tuple(p[0] for p in window.padding))])
+    body.products(x, [(w, y, (0,) * rank, (1,) * rank, window.stride, window.dilation,
+                       tuple(p[0] for p in window.padding))])
     return y
 
 
@@ -68,8 +68,8 @@ def correlate_dx(body: Any, y: Array, w: Array, size: tuple[int, ...],
     untouched = any(taps is None for axis in axes for _, taps, _, _ in axis)
     dx = (library.zeros if untouched else library.empty)((len(y), *grid, w.shape[-2]), y.dtype)
     swapped, ones = w.swapaxes(-1, -2), (1,) * len(size)
-    body.products([
-        (y, swapped[taps], dx, start, window.stride, ones, dilation, before)
+    body.products(y, [
+        (swapped[taps], dx, start, window.stride, ones, dilation, before)
         for start, taps, dilation, before in (zip(*c, strict=True) for c in product(*axes))
         if None not in taps])
     return library.ascontiguousarray(pad_adjoint(dx, border, [True] * len(border)))
