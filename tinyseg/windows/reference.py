@@ -30,13 +30,12 @@ def pad(x: Array, missing, edge, fill: float = 0.0) -> Array:
         return x
     widths = [*missing, *[(0, 0)] * (x.ndim - len(missing))]
     shape = [n + sum(m) for n, m in zip(x.shape, widths, strict=True)]
-    grown = array_module(x).full(shape, fill, x.dtype)
+    grown = array_module(x).empty(shape, x.dtype)
     grown[tuple(slice(m[0], m[0] + n) for n, m in zip(x.shape, widths, strict=True))] = x
     for axis, ((before, after), repeats) in enumerate(borders):
-        if repeats:
-            lines = grown.swapaxes(0, axis)
-            lines[:before] = lines[before]
-            lines[len(lines) - after :] = lines[len(lines) - after - 1]
+        lines = grown.swapaxes(0, axis)
+        lines[:before] = lines[before] if repeats else fill
+        lines[len(lines) - after :] = lines[len(lines) - after - 1] if repeats else fill
     return grown
 
 
