@@ -30,6 +30,7 @@ from .geometry import Box, Window, blocks
 
 WIDTH = 640  # numbers in a row of columns, at most
 BLOCK = 1 << 19  # numbers in the columns of a block: 2 MiB
+FEW = 3  # channels, from which on taps are as long runs to copy as positions are
 
 
 def serves(window: Window, *arrays: Array) -> bool:
@@ -84,15 +85,21 @@ class Columns:
 
     def gather(self, head: tuple[int, ...], box: Box, memory: Array) -> Array:
         """What the group `head` sees from the positions of `box`, (rows, width): in `memory`
-        unless it is a run of x as it stands."""
+        unless it is a run of x as it stands. Of few channels it lies there column after column,
+        because positions are longer runs to copy than taps then."""
         points = [slice(r.start * s + i * d - b, (r.stop - 1) * s + i * d - b + 1, s)
                   for r, i, (s, d, b) in zip(box[1:], head, self.steps, strict=False)]
         seen = self.windows[(box[0], *points, *box[1 + self.lead :])]
-        if not seen.flags.c_contiguous:
-            columns = memory[: seen.size].reshape(seen.shape)
-            columns[...] = seen
-            seen = columns
-        return seen.reshape(-1, self.width)
+        if seen.flags.c_contiguous:
+            return seen.reshape(-1, self.width)
+        memory = memory[: seen.size]
+        if seen.shape[-1] < FEW:
+            taps = range(len(box), seen.ndim)
+            seen = np.moveaxis(seen, taps, range(len(taps)))
+            memory.reshape(seen.shape)[...] = seen
+            return memory.reshape(self.width, -1).T
+        memory.reshape(seen.shape)[...] = seen
+        return memory.reshape(-1, self.width)
 
 
 def _points(x: Array, kernel, positions, stride, before) -> Array | None:
