@@ -9,6 +9,9 @@ Along the other axes a group is applied only to the positions from which it sees
 of a dilated kernel on a small grid stand in the padding for most positions, and that product is
 never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
 
+Products whose windows are parts of one, as the combs of a strided gradient in x are, share their
+columns: what a window over all of their taps sees is gathered once.
+
 A kernel of one tap needs none of this: it is one matrix product. Kernels of 3 x 3 taps with enough
 channels and points take fewer multiplications in `winograd`, and wide ones in depth in `lines`.
 """
@@ -30,7 +33,7 @@ from .geometry import Box, Window, blocks
 
 WIDTH = 640  # numbers in a row of columns, at most
 BLOCK = 1 << 19  # numbers in the columns of a block: 2 MiB
-FEW = 3  # channels, from which on taps are as long runs to copy as positions are
+FEW = 3  # channels: columns of fewer are gathered one after another
 
 
 def serves(window: Window, *arrays: Array) -> bool:
