@@ -157,9 +157,10 @@ class Tiling:
 
 
 def transformed(w: Array, matrix: Array) -> Array:
-    """G w: (1 or 3, 3, 3, C, F) -> (frequencies of the plane, of the depth, C, F)."""
-    if w.strides[-1] > w.strides[-2]:  # a view of (F, C): products take such a one as it stands
-        return transformed(w.swapaxes(-1, -2), matrix).swapaxes(-1, -2)
+    """G w: (1 or 3, 3, 3, C, F) -> (frequencies of the plane, of the depth, C, F).
+
+    In this order in memory whatever that of w: products with a transposed view take 20 % longer.
+    """
     factors = np.empty((len(matrix), 4 if len(w) == 3 else 1, *w.shape[3:]), w.dtype)
 
     def transform(channel: slice) -> None:
