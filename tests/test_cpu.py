@@ -19,6 +19,7 @@ from tinyseg.windows import Window, cpu, lines, reference, winograd
 def setting():
     yield
     parallel.set_threads(0)
+    winograd.tiling.cache_clear()  # some change what it weighs
 
 
 def check(x, w, window, seed=0, tolerance=1e-5):
@@ -76,8 +77,9 @@ def test_the_shapes_of_networks(size, channels, filters, kernel, options, thread
 
 @st.composite
 def filters_of_three(draw):
-    """What Winograd's tiles take: 3 x 3 taps in the plane, 1 or 3 in depth, any dilation."""
-    kernel = (*draw(st.sampled_from([(), (1,), (3,)])), 3, 3)
+    """What Winograd's tiles take: 1 or 3 taps along each axis, at any dilation."""
+    kernel = draw(st.lists(st.sampled_from([1, 3, 3]), min_size=1, max_size=3).filter(
+        lambda taps: 3 in taps).map(tuple))
     each = [draw(st.tuples(st.integers(1, 11), st.integers(1, 4), st.integers(0, 5),
                            st.integers(0, 5))) for _ in kernel]
     size = tuple(max(n, d * (k - 1) + 1 - a - b) for k, (n, d, a, b) in
@@ -89,16 +91,22 @@ def filters_of_three(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(filters_of_three(), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7),
-       st.integers(1, 3), st.sampled_from([2**8, 2**12, 2**20]), st.integers(0, 99))
-def test_tiles(problem, batch, channels, filters, threads, block, seed):
+       st.integers(1, 3), st.sampled_from([2**8, 2**12, 2**20]), st.sampled_from([0, 1000]),
+       st.integers(0, 99))
+def test_tiles(problem, batch, channels, filters, threads, block, image, seed):
     """Winograd's way, also where it would not be chosen, in blocks that end anywhere."""
     size, window = problem
     parallel.set_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "serves", lambda *problem: set(problem[-2]) == {1})
+        patch.setattr(winograd, "pairs", lambda *_: np.inf)  # the direct products cost more
+        patch.setattr(lines, "outputs", lambda *_: 0)
+        patch.setattr(winograd, "IMAGE", image)  # more, and tiles are larger
         patch.setattr(winograd, "BLOCK", block)
         patch.setattr(winograd, "WHOLE", 16 * block)
-        check(*arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
+        winograd.tiling.cache_clear()
+        x, w = arrays(size, batch, channels, filters, window.kernel, seed)
+        assert windows.explain(x.shape, w.shape, window).count("Winograd: ") == 3
+        check(x, w, window, seed)
 
 
 @st.composite
@@ -128,7 +136,7 @@ def test_lines(problem, batch, channels, filters, threads, m, seed):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "outputs", outputs)
-        patch.setattr(winograd, "serves", lambda *problem: False)
+        patch.setattr(winograd, "tiling", lambda *problem: None)
         check(*arrays(size, batch, channels, filters, window.kernel, seed), window, seed)
 
 
@@ -142,7 +150,7 @@ def test_who_takes_lines():
     assert not outputs(kernel=(1, 3, 3)) and not outputs(kernel=(5, 3, 3)) and not outputs(
         kernel=(3,), positions=(9,), stride=(1,), dilation=(1,), before=(1,))
     assert not outputs(stride=(2, 1, 1)) and not outputs(dilation=(4, 4, 4))
-    assert not outputs(before=(-1, 4, 4)) and not outputs(channels=16) and not outputs(filters=16)
+    assert not outputs(before=(-1, 4, 4)) and not outputs(channels=8) and not outputs(filters=8)
     assert not outputs(positions=(12, 4, 4))  # the kernel's transform takes longer
 
 
@@ -157,19 +165,19 @@ def test_the_matrices_are_a_minimal_filter(m):
 
 
 def test_who_takes_tiles():
-    def serves(kernel=(3, 3, 3), images=1, channels=64, filters=64, positions=(16, 24, 24),
-               stride=(1, 1, 1), dilation=(1, 1, 1)):
-        return winograd.serves(kernel, images, channels, filters, positions, stride, dilation)
+    def steps(kernel=(3, 3, 3), images=1, channels=64, filters=64, positions=(16, 24, 24),
+              stride=(1, 1, 1), dilation=(1, 1, 1)):
+        way = winograd.tiling(kernel, images, channels, filters, positions, stride, dilation)
+        return way and way.steps
 
-    assert serves() and serves((1, 3, 3)) and serves(dilation=(2, 2, 2))
-    assert serves((3, 3), 8, 64, 64, (32, 32), (1, 1), (4, 4))
-    assert not serves(stride=(1, 2, 2)) and not serves((3, 1, 1)) and not serves((5, 3, 3))
-    assert not serves(channels=16) and not serves(filters=3)
-    assert not serves(positions=(8, 12, 12)) and not serves(positions=(3, 25, 25))
-    assert not serves(channels=512, filters=512)  # the transformed kernel alone is 151 MB
+    assert steps() == (4, 4, 4) and steps((1, 3, 3)) == (1, 4, 4)
+    assert steps(dilation=(2, 2, 2)) == (4, 4, 4) and steps(positions=(6, 24, 24)) == (3, 4, 4)
+    assert not steps(stride=(1, 2, 2)) and not steps((1, 1, 1)) and not steps((5, 3, 3))
+    assert not steps(filters=3) and not steps(positions=(3, 9, 9))
+    assert not steps(channels=512, filters=520)  # the transformed kernel alone is 68 MB or more
     # Tiles of three where tiles of four stand over the border.
-    assert [winograd.tiles_of((3, 3), (12, 12), (d, d))[1] for d in (1, 2, 3, 4)] == [
-        [4, 4], [3, 3], [4, 4], [3, 3]]
+    assert [winograd.tiling((3, 3), 32, 256, 256, (12, 12), (1, 1), (d, d)).steps
+            for d in (1, 2, 3, 4)] == [(4, 4), (3, 3), (4, 4), (3, 3)]
 
 
 def test_a_grid_that_no_tap_sees():
@@ -222,6 +230,7 @@ def test_training_goes_the_same_way(monkeypatch):
     for module in (winograd, lines):  # wherever they save a product
         monkeypatch.setattr(module, "IMAGE", 0)
         monkeypatch.setattr(module, "KERNEL", 0)
+    winograd.tiling.cache_clear()
     for way, name in ((winograd, "product"), (winograd, "weights"), (lines, "product"),
                       (lines, "weights"), (cpu.Columns, "gather")):
         monkeypatch.setattr(way, name, noted((way, name), getattr(way, name)))
@@ -236,7 +245,7 @@ def test_training_goes_the_same_way(monkeypatch):
 def test_explain():
     """It says what runs: tiles, or groups of taps and how much of them is not padding."""
     plain = windows.explain((1, 16, 24, 24, 64), (3, 3, 3, 64, 64), Window.of((3, 3, 3), 1, 1))
-    line = "Winograd: 288 tiles of 2x4x4, 144 products where 864 would be direct"
+    line = "Winograd: 144 tiles of 4x4x4, 216 products where 1728 would be direct"
     assert plain.splitlines() == [f"y  {line}", f"dx {line}", f"dw {line}"]
     window = Window.of((3, 3, 3), 1, 4, 4)
     far = windows.explain((1, 8, 12, 12, 512), (3, 3, 3, 512, 512), window)

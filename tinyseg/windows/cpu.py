@@ -12,8 +12,9 @@ never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
 Products whose windows are parts of one, as the combs of a strided gradient in x are, share their
 columns: what a window over all of their taps sees is gathered once.
 
-A kernel of one tap needs none of this: it is one matrix product. Kernels of 3 x 3 taps with enough
-channels and points take fewer multiplications in `winograd`, and wide ones in depth in `lines`.
+A kernel of one tap needs none of this: it is one matrix product. Kernels of three taps with
+enough channels and points take fewer multiplications in `winograd`, and wide ones in depth in
+`lines`.
 """
 
 from __future__ import annotations
@@ -119,15 +120,13 @@ def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) 
     sizes = kernel, len(x), x.shape[-1], filters, positions, stride, dilation
     if _points(x, kernel, positions, stride, before) is not None:
         return "one matrix product: a kernel of one tap"
-    if winograd.serves(*sizes):
-        apart, steps, tiles = winograd.tiles_of(kernel, positions, dilation)
-        products, outputs = prod(s + 2 if s > 1 else 1 for s in steps), prod(steps)
-        number = len(x) * prod(apart) * prod(tiles)
-        return (f"Winograd: {number} tiles of {'x'.join(map(str, steps))}, {products} "
-                f"products where {outputs * prod(kernel)} would be direct")
     if m := lines.outputs(*sizes, before):
         return (f"Winograd along the first axis: {m + 2} convolutions over the other axes for {m} "
                 f"outputs, where {3 * m} would be direct")
+    if way := winograd.tiling(*sizes):
+        return (f"Winograd: {way.number} tiles of {'x'.join(map(str, way.steps))}, "
+                f"{way.frequencies} products where {prod(way.steps) * prod(kernel)} would be "
+                f"direct")
     columns = Columns(x, kernel, positions, stride, dilation, before)
     taps = columns.width // x.shape[-1]
     seen = sum(_volume(sees) for _, sees in columns.groups) * taps
@@ -152,10 +151,10 @@ def products(x: Array, problems: Iterable[tuple]) -> None:
         out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
         kernel, positions = w.shape[:-2], out.shape[1:-1]
         sizes = kernel, len(x), x.shape[-1], w.shape[-1], positions, stride, dilation
-        if winograd.serves(*sizes):
-            winograd.product(x, w, out, dilation, before)
-        elif m := lines.outputs(*sizes, before):
+        if m := lines.outputs(*sizes, before):
             lines.product(products, x, w, out, m, stride, dilation, before)
+        elif way := winograd.tiling(*sizes):
+            winograd.product(way, x, w, out, before)
         elif out.flags.c_contiguous and (
                 seen := _points(x, kernel, positions, stride, before)) is not None:
             points, y, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, out, w))
@@ -218,10 +217,10 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     """See products: the gradient of correlate(x, w) in w, (*K, C_in, C_out)."""
     filters = y.shape[-1]
     sizes = kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation
-    if winograd.serves(*sizes):
-        return winograd.weights(x, y, kernel, dilation, before)
     if m := lines.outputs(*sizes, before):
         return lines.weights(weights, x, y, m, kernel, stride, dilation, before)
+    if way := winograd.tiling(*sizes):
+        return winograd.weights(way, x, y, before)
     if (seen := _points(x, kernel, y.shape[1:-1], stride, before)) is not None:
         dw = np.empty((*kernel, x.shape[-1], filters), x.dtype)
         points, rows, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, y, dw))

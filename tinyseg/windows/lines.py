@@ -16,14 +16,12 @@ from collections.abc import Callable
 from math import ceil, prod
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from .. import parallel
 from ..backend import Array
 from .reference import pad
-from .winograd import IMAGE, filtering, pairs
+from .winograd import FILTERS, IMAGE, pairs, tiling, transform
 
-LINES = {m: [matrix.astype("float32") for matrix in filtering(m)] for m in (4, 3, 2)}  # Aᵀ, Bᵀ, G
 KERNEL = 160  # cost of a transformed number of the kernel, in products; measured as in `winograd`
 
 
@@ -31,46 +29,45 @@ def outputs(kernel, images: int, channels: int, filters: int, positions, stride,
             before) -> int:
     """How many outputs of a line to compute together; 0 where another way is faster.
 
-    As in `winograd.serves`, by products for each pair of channels: what is saved, against what the
-    transforms of the kernel and of the images cost (KERNEL and IMAGE a number). Along the
-    first axis stride and dilation must be one.
+    As in `winograd`, by products for each pair of channels, with those that the transforms of the
+    kernel and of the images cost (KERNEL and IMAGE a number). Along the first axis stride and
+    dilation must be one.
     """
     if len(kernel) < 2 or kernel[0] != 3 or stride[0] != 1 or dilation[0] != 1 or before[0] < 0:
         return 0
-    m = min(LINES, key=lambda m: ceil(positions[0] / m) * (m + 2))
-    products = ceil(positions[0] / m) * (m + 2)
-    saved = pairs(kernel[:1], positions[:1], dilation[:1]) - products
-    plane = images * pairs(kernel[1:], positions[1:], dilation[1:])
-    cost = ((m + 2) * prod(kernel[1:]) * KERNEL + products * images * prod(positions[1:]) * IMAGE
-            * (1 / channels + 1 / filters))
-    return m if saved * plane > cost else 0
+    m = min((4, 3, 2), key=lambda m: ceil(positions[0] / m) * (m + 2))
+    products = ceil(positions[0] / m) * (m + 2) * images
+    cost = (products * pairs(kernel[1:], positions[1:], dilation[1:])
+            + (m + 2) * prod(kernel[1:]) * KERNEL
+            + products * prod(positions[1:]) * IMAGE * (1 / channels + 1 / filters))
+    tiles = tiling(kernel, images, channels, filters, positions, stride, dilation)
+    other = tiles.cost if tiles else images * pairs(kernel, positions, dilation)
+    return m if cost < other else 0
 
 
-def along(matrix: Array, lines: Array) -> Array:
-    """The matrix (a, b) times lines (b, N, tiles, S, ..., C): (a, S, ..., N tiles, C)."""
-    b, images, tiles, *size, channels = lines.shape
-    out = np.empty((len(matrix), *size, images * tiles, channels), lines.dtype)
+def along(matrix: Array, lines: Array, step: int) -> Array:
+    """The matrix (f, r) times the tiles of r points of each line, `step` apart:
+    (N, D, S, ..., C) -> (f, S, ..., N tiles, C)."""
+    images, length, *size, channels = lines.shape
+    tiles = images * ((length - matrix.shape[1]) // step + 1)
+    out = np.empty((len(matrix), *size, tiles, channels), lines.dtype)
 
-    def transform(part: slice) -> None:
-        here = np.ascontiguousarray(lines[:, :, :, part])
-        answer = (matrix @ here.reshape(b, -1)).reshape(len(matrix), images * tiles,
-                                                        *here.shape[3:])
-        out[:, part] = np.moveaxis(answer, 1, -2)
+    def compute(part: slice) -> None:
+        here = lines[:, :, part]
+        answer = transform([matrix], here.reshape(images, length, -1), (step,))
+        out[:, part] = np.moveaxis(answer.reshape(len(matrix), tiles, *here.shape[2:]), 1, -2)
 
-    parallel.run(transform, parallel.parts(size[0]))
+    parallel.run(compute, parallel.parts(size[0]))
     return out
 
 
 def spectrum(x: Array, m: int, tiles: int, before: int) -> Array:
-    """Bᵀ x of the lines of x (N, D, S, ..., C), as (m + 2, S, ..., N tiles, C)."""
+    """Bᵀ x of the lines of x (N, D, S, ..., C): (m + 2, S, ..., N tiles, C)."""
     reach = tiles * m + 2  # of all windows together; padding alone may be longer
     before = min(before, reach)
     x = x[:, : reach - before]
     x = pad(x, [(0, 0), (before, reach - before - x.shape[1])], [False, False])
-    images, line, *rest = x.strides
-    return along(LINES[m][1], as_strided(
-        x, (m + 2, len(x), tiles, *x.shape[2:]), (line, images, m * line, *rest),
-        writeable=False))
+    return along(FILTERS[m][1], x, m)
 
 
 def combined(w: Array, row: Array) -> Array:
@@ -95,7 +92,7 @@ def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, di
             before) -> None:
     """Write correlate(x, w), stride one along the first axis, to `out` (N, *P, C_out); `others`
     gives the products over the other axes."""
-    output, _, kernel = LINES[m]
+    output, _, kernel = FILTERS[m]
     tiles = ceil(out.shape[1] / m)
     seen = spectrum(x, m, tiles, before[0])
     answers = np.empty((m + 2, *out.shape[2:-1], len(x) * tiles, out.shape[-1]), x.dtype)
@@ -106,7 +103,8 @@ def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, di
 
     def back(part: slice) -> None:
         here = answers[:, part]
-        lines = (output @ here.reshape(m + 2, -1)).reshape(m, *here.shape[1:-2], len(x), tiles, -1)
+        lines = transform([output], here.reshape(1, m + 2, -1)).reshape(
+            m, *here.shape[1:-2], len(x), tiles, -1)
         lines = np.moveaxis(lines, (-3, -2, 0), (0, 1, 2))
         lines = lines.reshape(len(x), tiles * m, *lines.shape[3:])
         out[:, :, part] = lines[:, : out.shape[1]]
@@ -118,11 +116,11 @@ def weights(others: Callable, x: Array, y: Array, m: int, kernel, stride, dilati
             before) -> Array:
     """The gradient of correlate(x, w) in w, (*K, C_in, C_out); `others` gives those over the other
     axes."""
-    output, _, matrix = LINES[m]
+    output, _, matrix = FILTERS[m]
     tiles = ceil(y.shape[1] / m)
     seen = spectrum(x, m, tiles, before[0])
     y = pad(y, [(0, 0), (0, tiles * m - y.shape[1])], [False, False])
-    answers = along(output.T, np.moveaxis(y.reshape(len(y), tiles, m, *y.shape[2:]), 2, 0))
+    answers = along(output.T, y, m)
     parts = [others(x, y, (*kernel[1:], 1), (*stride[1:], 1), (*dilation[1:], 1), (*before[1:], 0))
              for x, y in zip(seen[:, None], answers[:, None], strict=True)]
     dw: Array = np.empty((*kernel, x.shape[-1], y.shape[-1]), x.dtype)
