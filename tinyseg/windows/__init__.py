@@ -49,8 +49,8 @@ def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Wind
 
 def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) -> str:
     """How a float32 convolution (N, *S, C_in) with (*K, C_in, C_out) is computed on a CPU: a line
-    for each product of the output, of the gradient in x (one per residue of the stride; those by
-    columns share them), and of the gradient in w."""
+    for each product of the output, of the gradient in x (one per residue of the stride), and of the
+    gradient in w."""
     lines = []
 
     class Body:
@@ -65,7 +65,7 @@ def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) 
         def products(self, x, problems) -> None:
             for w, into, start, step, *geometry in problems:
                 positions = products.count(into.shape[1:-1], start, step)
-                self.note(x, w.shape[:-2], w.shape[-1], positions, *geometry)
+                self.note(x, w.shape[:-2], w.shape[-1], positions, *geometry, max(step) > 1)
 
         def weights(self, x, y, kernel, stride, dilation, before) -> None:
             self.note(x, kernel, y.shape[-1], y.shape[1:-1], stride, dilation, before)

@@ -9,8 +9,8 @@ Along the other axes a group is applied only to the positions from which it sees
 of a dilated kernel on a small grid stand in the padding for most positions, and that product is
 never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
 
-Products whose windows are parts of one, as the combs of a strided gradient in x are, share their
-columns: what a window over all of their taps sees is gathered once.
+The combs of a strided gradient in x have few taps, and what a tap sees lies together: nothing is
+gathered for them. Each tap is one product, added where it belongs.
 
 A kernel of one tap needs none of this: it is one matrix product. Kernels of three taps with
 enough channels and points take fewer multiplications in `winograd`, and wide ones in depth in
@@ -19,7 +19,7 @@ enough channels and points take fewer multiplications in `winograd`, and wide on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce
 from itertools import product as every
 from math import ceil, prod
@@ -42,8 +42,12 @@ def serves(window: Window, *arrays: Array) -> bool:
     return all(isinstance(a, np.ndarray) and a.dtype == np.float32 and a.size for a in arrays)
 
 
+def _shape(box: Box) -> list[int]:
+    return [b.stop - b.start for b in box]
+
+
 def _volume(box: Box) -> int:
-    return prod(b.stop - b.start for b in box)
+    return prod(_shape(box))
 
 
 def _common(a: Box, b: Box) -> Box:
@@ -115,7 +119,8 @@ def _points(x: Array, kernel, positions, stride, before) -> Array | None:
     return x[(slice(None), *(slice(0, a + 1, s) for a, s in zip(last, stride, strict=True)))]
 
 
-def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) -> str:
+def reason(x: Array, kernel, filters: int, positions, stride, dilation, before,
+           comb: bool = False) -> str:
     """Which way a product or weight gradient of these sizes is computed, and why."""
     sizes = kernel, len(x), x.shape[-1], filters, positions, stride, dilation
     if _points(x, kernel, positions, stride, before) is not None:
@@ -127,6 +132,8 @@ def reason(x: Array, kernel, filters: int, positions, stride, dilation, before) 
         return (f"Winograd: {way.number} tiles of {'x'.join(map(str, way.steps))}, "
                 f"{way.frequencies} products where {prod(way.steps) * prod(kernel)} would be "
                 f"direct")
+    if comb:
+        return f"taps: {prod(kernel)} products, each added to a comb of points"
     columns = Columns(x, kernel, positions, stride, dilation, before)
     taps = columns.width // x.shape[-1]
     seen = sum(_volume(sees) for _, sees in columns.groups) * taps
@@ -146,8 +153,8 @@ def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
 def products(x: Array, problems: Iterable[tuple]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
     jobs: list = []
-    alike: dict = {}  # those whose windows are parts of one
-    for w, into, start, step, stride, dilation, before in problems:
+    for w, into, start, step, stride, dilation, before in sorted(
+            problems, key=lambda problem: -problem[0].size):  # the longest jobs first
         out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
         kernel, positions = w.shape[:-2], out.shape[1:-1]
         sizes = kernel, len(x), x.shape[-1], w.shape[-1], positions, stride, dilation
@@ -161,56 +168,67 @@ def products(x: Array, problems: Iterable[tuple]) -> None:
             jobs += [partial(np.matmul, points[rows], matrix, out=y[rows])
                      for rows in parallel.parts(len(points))]
         else:
-            phase = tuple(b % d for b, d in zip(before, dilation, strict=True))
-            alike.setdefault((stride, dilation, phase), []).append((w, out, before))
-    for (stride, dilation, _), parts in alike.items():
-        jobs += _by_columns(x, parts, stride, dilation)
+            terms, boxes = (_taps(x, w, out, dilation, before) if max(step) > 1 else
+                            _columns(x, w, out, stride, dilation, before))
+            jobs += [partial(_add, terms, block, out) for block in boxes]
     parallel.run(lambda job: job(), jobs)
 
 
-def _by_columns(x: Array, parts: list[tuple], stride, dilation) -> list:
-    """The products of x with each (w, out, before), as jobs that can be done side by side.
+def _add(terms: Callable[[Box], Iterator[tuple[Box, Array]]], block: Box, out: Array) -> None:
+    """Write to a block of `out` the sum of its terms, each an array in its box."""
+    total = None
+    for box, term in terms(block):
+        if total is None and box == block:
+            total = term
+            continue
+        if total is None:
+            total = np.zeros((*_shape(block), out.shape[-1]), out.dtype)
+        total[tuple(slice(a.start - b.start, a.stop - b.start)
+                    for a, b in zip(box, block, strict=True))] += term
+    out[block] = 0 if total is None else total
 
-    What a window over all of their taps sees is gathered once, and each takes its part of it.
-    """
-    first = tuple(map(max, zip(*(before for _, _, before in parts), strict=True)))
-    taps = [[slice((f - b) // d, (f - b) // d + k) for f, b, d, k in
-             zip(first, before, dilation, w.shape[:-2], strict=True)] for w, _, before in parts]
-    kernel = tuple(max(t.stop for t in axis) for axis in zip(*taps, strict=True))
-    positions = tuple(map(max, zip(*(out.shape[1:-1] for _, out, _ in parts), strict=True)))
-    columns = Columns(x, kernel, positions, stride, dilation, first)
-    lead, width = columns.lead, max(columns.width, *(w.shape[-1] for w, _, _ in parts))
 
-    # Who has taps in a group: the number of the part, which taps of the group, and their matrix.
-    readers: dict = {head: [] for head, _ in columns.groups}
-    for head, (i, ((w, _, _), box)) in every(readers, enumerate(zip(parts, taps, strict=True))):
-        tap = tuple(h - t.start for h, t in zip(head, box, strict=False))
-        if all(0 <= a < k for a, k in zip(tap, w.shape, strict=False)):
-            readers[head].append((i, (slice(None), *box[lead:]), w[tap].reshape(-1, w.shape[-1])))
+def _columns(x: Array, w: Array, out: Array, stride, dilation, before):
+    """The terms of correlate(x, w), a group of taps each, and blocks to take them in."""
+    columns = Columns(x, w.shape[:-2], out.shape[1:-1], stride, dilation, before)
+    matrices = {head: w[head].reshape(-1, w.shape[-1]) for head, _ in columns.groups}
 
-    def compute(block: Box) -> None:
-        shape = tuple(b.stop - b.start for b in block)
-        memory, totals = np.empty(prod(shape) * columns.width, x.dtype), [None] * len(parts)
+    def terms(block: Box) -> Iterator[tuple[Box, Array]]:
+        memory = np.empty(_volume(block) * columns.width, x.dtype)
         for head, sees in columns.groups:
             box = _common(sees, block)
-            if not (rows := _volume(box)):
-                continue
-            seen = columns.gather(head, box, memory).reshape(rows, *kernel[lead:], -1)
-            for i, own, matrix in readers[head]:
-                answer = np.matmul(seen[own].reshape(rows, -1), matrix)
-                if totals[i] is None and box == block:
-                    totals[i] = answer.reshape(*shape, -1)
-                    continue
-                if totals[i] is None:
-                    totals[i] = np.zeros((*shape, answer.shape[-1]), x.dtype)
-                inside = totals[i][tuple(slice(a.start - b.start, a.stop - b.start)
-                                         for a, b in zip(box, block, strict=True))]
-                inside += answer.reshape(inside.shape)
-        for (_, out, _), total in zip(parts, totals, strict=True):
-            here = out[block]  # one may have fewer positions than another
-            here[...] = 0 if total is None else total[tuple(map(slice, here.shape[:-1]))]
+            if _volume(box):
+                answer = columns.gather(head, box, memory) @ matrices[head]
+                yield box, answer.reshape(*_shape(box), -1)
 
-    return [partial(compute, block) for block in _blocks((len(x), *positions), width)]
+    return terms, _blocks(out.shape[:-1], max(columns.width, w.shape[-1]))
+
+
+def _taps(x: Array, w: Array, out: Array, dilation, before):
+    """The terms of correlate(x, w) at stride one, a tap each, and blocks to take them in.
+
+    All points that lie together in x are multiplied, those at the border that no window sees with
+    this tap too: nothing is gathered or padded, and the kernel is read as it lies.
+    """
+    taps = [(w[tap], [0, *(k * d - b for k, d, b in zip(tap, dilation, before, strict=True))])
+            for tap in np.ndindex(w.shape[:-2])]
+
+    def terms(block: Box) -> Iterator[tuple[Box, Array]]:
+        # Behind this axis the block is whole, and points lie together.
+        cut = max(axis for axis, (a, b) in enumerate(zip(_shape(block), out.shape, strict=False))
+                  if a < b or axis < 2)
+        for matrix, shift in taps:
+            box = _common(tuple(slice(-s, n - s) for n, s in zip(x.shape, shift, strict=False)),
+                          block)
+            if _volume(box):
+                points = tuple(slice(b.start + s, b.stop + s)
+                               for b, s in zip(box, shift, strict=True))
+                seen = x[points[: cut + 1]]
+                answer = seen.reshape(len(seen), -1, x.shape[-1]) @ matrix
+                answer = answer.reshape(*seen.shape[:-1], -1)
+                yield box, answer[(..., *points[cut + 1 :], slice(None))]
+
+    return terms, blocks(out.shape[:-1], max(192, BLOCK // max(w.shape[-2:])))
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
