@@ -262,7 +262,7 @@ def test_explain():
                                  for d in ("y", "dx", "dw")]
     strided = windows.explain((1, 9, 9, 1), (3, 3, 1, 8), Window.of((3, 3), 2, 1))
     assert [line[:2] for line in strided.splitlines()] == ["y ", *["dx"] * 4, "dw"]
-    assert sum(int(line.split()[2]) for line in strided.splitlines() if "taps: " in line) == 8  # and one
+    assert "dx taps: 4 products, each added to a comb of points" in strided
 
 
 @settings(max_examples=20, deadline=None)

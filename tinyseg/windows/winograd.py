@@ -26,11 +26,13 @@ import numpy as np
 
 from .. import parallel
 from ..backend import Array
-from .geometry import Box, blocks
+from .geometry import Box, shares
 
 BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
 ROW = 1 << 14  # numbers in a row that a transform takes at a time
 IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products
+SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
+SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
 WHOLE = 1 << 24  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 64 MiB
 
 
@@ -135,7 +137,7 @@ class Tiling:
         widest = max(self.channels, self.filters)
         limit = max(BLOCK / (self.frequencies * widest), widest / 4)
         number = ceil(self.number / limit / threads) * threads
-        boxes = list(blocks(grid, ceil(self.number / number)))
+        boxes = shares(grid, number)
         return [[box] for box in boxes] if self.number > limit else [boxes]
 
     def pieces(self, images: slice) -> Iterator[tuple[tuple[int, ...], slice, slice]]:
@@ -207,20 +209,22 @@ def tiling(kernel, images: int, channels: int, filters: int, positions, stride,
     return best if best and best.cost < images * pairs(kernel, positions, dilation) else None
 
 
-def transformed(w: Array, steps: tuple[int, ...]) -> Array:
-    """G w: (*K, C, F) -> (frequencies, C, F).
+def transformed(w: Array, steps: tuple[int, ...], width: int) -> Array:
+    """G w, (*K, C, F) -> (frequencies, F / width, C, width): the filters in slabs.
 
     In this order in memory whatever that of w: products with a transposed view take 20 % longer.
     """
     *kernel, channels, filters = w.shape
     matrices = [FILTERS[m][2] for m in steps]
-    factors = np.empty((prod(map(len, matrices)), channels, filters), w.dtype)
+    factors = np.empty((prod(map(len, matrices)), filters // width, channels, width), w.dtype)
 
-    def compute(part: slice) -> None:
-        transform(matrices, np.ascontiguousarray(w[..., part, :]).reshape(1, *kernel, -1),
-                  out=factors[:, part].reshape(len(factors), 1, -1))
+    def compute(item: tuple[int, slice]) -> None:
+        i, part = item
+        here = np.ascontiguousarray(w[..., part, i * width : (i + 1) * width])
+        transform(matrices, here.reshape(1, *kernel, -1),
+                  out=factors[:, i, part].reshape(len(factors), 1, -1))
 
-    parallel.run(compute, slabs(factors))
+    parallel.run(compute, list(every(range(factors.shape[1]), slabs(factors[:, 0]))))
     return factors
 
 
@@ -234,15 +238,22 @@ def slabs(factors: Array) -> list[slice]:
 def product(way: Tiling, x: Array, w: Array, out: Array, before) -> None:
     """Write correlate(x, w), stride one, zero padding `before`, to `out` (N, *P, C_out)."""
     channels, filters = w.shape[-2:]
-    factors = transformed(w, way.steps)
+    width = SLAB if filters % SLAB == 0 and 48 * channels * SLAB <= SMALL else filters
+    factors = transformed(w, way.steps, width)
 
     def compute(boxes: list[Box]) -> None:
         places = together(boxes)
-        seen = np.empty((len(factors), places[-1].stop, channels), x.dtype)
-        answers = np.empty((*seen.shape[:2], filters), x.dtype)
+        tiles = places[-1].stop
+        seen = np.empty((len(factors), tiles, channels), x.dtype)
+        answers = np.empty((len(factors), tiles, filters), x.dtype)
+        rows = next((n for n in range(tiles, 23, -1)
+                     if tiles % n == 0 and n * channels * width <= SMALL), tiles)
+        left = seen.reshape(len(factors), 1, -1, rows, channels)
+        parts = answers.reshape(len(factors), -1, rows, filters // width, width)
+        parts = parts.transpose(0, 3, 1, 2, 4)
         parallel.run(lambda i: way.spectrum(x, boxes[i], before, seen[:, places[i]]),
                      range(len(boxes)))
-        parallel.run(lambda f: np.matmul(seen[f], factors[f], out=answers[f]),
+        parallel.run(lambda f: np.matmul(left[f], factors[f, :, None], out=parts[f]),
                      parallel.parts(len(factors)))
         parallel.run(lambda i: way.write(answers[:, places[i]], boxes[i], out),
                      range(len(boxes)))
