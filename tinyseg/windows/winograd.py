@@ -33,7 +33,7 @@ ROW = 1 << 14  # numbers in a row that a transform takes at a time
 IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products
 SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
 SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
-WHOLE = 1 << 24  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 64 MiB
+WHOLE = 10 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 40 MiB
 
 
 def filtering(m: int) -> tuple[Array, Array, Array]:
