@@ -1,6 +1,9 @@
 """The fast bodies on a CPU against the specification, and the threads that they run on."""
 
 import multiprocessing
+import platform
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -328,6 +331,26 @@ def test_run(threads):
     assert len(names) == threads - 1 and all(name.startswith("tinyseg") for name in names)
     assert blas == {1}
     assert [i["num_threads"] for i in threadpool_info()] == [i["num_threads"] for i in before]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc",
+                    reason="a setting of glibc")
+def test_freed_memory_is_kept():
+    """After the first run, 80 MiB in arrays of 16 are paged in once, not in every turn."""
+    script = """
+import resource
+import numpy as np
+from tinyseg import parallel
+parallel.run(abs, [1])
+for _ in range(3):
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [np.ones(1 << 22, "float32") for _ in range(5)]
+    del arrays
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
+"""
+    first, *later = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True,
+                                            text=True, check=True).stdout.split())
+    assert first > 20 and max(later) < first / 4
 
 
 def test_an_error_in_a_thread_is_raised():
