@@ -249,13 +249,17 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     boxes = _blocks(y.shape[:-1], max(4, columns.width, filters) // 4)  # long sums, less to add
     threads, groups = parallel.threads(), columns.groups
     shares = 1 if len(groups) >= 4 * threads else min(len(boxes), threads)
-    sums = np.empty((shares, len(groups), columns.width, filters), x.dtype)
+    # The first share of the boxes is summed in dw itself; groups that see nothing are none.
+    unseen = len(groups) < prod(kernel[: columns.lead])
+    dw = (np.zeros if unseen else np.empty)((*kernel, x.shape[-1], filters), x.dtype)
+    more = np.empty((shares - 1, len(groups), columns.width, filters), x.dtype)
 
     def compute(item: tuple[int, int]) -> None:
         share, number = item
         head, sees = groups[number]
         memory = np.empty(max(map(_volume, boxes)) * columns.width, x.dtype)
-        total, empty = sums[share, number], True
+        total = more[share - 1, number] if share else dw[head].reshape(-1, filters)
+        empty = True
         for block in boxes[share::shares]:
             box = _common(sees, block)
             if _volume(box):
@@ -269,9 +273,9 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
             total[...] = 0
 
     parallel.run(compute, list(every(range(shares), range(len(groups)))))
-    dw = np.zeros((*kernel, x.shape[-1], filters), x.dtype)
-    for number, (head, _) in enumerate(groups):
-        dw[head].reshape(-1, filters)[...] = sums[:, number].sum(axis=0)
+    for (head, _), parts in zip(groups, more.swapaxes(0, 1), strict=True):
+        for part in parts:
+            dw[head].reshape(-1, filters)[...] += part
     return dw
 
 
