@@ -286,14 +286,14 @@ def weights(way: Tiling, x: Array, y: Array, before) -> Array:
             transform(output, way.region(y, group[i], (0,) * len(output), 0), way.steps,
                       right[:, places[i]])
 
-        def multiply(f, first=start == 0, left=left, right=right) -> None:
+        def multiply(f: slice, first=start == 0, left=left, right=right) -> None:
             if first:
-                np.matmul(left[f].T, right[f], out=sums[f])
+                np.matmul(left[f].swapaxes(1, 2), right[f], out=sums[f])
             else:
-                sums[f] += left[f].T @ right[f]
+                sums[f] += np.matmul(left[f].swapaxes(1, 2), right[f])
 
         parallel.run(compute, range(len(group)))
-        parallel.run(multiply, range(len(sums)))
+        parallel.run(multiply, parallel.parts(len(sums)))
 
     dw = np.empty((*map(len, matrices), channels, filters), x.dtype)
 
