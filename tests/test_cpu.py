@@ -271,7 +271,7 @@ def test_explain():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
 def test_pooling(channels, threads, seed):
-    """Channels are pooled apart: the same bits."""
+    """Blocks are pooled apart: the same bits."""
     parallel.set_threads(threads)
     x, _ = arrays((7, 6, 9), 2, channels, 1, (1,), seed)
     window = Window.of((3, 2, 3), 2, (1, 0, (1, 2)), (1, 2, 1))

@@ -15,6 +15,7 @@ every window is a single point.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 from ..backend import Array, array_module
@@ -54,10 +55,11 @@ def pad_adjoint(g: Array, missing, edge) -> Array:
     return g
 
 
-def _batched(x: Array, window: Window, columns: int) -> tuple[Window, list[Box]]:
+def _batched(x: Array, window: Window, columns: int,
+             workspace: int | None = None) -> tuple[Window, list[Box]]:
     """The window over (N, *S) and the blocks of its positions, `columns` numbers per position."""
     window = window.over_batch()
-    limit = WORKSPACE // (columns * x.dtype.itemsize)
+    limit = (workspace or WORKSPACE) // (columns * x.dtype.itemsize)
     return window, list(blocks(window.positions(x.shape[:-1]), limit))
 
 
@@ -123,17 +125,20 @@ def correlate_dw(x: Array, y: Array, window: Window) -> Array:
     return dw.reshape(shape)
 
 
-def maximum(x: Array, window: Window) -> tuple[Array, Array]:
+def maximum(x: Array, window: Window, workspace: int | None = None,
+            run: Callable = map) -> tuple[Array, Array]:
     """The largest number in each window, per channel, and the tap that holds it.
 
     (N, *S, C) -> (N, *P, C) and its taps in row-major order, the first of equals, as int16.
-    Zero padding is minus infinity here: a window never answers with its padding.
+    Zero padding is minus infinity here: a window never answers with its padding. `run` goes
+    through the blocks, of `workspace` bytes (WORKSPACE), which know nothing of each other.
     """
     library = array_module(x)
-    window, boxes = _batched(x, window, x.shape[-1])
+    window, boxes = _batched(x, window, x.shape[-1], workspace)
     y = library.empty((*window.positions(x.shape[:-1]), x.shape[-1]), x.dtype)
     winner = library.zeros(y.shape, "int16")
-    for block in boxes:
+
+    def compute(block: Box) -> None:
         inside, missing = window.region(block, x.shape[:-1])
         region = pad(x[inside], missing, window.edge, fill=-float("inf"))
         best, tap = y[block], winner[block]
@@ -145,6 +150,8 @@ def maximum(x: Array, window: Window) -> tuple[Array, Array]:
                 library.maximum(best, seen, out=best)
             else:
                 best[...] = seen
+
+    list(run(compute, boxes))
     return y, winner
 
 
