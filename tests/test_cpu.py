@@ -153,7 +153,7 @@ def test_who_takes_lines():
     assert not outputs(kernel=(1, 3, 3)) and not outputs(kernel=(5, 3, 3)) and not outputs(
         kernel=(3,), positions=(9,), stride=(1,), dilation=(1,), before=(1,))
     assert not outputs(stride=(2, 1, 1)) and not outputs(dilation=(4, 4, 4))
-    assert not outputs(before=(-1, 4, 4)) and not outputs(channels=8) and not outputs(filters=8)
+    assert not outputs(before=(-1, 4, 4)) and not outputs(channels=16) and not outputs(filters=16)
     assert not outputs(positions=(12, 4, 4))  # the kernel's transform takes longer
 
 

@@ -30,7 +30,8 @@ from .geometry import Box, shares
 
 BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
 ROW = 1 << 14  # numbers in a row that a transform takes at a time
-IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products
+IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products; measured on Zen 5, 2 threads
+SHORT = 48  # channels: rows of fewer cost more
 SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
 SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
 WHOLE = 10 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 40 MiB
@@ -93,6 +94,11 @@ def pairs(kernel, positions, dilation) -> int:
                 zip(kernel, positions, dilation, strict=True))
 
 
+def per_pair(channels: int, filters: int) -> float:
+    """What a number more of each channel and each filter costs for each pair of them."""
+    return sum(max(1, SHORT / n) / n for n in (channels, filters))
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How the windows of a convolution with stride one fall into tiles.
@@ -121,8 +127,8 @@ class Tiling:
     @property
     def cost(self) -> float:
         """Products and transforms, in products for each pair of channels."""
-        image = 1 + IMAGE / self.channels + IMAGE / self.filters
-        return self.frequencies * (self.number * image + KERNEL)
+        images = 1 + IMAGE * per_pair(self.channels, self.filters)
+        return self.frequencies * (self.number * images + KERNEL)
 
     @property
     def phases(self) -> list[tuple[int, ...]]:
