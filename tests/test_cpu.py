@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import threading
+from math import prod
 
 import numpy as np
 import pytest
@@ -155,6 +156,36 @@ def test_who_takes_lines():
     assert not outputs(stride=(2, 1, 1)) and not outputs(dilation=(4, 4, 4))
     assert not outputs(before=(-1, 4, 4)) and not outputs(channels=16) and not outputs(filters=16)
     assert not outputs(positions=(12, 4, 4))  # the kernel's transform takes longer
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(1, n) for n in (4, 4, 3, 3)]), min_size=1, max_size=3),
+       st.integers(1, 3), st.integers(1, 5), st.sampled_from([1, 2**14]), st.integers(0, 99))
+def test_transform(axes, count, channels, row, seed):
+    """Matrix after matrix on every tile by itself, to a new array or into columns of another."""
+    axes[0] = (2, *axes[0][1:])  # one matrix at least is not a single number
+    rng = np.random.default_rng(seed)
+    matrices = [rng.standard_normal((f, r)) for f, r, _, _ in axes]
+    matrices = [m if m.size > 1 else np.ones((1, 1)) for m in matrices]
+    number = tuple(n for *_, n, _ in axes)
+    steps = tuple(s if m.size > 1 else 1 for m, (*_, s) in zip(matrices, axes, strict=True))
+    size = [(n - 1) * s + m.shape[1] for m, n, s in zip(matrices, number, steps, strict=True)]
+    x = rng.standard_normal((count, *size, channels))
+    truth = np.empty((*map(len, matrices), count, *number, channels))
+    for tile in np.ndindex(count, *number):
+        part = x[(tile[0], *(slice(i * s, i * s + m.shape[1]) for i, s, m in
+                             zip(tile[1:], steps, matrices, strict=True)))]
+        for axis, matrix in enumerate(matrices):
+            part = np.moveaxis(np.tensordot(matrix, part, (1, axis)), 0, axis)
+        truth[(..., *tile, slice(None))] = part
+    truth = truth.reshape(prod(map(len, matrices)), -1, channels)
+    wide = np.full((len(truth), truth.shape[1] + 3, channels), np.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "ROW", row)
+        assert np.allclose(winograd.transform(matrices, x, steps), truth)
+        winograd.transform(matrices, x, steps, wide[:, 2:-1])
+    assert np.allclose(wide[:, 2:-1], truth)
+    assert np.isnan(wide[:, :2]).all() and np.isnan(wide[:, -1]).all()
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinyseg import windows
 from tinyseg.windows import Window, reference
-from tinyseg.windows.geometry import blocks
+from tinyseg.windows.geometry import blocks, shares
 
 few = settings(max_examples=40, deadline=None)
 
@@ -213,6 +213,17 @@ def test_blocks_partition_their_grid(grid, limit):
         assert (points == np.arange(at, at + len(points))).all()  # contiguous, in memory order
         at += len(points)
     assert at == order.size
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), st.integers(1, 50))
+def test_shares_are_about_as_many_as_asked(grid, number):
+    """They are the grid, in order; fewer than asked where rows are rounded up, never twice as many;
+    as many as asked for, or the points that there are, where one axis is cut evenly."""
+    order, boxes = np.arange(prod(grid)).reshape(grid), shares(grid, number)
+    assert (np.concatenate([order[box].ravel() for box in boxes]) == order.ravel()).all()
+    assert len(boxes) < 2 * number
+    if grid[0] % number == 0:
+        assert len(boxes) == number
 
 
 def test_window_fills_in():

@@ -198,7 +198,7 @@ def _columns(x: Array, w: Array, out: Array, stride, dilation, before):
         for head, sees in columns.groups:
             box = _common(sees, block)
             if _volume(box):
-                answer = columns.gather(head, box, memory) @ matrices[head]
+                answer = np.matmul(columns.gather(head, box, memory), matrices[head])
                 yield box, answer.reshape(*_shape(box), -1)
 
     return terms, _blocks(out.shape[:-1], max(columns.width, w.shape[-1]))
@@ -224,7 +224,7 @@ def _taps(x: Array, w: Array, out: Array, dilation, before):
                 points = tuple(slice(b.start + s, b.stop + s)
                                for b, s in zip(box, shift, strict=True))
                 seen = x[points[: cut + 1]]
-                answer = seen.reshape(len(seen), -1, x.shape[-1]) @ matrix
+                answer = np.matmul(seen.reshape(len(seen), -1, x.shape[-1]), matrix)
                 answer = answer.reshape(*seen.shape[:-1], -1)
                 yield box, answer[(..., *points[cut + 1 :], slice(None))]
 
