@@ -75,11 +75,12 @@ def transform(matrices: list[Array], x: Array, steps: tuple[int, ...] | None = N
             continue
         frequencies, reach = matrix.shape
         number, row, cut = (n - reach) // step + 1, prod(size[i + 1 :]) * channels, 1
-        for parts in size[i + 1 :]:
-            cut *= parts if row > ROW * cut else 1
-        length, one = row // cut, x.itemsize
-        seen = np.ndarray((lead, tiles, number, cut, reach, length), x.dtype, x, 0, [
-            n * one for n in (tiles * n * row, n * row, step * row, length, row, 1)])
+        for points in size[i + 1 :]:  # what lies behind a point is one long row, cut where too long
+            cut *= points if row > ROW * cut else 1
+        length = row // cut
+        strides = tiles * n * row, n * row, step * row, length, row, 1
+        seen = np.ndarray((lead, tiles, number, cut, reach, length), x.dtype, x, 0,
+                          [x.itemsize * stride for stride in strides])  # tiles overlap, uncopied
         x = out if i == last and out is not None else np.empty(
             (lead * frequencies, tiles * number, row), x.dtype)
         np.matmul(matrix, seen, out=x.reshape(
@@ -230,12 +231,12 @@ def transformed(w: Array, steps: tuple[int, ...], width: int) -> Array:
         transform(matrices, here.reshape(1, *kernel, -1),
                   out=factors[:, i, part].reshape(len(factors), 1, -1))
 
-    parallel.run(compute, list(every(range(factors.shape[1]), slabs(factors[:, 0]))))
+    parallel.run(compute, list(every(range(factors.shape[1]), portions(factors[:, 0]))))
     return factors
 
 
-def slabs(factors: Array) -> list[slice]:
-    """The channels of (frequencies, C, F) in parts of about BLOCK numbers."""
+def portions(factors: Array) -> list[slice]:
+    """The channels of (frequencies, C, F), some at a time: about BLOCK numbers."""
     frequencies, channels, filters = factors.shape
     size = max(1, BLOCK // (frequencies * filters))
     return [slice(i, i + size) for i in range(0, channels, size)]
@@ -307,5 +308,5 @@ def weights(way: Tiling, x: Array, y: Array, before) -> Array:
         dw[..., part, :] = transform(matrices, np.ascontiguousarray(sums[:, part]).reshape(
             1, *map(len, output), -1)).reshape(dw[..., part, :].shape)
 
-    parallel.run(back, slabs(sums))
+    parallel.run(back, portions(sums))
     return dw
