@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyseg import windows
+from tinyseg import parallel, windows
 from tinyseg.windows import Window, reference
-from tinyseg.windows.geometry import blocks, shares
+from tinyseg.windows.geometry import blocks
 
 few = settings(max_examples=40, deadline=None)
 
@@ -217,9 +217,9 @@ def test_blocks_partition_their_grid(grid, limit):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), st.integers(1, 50))
 def test_shares_are_about_as_many_as_asked(grid, number):
-    """They are the grid, in order; fewer than asked where rows are rounded up, never twice as many;
-    as many as asked for, or the points that there are, where one axis is cut evenly."""
-    order, boxes = np.arange(prod(grid)).reshape(grid), shares(grid, number)
+    """Fewer where rows are rounded up, never twice as many, and as many where rows are even."""
+    order = np.arange(prod(grid)).reshape(grid)
+    boxes = list(blocks(grid, parallel.share(grid, number)))
     assert (np.concatenate([order[box].ravel() for box in boxes]) == order.ravel()).all()
     assert len(boxes) < 2 * number
     if grid[0] % number == 0:

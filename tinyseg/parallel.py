@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from math import ceil, prod
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
@@ -53,6 +54,16 @@ def parts(length: int) -> list[slice]:
     """An axis of this length cut into a part for each thread."""
     size = max(1, -(-length // threads()))
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def share(grid: tuple[int, ...], number: int) -> int:
+    """How many points each of about `number` shares of a grid has: whole rows, where it has one."""
+    limit, row = ceil(prod(grid) / number), 1
+    for n in reversed(grid[1:]):
+        if row * n > limit:
+            break
+        row *= n
+    return ceil(limit / row) * row
 
 
 @cache

@@ -30,7 +30,7 @@ from numpy.lib.stride_tricks import as_strided
 from .. import parallel
 from ..backend import Array
 from . import lines, reference, winograd
-from .geometry import Box, Window, blocks, shares
+from .geometry import Box, Window, blocks
 
 WIDTH = 640  # numbers in a row of columns, at most
 BLOCK = 1 << 19  # numbers in the columns of a block: 2 MiB
@@ -147,7 +147,7 @@ def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
     rows, threads = prod(positions), parallel.threads()
     number = ceil(rows / max(192, BLOCK // width))
     number = ceil(number / threads) * threads if rows >= 128 * threads else number
-    return shares(positions, number)
+    return list(blocks(positions, parallel.share(positions, number)))
 
 
 def products(x: Array, problems: Iterable[tuple]) -> None:

@@ -135,13 +135,3 @@ def blocks(grid: tuple[int, ...], limit: int) -> Iterator[Box]:
         for start in range(first):
             for box in blocks(tuple(rest), limit):
                 yield slice(start, start + 1), *box
-
-
-def shares(grid: tuple[int, ...], number: int) -> list[Box]:
-    """Cut a grid into at most `number` boxes, or the few more that its trailing axes ask for."""
-    limit, whole = ceil(prod(grid) / number), 1
-    for n in reversed(grid[1:]):
-        if whole * n > limit:
-            break
-        whole *= n
-    return list(blocks(grid, ceil(limit / whole) * whole))

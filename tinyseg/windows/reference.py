@@ -15,7 +15,6 @@ every window is a single point.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 
 from ..backend import Array, array_module
@@ -55,8 +54,7 @@ def pad_adjoint(g: Array, missing, edge) -> Array:
     return g
 
 
-def _batched(x: Array, window: Window, columns: int,
-             workspace: int | None = None) -> tuple[Window, list[Box]]:
+def _batched(x: Array, window: Window, columns: int, workspace: int = 0):
     """The window over (N, *S) and the blocks of its positions, `columns` numbers per position."""
     window = window.over_batch()
     limit = (workspace or WORKSPACE) // (columns * x.dtype.itemsize)
@@ -125,13 +123,12 @@ def correlate_dw(x: Array, y: Array, window: Window) -> Array:
     return dw.reshape(shape)
 
 
-def maximum(x: Array, window: Window, workspace: int | None = None,
-            run: Callable = map) -> tuple[Array, Array]:
+def maximum(x: Array, window: Window, workspace: int = 0, run=map) -> tuple[Array, Array]:
     """The largest number in each window, per channel, and the tap that holds it.
 
     (N, *S, C) -> (N, *P, C) and its taps in row-major order, the first of equals, as int16.
     Zero padding is minus infinity here: a window never answers with its padding. `run` goes
-    through the blocks, of `workspace` bytes (WORKSPACE), which know nothing of each other.
+    through the blocks, of `workspace` bytes (0: WORKSPACE), which know nothing of each other.
     """
     library = array_module(x)
     window, boxes = _batched(x, window, x.shape[-1], workspace)

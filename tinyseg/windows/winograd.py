@@ -26,7 +26,7 @@ import numpy as np
 
 from .. import parallel
 from ..backend import Array
-from .geometry import Box, shares
+from .geometry import Box, blocks
 
 BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
 ROW = 1 << 14  # numbers in a row that a transform takes at a time
@@ -144,7 +144,7 @@ class Tiling:
         widest = max(self.channels, self.filters)
         limit = max(BLOCK / (self.frequencies * widest), widest / 4)
         number = ceil(self.number / limit / threads) * threads
-        boxes = shares(grid, number)
+        boxes = list(blocks(grid, parallel.share(grid, number)))
         return [[box] for box in boxes] if self.number > limit else [boxes]
 
     def pieces(self, images: slice) -> Iterator[tuple[tuple[int, ...], slice, slice]]:
