@@ -101,8 +101,6 @@ def layer_table(quick: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     ts.parallel.set_threads(threads)
     rng, square = np.random.default_rng(0), np.ones((1024, 1024), "float32")
-    np.ones(2**23 - 2**12, "float32")  # 32 MiB, given back: from now on malloc keeps what is freed,
-    # as it does in any training; before, every array of a few MiB would be paged in anew.
 
     def multiply(a: np.ndarray, b: np.ndarray) -> None:
         parallel.run(lambda rows: a[rows] @ b, parallel.parts(len(a)))
@@ -181,7 +179,6 @@ def profile(threads: int, turns: int) -> None:
     parallel.set_threads(threads)
     rng, window = np.random.default_rng(0), windows.Window.of((3, 3, 3), 2, 1)
     grid, filters, runs = (16, 24, 24), 128, 10 * turns
-    np.ones(2**23 - 2**12, "float32")  # as for the layers
     print(f"\n{'share of the time of all threads':42}{'ms':>6}{'multiplying':>13}{'gathering':>11}"
           f"{'padding':>9}{'rest':>6}")
     for channels in (64, 128):

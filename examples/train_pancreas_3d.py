@@ -13,6 +13,7 @@ one is written first and takes the same path. Everything lands in --out:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -177,6 +178,26 @@ def during(what: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def stopping() -> Iterator[list]:
+    """Ctrl-C in the block is noted, for a loop to stop after its step; a second one raises."""
+    noted: list = []
+
+    def note(*_) -> None:
+        noted.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, as by nohup
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def prepare(dataset, plan, folder: Path, seed: int) -> dict[str, sampling.Prepared]:
     """All cases, normalised and resampled once and kept in `folder`, by id."""
     cases = {}
@@ -245,20 +266,23 @@ class Run:
         names, saved = self.settings["labels"], monotonic()
         bar = tqdm(total=steps, initial=step, desc=f"train {stage}", unit="step")
         try:
-            for record in ts.train.fit(net, batch, loss, optimizer, steps, start=step):
-                dice = {names[str(c)]: round(x, 4) for c, x in record.patch_dice.items()}
-                self.history.append({
-                    "stage": stage, "step": record.step, "loss": record.loss, "lr": record.lr,
-                    "seconds": round(record.seconds, 4),
-                    **{f"patch_dice {name}": x for name, x in dice.items()},
-                })
-                step = record.step + 1
-                bar.set_postfix_str(f"loss {record.loss:.3f}, patch Dice "
-                                    + " ".join(f"{name} {x:.2f}" for name, x in dice.items()))
-                bar.update()
-                if monotonic() - saved > SAVE_EVERY:
-                    self.save(stage, step, net, optimizer)
-                    saved = monotonic()
+            with stopping() as noted:
+                for record in ts.train.fit(net, batch, loss, optimizer, steps, start=step):
+                    dice = {names[str(c)]: round(x, 4) for c, x in record.patch_dice.items()}
+                    self.history.append({
+                        "stage": stage, "step": record.step, "loss": record.loss, "lr": record.lr,
+                        "seconds": round(record.seconds, 4),
+                        **{f"patch_dice {name}": x for name, x in dice.items()},
+                    })
+                    step = record.step + 1
+                    bar.set_postfix_str(f"loss {record.loss:.3f}, patch Dice "
+                                        + " ".join(f"{name} {x:.2f}" for name, x in dice.items()))
+                    bar.update()
+                    if monotonic() - saved > SAVE_EVERY:
+                        self.save(stage, step, net, optimizer)
+                        saved = monotonic()
+                    if noted:
+                        raise KeyboardInterrupt
         except FloatingPointError as error:
             error.add_note(f"in the {stage} stage, on patches of "
                            + ", ".join(suspects(batch(step, sampling.patches))))

@@ -151,7 +151,8 @@ def test_sigint_exits_130_with_a_checkpoint(data, tmp_path):
         while "loss" not in read_some() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130 and "--resume" in read_some()
+        assert process.wait(timeout=60) == 130
+        assert "stopping after this step" in read_some() and "--resume" in read_some()
     finally:
         process.kill()
     assert (out / "checkpoint.npz").exists() and (out / "progress.png").exists()

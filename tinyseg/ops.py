@@ -107,22 +107,22 @@ def _slabs(rows) -> list[slice]:
 
 
 def _moments(rows):
-    """Mean and biased variance of each column: (M, C) -> (C,), (C,)."""
+    """Mean and biased variance of each column: (M, C) -> (C,), (C,); those of slabs, each in cache
+    for both, put together (Chan, Golub and LeVeque 1983)."""
     slabs, library = _slabs(rows), array_module(rows)
-    sums = library.empty((len(slabs), rows.shape[-1]), rows.dtype)
+    means, squares = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
 
     def add(i):
         slab = rows[slabs[i]]
-        sums[i] = library.ones(len(slab), rows.dtype) @ slab  # thrice as fast as slab.sum(axis=0)
-
-    def add_squares(i):
-        away = rows[slabs[i]] - mean
-        sums[i] = library.einsum("ij,ij->j", away, away)
+        ones = library.ones(len(slab), rows.dtype)
+        means[i] = ones @ slab / len(slab)  # thrice as fast as slab.mean(axis=0)
+        away = slab - means[i]
+        squares[i] = library.einsum("ij,ij->j", away, away)
 
     parallel.run(add, range(len(slabs)))
-    mean = sums.sum(axis=0) / len(rows)
-    parallel.run(add_squares, range(len(slabs)))
-    return mean, sums.sum(axis=0) / len(rows)
+    share = library.asarray([[len(rows[slab]) / len(rows)] for slab in slabs], rows.dtype)
+    mean = (share * means).sum(axis=0)
+    return mean, squares.sum(axis=0) / len(rows) + (share * (means - mean) ** 2).sum(axis=0)
 
 
 def _normalize(rows, mean, scale, gamma, beta, residual, relu):

@@ -121,15 +121,20 @@ class AdamW(Optimizer):
 
     def update(self, p: Array, g: Array, mean: Array, square: Array) -> None:
         beta1, beta2 = self.betas
-        p *= 1 - self.lr * self.weight_decay
+        library, unbiased = array_module(p), sqrt(1 - beta2**self.steps)
+        step = (1 - beta1) * g  # one array for all that is computed on the way, in cache
         mean *= beta1
-        mean += (1 - beta1) * g
+        mean += step
+        library.multiply(g, g, out=step)
+        step *= 1 - beta2
         square *= beta2
-        square += (1 - beta2) * (g * g)
-        root = array_module(p).sqrt(square)
-        root /= sqrt(1 - beta2**self.steps)
-        root += self.eps
-        p -= (self.lr / (1 - beta1**self.steps)) * (mean / root)
+        square += step
+        library.sqrt(square, out=step)
+        step += self.eps * unbiased  # m̂ / (sqrt(v̂) + eps), multiplied by sqrt(1 - beta2^t)
+        step = mean / step
+        step *= self.lr * unbiased / (1 - beta1**self.steps)
+        p *= 1 - self.lr * self.weight_decay
+        p -= step
 
     def update_all(self, ps: list[Array], gs: list[Array], *running: list[Array]) -> None:
         cuda.optim.adamw(ps, gs, *running, lr=self.lr, betas=self.betas, eps=self.eps,
