@@ -297,6 +297,8 @@ def test_explain():
     strided = windows.explain((1, 9, 9, 1), (3, 3, 1, 8), Window.of((3, 3), 2, 1))
     assert [line[:2] for line in strided.splitlines()] == ["y ", *["dx"] * 4, "dw"]
     assert "dx taps: 4 products, each added to a comb of points" in strided
+    with pytest.raises(ValueError, match="2 spatial axes"):
+        windows.explain((1, 9, 9, 1), (3, 3, 3, 1, 8), Window.of((3, 3, 3), 2, 1))
 
 
 @settings(max_examples=20, deadline=None)

@@ -70,11 +70,12 @@ def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) 
         def weights(self, x, y, kernel, stride, dilation, before) -> None:
             self.note(x, kernel, y.shape[-1], y.shape[1:-1], stride, dilation, before)
 
-    window, border = products.repeated(window)  # written out, it is a part of the grid
     batch, *grid, channels = x_shape
+    positions = window.positions(tuple(grid))
+    window, border = products.repeated(window)  # written out, it is a part of the grid
     size = tuple(n + sum(b) for n, b in zip(grid, border[1:], strict=True))
     x, w, y = (np.broadcast_to(np.float32(0), shape) for shape in (
-        (batch, *size, channels), w_shape, (batch, *window.positions(size), w_shape[-1])))
+        (batch, *size, channels), w_shape, (batch, *positions, w_shape[-1])))
     products.correlate(Body("y"), x, w, window)
     products.correlate_dx(Body("dx"), y, w, size, window)
     products.correlate_dw(Body("dw"), x, y, window)
