@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,7 +189,8 @@ def stopping() -> Iterator[list]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, as by nohup
+    ours = (threading.current_thread() is threading.main_thread()  # others can set no handler
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)  # nohup ignores it
     if ours:
         signal.signal(signal.SIGINT, note)
     try:

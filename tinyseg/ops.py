@@ -103,7 +103,7 @@ def _slabs(rows) -> list[slice]:
     """Rows (M, C) cut so that what is computed of a slab stays in cache, on all cores; uncut
     where the array is not NumPy's."""
     size = max(1, parallel.SLAB // rows.shape[-1]) if array_module(rows) is np else len(rows)
-    return [slice(i, i + size) for i in range(0, len(rows), size)]
+    return parallel.parts(len(rows), size)
 
 
 def _moments(rows):

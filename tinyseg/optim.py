@@ -78,8 +78,8 @@ def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
         yield arrays
         return
     flat = [a.reshape(-1) for a in arrays]
-    for start in range(0, flat[0].size, parallel.SLAB):
-        yield tuple(a[start : start + parallel.SLAB] for a in flat)
+    for part in parallel.parts(flat[0].size, parallel.SLAB):
+        yield tuple(a[part] for a in flat)
 
 
 class SGD(Optimizer):
@@ -122,7 +122,7 @@ class AdamW(Optimizer):
     def update(self, p: Array, g: Array, mean: Array, square: Array) -> None:
         beta1, beta2 = self.betas
         library, unbiased = array_module(p), sqrt(1 - beta2**self.steps)
-        step = (1 - beta1) * g  # one array for all that is computed on the way, in cache
+        step = (1 - beta1) * g  # and then whatever else is computed on the way, in cache
         mean *= beta1
         mean += step
         library.multiply(g, g, out=step)

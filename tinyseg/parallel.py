@@ -50,9 +50,9 @@ def set_threads(number: int) -> None:
     _setting = number
 
 
-def parts(length: int) -> list[slice]:
-    """An axis of this length cut into a part for each thread."""
-    size = max(1, -(-length // threads()))
+def parts(length: int, size: int = 0) -> list[slice]:
+    """An axis of this length cut into parts of `size`, by default one for each thread."""
+    size = size or max(1, -(-length // threads()))
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 

@@ -238,8 +238,7 @@ def transformed(w: Array, steps: tuple[int, ...], width: int) -> Array:
 def portions(factors: Array) -> list[slice]:
     """The channels of (frequencies, C, F), some at a time: about BLOCK numbers."""
     frequencies, channels, filters = factors.shape
-    size = max(1, BLOCK // (frequencies * filters))
-    return [slice(i, i + size) for i in range(0, channels, size)]
+    return parallel.parts(channels, max(1, BLOCK // (frequencies * filters)))
 
 
 def product(way: Tiling, x: Array, w: Array, out: Array, before) -> None:
