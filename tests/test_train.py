@@ -8,7 +8,7 @@ import pytest
 import tinyseg as ts
 from tinyseg import checkpoint
 from tinyseg.optim import SGD, AdamW, cosine, poly
-from tinyseg.train import clip_norm, fit, patch_dice
+from tinyseg.train import clip_norm, dice, fit, overlap
 
 
 def small(seed=0, dtype="float64"):
@@ -55,7 +55,7 @@ def test_a_record_tells_of_the_network_before_the_step():
     images, labels = batch(0)
     logits = twin(images)
     assert record.loss == float(ts.losses.dice_cross_entropy(logits, labels).data)
-    assert record.patch_dice == patch_dice(logits.data, labels)
+    assert record.patch_dice == dice(overlap(logits.data, labels))
 
 
 @pytest.mark.parametrize("kind", [0, 1])
@@ -134,12 +134,36 @@ def test_patch_dice_against_sets():
     for c in (1, 2):
         p, t = ({tuple(v) for v in np.argwhere(a == c)} for a in (answers, labels))
         expected[c] = 2 * len(p & t) / (len(p) + len(t))
-    assert patch_dice(logits, labels) == pytest.approx(expected)
+    assert dice(overlap(logits, labels)) == pytest.approx(expected)
 
 
 def test_ignored_voxels_do_not_count_in_the_patch_dice():
     logits, labels = np.eye(2)[[1, 1, 1, 0]], np.array([1, 1, 255, 255])
-    assert patch_dice(logits[None], labels[None]) == {1: 1.0}
+    assert dice(overlap(logits[None], labels[None])) == {1: 1.0}
+
+
+def test_overlap_is_counted_patch_by_patch():
+    rng = np.random.default_rng(4)
+    logits, labels = rng.standard_normal((3, 5, 4, 2, 4)), rng.integers(0, 4, (3, 5, 4, 2))
+    counts = overlap(logits, labels)
+    assert counts.shape == (3, 3, 2)
+    for n in range(3):
+        np.testing.assert_array_equal(counts[n], overlap(logits[n : n + 1], labels[n : n + 1])[0])
+        assert dice(counts[n : n + 1]) == pytest.approx(dice(overlap(logits[n][None],
+                                                                     labels[n][None])))
+    assert dice(counts)[2] == counts[:, 1, 0].sum() / counts[:, 1, 1].sum()
+    assert dice(overlap(np.zeros((2, 3, 1)), np.zeros((2, 3), int))) == {}
+
+
+def test_an_optimiser_of_another_network_is_refused_before_a_step():
+    flat = small()
+    deep = ts.inflate(flat)
+    before = deep.state()
+    with pytest.raises(ValueError, match="6 of the optimiser's 6 parameters"):
+        next(fit(deep, batch, ts.losses.cross_entropy, SGD(flat.parameters(), 0.1), 3))
+    assert equal(deep.state(), before)
+    head = SGD(flat.parameters()[-2:], 0.1)  # a part is a choice
+    assert next(fit(flat, batch, ts.losses.cross_entropy, head, 3)).step == 0
 
 
 def poisoned(value):

@@ -7,36 +7,46 @@ from dataclasses import dataclass
 from math import isfinite
 from time import perf_counter
 
+import numpy as np
+
 from . import cuda
-from .backend import Array, array_module, to_library
+from .backend import Array, array_module, to_library, to_numpy
 from .nn import Module
 from .optim import Optimizer, poly
 from .tensor import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
-    """What one step did. patch_dice: {class number: Dice of the hard prediction on this step's
-    patches}, classes absent from both left out; it is not the Dice of whole volumes."""
+    """What one step did. `overlap` of its patches is that of the network before the step."""
 
     step: int
     loss: float
     lr: float
-    patch_dice: dict[int, float]
+    overlap: np.ndarray
     seconds: float
 
+    @property
+    def patch_dice(self) -> dict[int, float]:
+        """The Dice of the hard prediction on this step's patches; not that of whole volumes."""
+        return dice(self.overlap)
 
-def patch_dice(logits: Array, labels: Array) -> dict[int, float]:
-    """2 |P and T| / (|P| + |T|) per foreground class over the voxels of a batch that are
-    labelled with a class."""
+
+def overlap(logits: Array, labels: Array) -> np.ndarray:
+    """(N, classes - 1, 2) integers: 2 |P and T| and |P| + |T| of the hard prediction P and the
+    labels T, for every patch and class but 0, over the voxels that are labelled with a class."""
+    library, space = array_module(logits), tuple(range(1, labels.ndim))
     predicted, counted = logits.argmax(axis=-1), labels < logits.shape[-1]
-    scores = {}
-    for c in range(1, logits.shape[-1]):
-        p, t = (predicted == c) & counted, labels == c
-        size = int(p.sum()) + int(t.sum())
-        if size:
-            scores[c] = 2 * int((p & t).sum()) / size
-    return scores
+    pairs = [((predicted == c) & counted, labels == c) for c in range(1, logits.shape[-1])]
+    sums = [library.stack([2 * (p & t).sum(space), p.sum(space) + t.sum(space)], axis=-1)
+            for p, t in pairs]
+    return to_numpy(library.stack(sums, axis=1)) if sums else np.zeros((len(labels), 0, 2), int)
+
+
+def dice(overlap: np.ndarray) -> dict[int, float]:
+    """{class: Σ 2 |P and T| / Σ (|P| + |T|)} over patches, classes that are in none left out."""
+    both, sizes = overlap.sum(axis=0).T
+    return {c: float(b / n) for c, (b, n) in enumerate(zip(both, sizes, strict=True), 1) if n}
 
 
 def clip_norm(parameters: list[Tensor], limit: float) -> float:
@@ -62,12 +72,17 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     that was interrupted goes on exactly as it would have. The learning rate of a step is the
     optimiser's rate at the start of this call times schedule(step, steps); gradients are clipped
     to the norm `clip` (nnU-Net's 12). The network's train or eval mode is the caller's choice.
-    Raises FloatingPointError where the loss or the gradient is not finite. However a step ends
+    Raises ValueError for an optimiser of parameters that are not this network's, and
+    FloatingPointError where the loss or the gradient is not finite. However a step ends
     (that, no memory, Ctrl-C), parameters and running statistics are those after the last good
     step, unless `optimizer.steps` has grown: then they were being moved.
     """
     base, parameters = optimizer.lr, net.parameters()
     statistics = net.statistics()
+    if strangers := len({*map(id, optimizer.parameters)} - {*map(id, parameters)}):
+        raise ValueError(f"{strangers} of the optimiser's {len(optimizer.parameters)} parameters"
+                         " are not in this network; make the optimiser of net.parameters(), after"
+                         " inflating or loading")
     library = array_module(parameters[0].data)
     try:
         for step in range(start, steps):
@@ -78,7 +93,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
                 logits = net(images)
                 value = loss(logits, labels)
                 number = float(value.data)
-                scores = patch_dice(logits.data, labels)
+                counts = overlap(logits.data, labels)
                 del logits
                 optimizer.zero_grad()
                 value.backward()
@@ -94,6 +109,6 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
                     for array, good in zip(statistics, before, strict=True):
                         array[...] = good
                 raise
-            yield Record(step, number, optimizer.lr, scores, perf_counter() - began)
+            yield Record(step, number, optimizer.lr, counts, perf_counter() - began)
     finally:
         optimizer.lr = base
