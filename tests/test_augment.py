@@ -64,3 +64,57 @@ def test_mild_is_reproducible_and_keeps_depth_and_height():
     np.testing.assert_array_equal(x, again[0])
     np.testing.assert_array_equal(np.sort(y, axis=-1), labels)
     assert x.shape == image.shape and x.dtype == np.float32
+
+
+def test_classes_that_are_mirror_images_change_places_with_the_reflection():
+    rng, reflected = np.random.default_rng(0), 0
+    labels = rng.integers(0, 6, (3, 4, 5)).astype(np.uint8)
+    labels[0, 0, 0] = 255  # what is ignored stays so
+    image = labels[..., None].astype(np.float32)
+    table = np.arange(256)
+    table[[1, 5, 2, 3]] = 5, 1, 3, 2
+    for seed in range(40):
+        x, y = augment.flip(image, labels, np.random.default_rng(seed), (0, -1), [(1, 5), (3, 2)])
+        first, last = np.random.default_rng(seed).random(2) < 0.5
+        expected = labels[::-1] if first else labels
+        expected = table[expected][..., ::-1] if last else expected
+        np.testing.assert_array_equal(y, expected)
+        assert y.dtype == np.uint8
+        reflected += last
+        moved = x[..., 0].astype(np.uint8)
+        np.testing.assert_array_equal(y, table[moved] if last else moved)
+    assert 8 < reflected < 32
+
+
+def test_mild_leaves_the_reflection_out_where_it_is_told_to():
+    image, labels = pair((2, 3, 4))
+    for seed in range(12):
+        _, y = augment.mild(image, labels, np.random.default_rng(seed), None)
+        np.testing.assert_array_equal(y, labels)
+
+
+@pytest.mark.parametrize("names, pairs, alone", [
+    (["left kidney", "spleen", "right kidney"], [("left kidney", "right kidney")], []),
+    (["RightParotid", "LeftParotid"], [("RightParotid", "LeftParotid")], []),
+    (["kidney_left", "kidney_right", "LUNG LEFT", "LUNG RIGHT"],
+     [("kidney_left", "kidney_right"), ("LUNG LEFT", "LUNG RIGHT")], []),
+    (["L-eye", "R-eye", "Parotid_L", "Parotid_R", "LCochlea", "RCochlea"],
+     [("L-eye", "R-eye"), ("Parotid_L", "Parotid_R"), ("LCochlea", "RCochlea")], []),
+    (["Lt. femur", "Rt. femur"], [("Lt. femur", "Rt. femur")], []),
+    (["左肾", "右肾", "肝"], [("左肾", "右肾")], []),
+    (["lung_upper_lobe_left", "lung_upper_lobe_right", "lung_middle_lobe_right"],
+     [("lung_upper_lobe_left", "lung_upper_lobe_right")], ["lung_middle_lobe_right"]),
+    (["left atrium"], [], ["left atrium"]),
+    (["background", "pancreas", "cancer", "vertebrae_L1", "vertebrae L5", "leftover", "bright",
+      "Anterior", "Posterior", "NCR", "ET", "class 1", "LV", "RV"], [], []),
+])
+def test_sides_are_read_from_the_names(names, pairs, alone):
+    assert augment.sides(names) == (pairs, alone)
+
+
+def test_pairs_of_names_as_classes():
+    names = ["background", "l", "m", "r"]
+    assert augment.numbered([("r", "l")], names) == [(3, 1)]
+    assert augment.permutation(4, [(3, 1)]).tolist() == [0, 3, 2, 1]
+    with pytest.raises(ValueError, match="'q'.*'m'"):
+        augment.numbered([("l", "q")], names)

@@ -290,25 +290,15 @@ def test_slabs_do_not_grow_with_the_scan():
     assert shape == (32, 32, 8) and peak < 4e6 < 65e6  # of all logits
 
 
-def both_ways(model, axes):
-    """The mean of a model's answers to windows reflected along every subset of array axes. An odd
-    subset sees the window moved by half a cell (four voxels, or half the window), voxel by voxel;
-    where that moved an answer out of the window, the model's own stands in its place."""
+def both_ways(model, axes, swapped=()):
+    """The mean of a model's answers to windows reflected along every subset of array axes; classes
+    in the order `swapped` where the last spatial one was among them."""
     def answer(x):
-        size, plain = x.shape[1:-1], model(x).data
-        by = [min(4, n // 2) for n in size]
-        answers = [plain]
-        for s in chain.from_iterable(combinations(axes, n) for n in range(1, len(axes) + 1)):
-            seen, mine = x.data.copy(), plain.copy()
-            for v in np.ndindex(size) if len(s) % 2 else ():
-                before = tuple(max(i - b, 0) for i, b in zip(v, by, strict=True))
-                seen[:, *v] = x.data[:, *before]
-            there = np.flip(model(ts.Tensor(np.flip(seen, s))).data, s)
-            for v in np.ndindex(size):
-                at = tuple(i + b * (len(s) % 2) for i, b in zip(v, by, strict=True))
-                if all(i < n for i, n in zip(at, size, strict=True)):
-                    mine[:, *v] = there[:, *at]
-            answers.append(mine)
+        answers = []
+        for s in chain.from_iterable(combinations(axes, n) for n in range(len(axes) + 1)):
+            there = np.flip(model(ts.Tensor(np.flip(x.data, s).copy())).data, s)
+            mirrored = x.data.ndim - 2 in s and swapped
+            answers.append(np.stack([there[..., c] for c in swapped], -1) if mirrored else there)
         return ts.Tensor(np.mean(answers, axis=0))
 
     return answer
@@ -328,6 +318,68 @@ def test_mirroring_is_the_mean_over_reflections(size, patch, mirror, axes):
     plain = sliding_window(cumulative, volume, patch)
     assert (axes == ()) == np.array_equal(
         plain, sliding_window(cumulative, volume, patch, mirror=mirror))
+
+
+@pytest.mark.parametrize("patch, axes", [((4, 3, 5), (2, 3)), ((3, 5), (1, 2))])
+def test_a_left_class_answers_as_the_right_one_in_the_mirror(patch, axes):
+    volume, rng = NORMAL((6, 7, 9, 2)).astype("float32"), np.random.default_rng(3)
+    weight = rng.standard_normal((2, 5)).astype("float32")
+
+    def model(x):  # five classes of which 1, 4 and 2, 3 are pairs
+        return ts.Tensor(cumulative(x).data @ weight)
+
+    mirrored = sliding_window(model, volume, patch, mirror=(1, 2), pairs=[(1, 4), (3, 2)])
+    np.testing.assert_allclose(mirrored, sliding_window(
+        both_ways(model, axes, (0, 4, 3, 2, 1)), volume, patch), rtol=2e-5, atol=1e-4)
+    assert abs(mirrored - sliding_window(model, volume, patch, mirror=(1, 2))).max() > 0.1
+
+
+def test_a_network_of_sides_answers_a_mirrored_scan_with_the_sides_exchanged():
+    """Whatever the network: its mean with the mirror image is exactly equivariant."""
+    image = scan((12, 8, 16), spacing=(2.0, 1.5, 1.0))
+    mirrored = SimpleNamespace(array=image.array[..., ::-1].copy(), spacing=image.spacing,
+                               path=image.path)
+    for rank in (2, 3):
+        net = network(rank=rank, classes=5, mirror=[["l", "r"]])
+        net.metadata |= {"labels": {"0": "back", "7": "l", "9": "other", "63": "r", "252": "m"},
+                         "patch": [6, 8, 8]}
+        net.parameters()[-1].data -= logits_at_once(net, image).mean((0, 1, 2))  # all occur
+        one, two = (segment(net, s, mirror=[-1]) for s in (image, mirrored))
+        table = np.arange(256)
+        table[[7, 63]] = 63, 7
+        assert {7, 63} <= set(np.unique(one))
+        np.testing.assert_array_equal(one, table[two][..., ::-1])
+
+
+def test_what_training_left_out_is_not_asked_of_the_network():
+    net = network(mirror=None)
+    assert segment(net, scan(), mirror=[0]).shape == (13, 9, 10)
+    for axis in (-1, 2):
+        with pytest.raises(ValueError, match="without left-right"):
+            segment(net, scan(), mirror=[axis])
+
+
+@pytest.mark.parametrize("known", [(0, 63, 252), (0, 1, 4), (0, 5, 1000)])
+def test_classes_are_written_as_the_numbers_of_the_files(known):
+    net, volume = network(), scan()
+    plain = segment(net, volume)
+    net.metadata["labels"] = {str(n): f"class {n}" for n in known}
+    mapped = segment(net, volume)
+    assert mapped.dtype == np.min_scalar_type(known[-1])
+    np.testing.assert_array_equal(mapped, np.array(known)[plain])
+
+
+def test_classes_without_a_name_are_never_answered():
+    net, volume = network(classes=5), scan()
+    assert {2, 3} & set(np.unique(segment(net, volume)))
+    net.metadata["labels"] = {"0": "background", "1": "necrosis", "4": "enhancing"}
+    logits = logits_at_once(net, volume)[..., [0, 1, 4]]
+    labels = segment(net, volume)
+    assert set(np.unique(labels)) <= {0, 1, 4}
+    assert_largest(np.searchsorted([0, 1, 4], labels), logits)
+    net.metadata["labels"] = {"0": "background", "7": "other"}
+    with pytest.raises(ValueError, match="5 classes with the labels"):
+        segment(net, volume)
 
 
 def test_mirroring_changes_nothing_where_the_function_is_equivariant():

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import ops
 from .backend import Array, array_module, to_library, to_numpy
+from .data.augment import LEFT_RIGHT, numbered, permutation
 from .data.ct import Plan, resample, thick_axis
 from .data.nifti import Volume
 from .data.sampling import pad
@@ -24,7 +25,6 @@ from .nn import Module
 from .tensor import Tensor, no_grad
 
 Progress = Callable[[Iterable], Iterable]
-CELL = 8  # voxels between a network's answers, at output stride 8; in between they are interpolated
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
@@ -47,8 +47,8 @@ def gaussian(size: tuple[int, ...], sigma: float = 1 / 8) -> np.ndarray:
 
 
 def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap: float = 0.5, *,
-          batch: int = 1, mirror: Sequence[int] = (), progress: Progress = iter
-          ) -> Iterator[np.ndarray]:
+          batch: int = 1, mirror: Sequence[int] = (), pairs: Sequence[tuple[int, int]] = (),
+          progress: Progress = iter) -> Iterator[np.ndarray]:
     """The logits of `sliding_window`, with its arguments, as slabs (d, *S[1:], classes).
 
     They come in order along the first axis, each as soon as no later window reaches it. Two
@@ -81,7 +81,7 @@ def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap
         places = [tuple(slice(c, c + p) for c, p in zip(corner, size, strict=True))
                   for corner in group]
         windows = np.stack([padded[place] for place in places]).astype("float32")
-        logits = _logits(net, windows[:, 0] if flat else windows, flips, library)
+        logits = _logits(net, windows[:, 0] if flat else windows, flips, pairs, library)
         logits = logits[:, None] if flat else logits
         if total is None:
             total = np.zeros((*norm.shape[:-1], logits.shape[-1]), "float32")
@@ -100,24 +100,17 @@ def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap
 
 
 def _logits(net: Module | Callable, windows: np.ndarray, flips: list[tuple[int, ...]],
-            library: ModuleType) -> np.ndarray:
-    """The mean over flips, the empty one first, of the answers (N, *P, classes) to windows
-    (N, *P, C), flipped back.
-
-    A flip along an odd number of axes sees its window moved by half a cell along all axes, so that
-    interpolations between different voxels are averaged. What it lost there, the first answers.
-    """
-    answers: list[np.ndarray] = []
+            pairs: Sequence[tuple[int, int]], library: ModuleType) -> np.ndarray:
+    """The mean over flips of the answers (N, *P, classes) to windows (N, *P, C), flipped back;
+    where the last spatial axis was, the classes of each pair change places."""
+    answers, right = [], windows.ndim - 2
     with _evaluation(net):
         for axes in flips:
-            by = [min(CELL // 2, n // 2) * (len(axes) % 2) for n in windows.shape[1:-1]]
-            kept = (slice(None), *[slice(-b or None) for b in by])
-            moved = (slice(None), *[slice(b, None) for b in by])
-            seen = np.pad(windows[kept], [(0, 0), *[(b, 0) for b in by], (0, 0)], mode="edge")
-            seen = to_library(np.ascontiguousarray(np.flip(seen, axes)), library)
+            seen = to_library(np.ascontiguousarray(np.flip(windows, axes)), library)
             answer = np.flip(to_numpy(net(Tensor(seen)).data), axes)
-            answers.append(np.array(answers[0] if answers else answer))
-            answers[-1][kept] = answer[moved]
+            if right in axes and pairs:
+                answer = answer[..., permutation(answer.shape[-1], pairs)]
+            answers.append(answer)
     return np.mean(answers, axis=0)
 
 
@@ -138,7 +131,8 @@ def _evaluation(net: Module | Callable) -> Iterator[None]:
 
 def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...],
                    overlap: float = 0.5, *, batch: int = 1, mirror: Sequence[int] = (),
-                   labels: bool = False, progress: Progress = iter) -> np.ndarray:
+                   pairs: Sequence[tuple[int, int]] = (), labels: bool = False,
+                   progress: Progress = iter) -> np.ndarray:
     """Logits (*S, classes), float32, or labels (*S), uint8, of a volume (*S, C).
 
     Windows of the size `patch` overlap by the fraction `overlap` and are averaged with Gaussian
@@ -146,16 +140,18 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     of one axis less than the volume the network is one of slices: they are taken along the first
     axis, every one once in depth. `mirror` names spatial axes of the volume: logits are averaged
     over the reflections along every subset of them, 2^n times the work (a network of slices has
-    nothing to reflect along the first), half of them moved by half a `CELL`. `batch` windows go
-    through the network at a time; `progress` wraps the list of such groups (tqdm, say). A module
-    is in evaluation mode while it runs, and runs where its parameters are; the result is in host
-    memory.
+    nothing to reflect along the first). `pairs` are classes that are each other's mirror image,
+    left and right: what a reflection along the last axis answers for one counts for the other.
+    `batch` windows go through the network at a time; `progress` wraps the list of such groups
+    (tqdm, say). A module is in evaluation mode while it runs, and runs where its parameters are;
+    the result is in host memory.
 
     Raises ValueError where patch or mirror do not fit the volume's rank or overlap is not in
     [0, 1).
     """
     result, row = np.empty(0), 0
-    for slab in slabs(net, volume, patch, overlap, batch=batch, mirror=mirror, progress=progress):
+    for slab in slabs(net, volume, patch, overlap, batch=batch, mirror=mirror, pairs=pairs,
+                      progress=progress):
         slab = slab.argmax(axis=-1).astype("uint8") if labels else slab
         if row == 0:
             result = np.empty((len(volume), *slab.shape[1:]), slab.dtype)
@@ -186,15 +182,18 @@ def resampled(parts: Iterable[np.ndarray], depth: int, shape: Sequence[int],
 def segment(nets: Module | Sequence[Module], scan: Volume, *, overlap: float = 0.5,
             mirror: Sequence[int] = (), largest: bool = False, smallest: float = 0,
             progress: Progress = iter) -> np.ndarray:
-    """The label map (D, H, W), uint8, of a scan on its own grid, by networks that `load` returned.
+    """The label map (D, H, W) of a scan on its own grid, by networks that `load` returned.
 
+    It holds the numbers that the training files had (`numbers`), in the smallest unsigned type.
     Preparation and patch are those each network was trained with (`net.metadata`); its logits are
     interpolated to the scan's grid before the largest is taken. Of several networks the softmax
     is averaged there, not the logits: those of networks trained apart have no common scale, and
     the one that boasts most would decide alone. `mirror`, `overlap` and `progress` are those of
-    `sliding_window`; `largest` and `smallest`, in ml, are those of `islands`.
+    `sliding_window`; which classes are left and right of each other stands in the plan. `largest`
+    and `smallest`, in ml, are those of `islands`.
 
-    Raises ValueError where networks differ in classes or do not fit the scan's channels.
+    Raises ValueError where networks differ in classes, do not fit the scan's channels, or are asked
+    for the left-right reflection that their training left out.
     """
     nets = [nets] if isinstance(nets, Module) else list(nets)
     shape, channels = scan.array.shape[:3], (*scan.array.shape, 1)[3]
@@ -204,23 +203,49 @@ def segment(nets: Module | Sequence[Module], scan: Volume, *, overlap: float = 0
     if wrong := {net.config["in_channels"] for net in nets} - {channels}:
         raise ValueError(f"{scan.path}: found {channels} channels, expected {wrong.pop()}, with"
                          " which the network was trained")
+    if len({tuple(numbers(net).items()) for net in nets}) != 1:
+        raise ValueError(f"found networks of the labels {[list(numbers(net)) for net in nets]},"
+                         " expected one or more that agree")
     images: dict[Plan, np.ndarray] = {}
 
     def stream(net: Module) -> Iterator[np.ndarray]:
         plan, patch = Plan(**net.metadata["plan"]), net.metadata["patch"][-net.config["rank"] :]
+        if plan.mirror is None and LEFT_RIGHT % 3 in [axis % 3 for axis in mirror]:
+            raise ValueError("the network was trained without left-right reflections, and cannot"
+                             " answer them; predict without mirror")
         if plan not in images:  # in float16, as training stored and saw it
             images[plan] = plan.prepare(scan).astype("float16")
+        names = list(net.metadata.get("labels", {}).values())
         parts = slabs(net, images[plan], tuple(patch), overlap, mirror=mirror, progress=progress,
-                      batch=1 if len(patch) == 3 else 8)
+                      pairs=numbered(plan.mirror or (), names), batch=1 if len(patch) == 3 else 8)
         thick = None if plan.blend_slices else thick_axis(plan.spacing, scan.spacing)
         return resampled(parts, len(images[plan]), shape, [int(a != thick) for a in range(3)])
 
-    labels, streams = np.empty(shape, "uint8"), [stream(net) for net in nets]
+    found, classes = map(np.array, zip(*numbers(nets[0]).items(), strict=True))
+    streams = [stream(net) for net in nets]
+    labels = np.empty(shape, np.min_scalar_type(found.max()))
     images.clear()  # each stream keeps its own, while it lasts
     for row, votes in zip(labels, zip(*streams, strict=True), strict=True):
         shares = [ops.softmax(Tensor(vote)).data for vote in votes] if len(nets) > 1 else votes
-        row[...] = sum(shares).argmax(axis=-1)
+        row[...] = found[sum(shares)[..., classes].argmax(axis=-1)]
     return islands(labels, largest=largest, smallest=smallest * 1000 / prod(scan.spacing))
+
+
+def numbers(net: Module) -> dict[int, int]:
+    """{label number in files: class of the network}: class c stands for the c-th number.
+
+    Of a network that has more classes than numbers, as those with gaps between the numbers had
+    before numbers were mapped, a class is its number, and those without a name are never answered.
+    ValueError where neither fits.
+    """
+    classes = net.config["classes"]
+    known = sorted(map(int, net.metadata.get("labels", {}))) or list(range(classes))
+    if len(known) == classes:
+        return {number: c for c, number in enumerate(known)}
+    if max(known) >= classes:
+        raise ValueError(f"found a network of {classes} classes with the labels {known}, expected"
+                         " as many; it was saved with the labels of another")
+    return {number: number for number in known}
 
 
 def islands(labels: np.ndarray, *, largest: bool = False, smallest: float = 0) -> np.ndarray:

@@ -148,6 +148,7 @@ class Plan:
     std: float | None = None
     order: int = 1
     blend_slices: bool = True
+    mirror: tuple[tuple[str, str], ...] | None = ()
 
     def __post_init__(self) -> None:
         spacing = tuple(float(s) for s in self.spacing)
@@ -166,6 +167,8 @@ class Plan:
                              " expected 1 (linear) or 3 (cubic), and true or false")
         object.__setattr__(self, "spacing", spacing)  # lists, as JSON has them, become tuples
         object.__setattr__(self, "clip", clip)
+        if self.mirror is not None:
+            object.__setattr__(self, "mirror", tuple(map(tuple, self.mirror)))
 
     @classmethod
     def fit(cls, cases: Iterable[Any], spacing: tuple[float, ...] | None = None, *,
