@@ -1,5 +1,8 @@
 """Patches: what is guaranteed of every one, and that storing changes nothing."""
 
+import math
+import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,11 +83,27 @@ def test_uniform_patches_reach_every_corner():
 @pytest.mark.parametrize("size", [(3, 4, 5), (4, 5)])
 def test_a_batch_keeps_its_promise(size):
     cases = [prepared(name="full"), prepared(name="void", foreground=False)]
-    for count, share, certain in ((5, 0.5, 3), (2, 0.33, 1), (4, 1.0, 4), (3, 0.0, 0)):
+    for count, share, certain in ((5, 0.5, (0, 2, 4)), (2, 0.33, (0,)), (4, 1.0, range(4)),
+                                  (3, 0.0, ())):
         images, labels = sampling.batch(cases, size, count, np.random.default_rng(count), share)
         assert images.shape == (count, *size, 2) and images.dtype == np.float32
         assert labels.shape == (count, *size) and labels.dtype == np.uint8
-        assert all((label > 0).any() for label in labels[:certain])
+        assert all((labels[number] > 0).any() for number in certain)
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1 / 3, 0.5, 0.7, 1])
+def test_the_share_of_foreground_holds_over_steps_whatever_the_batch(share):
+    """Patches of one voxel: one that is centred on foreground holds it, others almost never."""
+    case = prepared((30, 30, 30))
+    case.label[:] = 0
+    case.label[3, 4, 5] = 1
+    case.foreground = {1: np.argwhere(case.label == 1)}
+    for count in range(1, 6):
+        drawn = [sampling.batch([case], (1, 1, 1), count, np.random.default_rng((7, step)), share,
+                                first=step * count)[1].ravel() for step in range(24)]
+        seen = np.cumsum(np.concatenate(drawn))
+        expected = [math.ceil(n * share - 1e-9) for n in range(1, len(seen) + 1)]
+        np.testing.assert_array_equal(seen, expected)
 
 
 def test_slices_are_planes_of_volumes():
@@ -144,12 +163,49 @@ def test_coordinates_are_bounded_drawn_without_repeats_and_seeded(monkeypatch):
     label = np.ones((8, 9, 10), np.uint8)
     label[0] = 0
     volume = nifti.Volume(label[..., None].astype(np.float32), (1, 1, 1), np.eye(4), None, (), None)
-    case = SimpleNamespace(id="x", read=lambda: (volume, label))
+    case = SimpleNamespace(id="x", read=lambda: (volume, label), labels={0: "back", 1: "all"})
     first, again, other = (sampling.prepare(case, Plan((1, 1, 1)), seed).foreground[1]
                            for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any() and len(np.unique(first, axis=0)) == 50
     assert (label[tuple(first.T)] == 1).all()
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 4), (0, 63, 252), (0, 255), (0, 2, 700, 14175)])
+def test_label_numbers_become_classes(numbers):
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, len(numbers), (5, 6, 7))
+    label = np.array(numbers, np.min_scalar_type(numbers[-1]))[classes]
+    volume = nifti.Volume(np.zeros((5, 6, 7, 1), "f4"), (1, 1, 1), np.eye(4), None, (), None)
+    case = SimpleNamespace(id="x", read=lambda: (volume, label),
+                           labels={n: f"class {n}" for n in reversed(numbers)})
+    ready = sampling.prepare(case, Plan((1, 1, 1)), 0)
+    np.testing.assert_array_equal(ready.label, classes)
+    assert ready.label.dtype == np.uint8 and list(ready.foreground) == [*range(1, len(numbers))]
+
+
+def test_a_prepared_case_knows_what_it_was_made_of(tmp_path):
+    folder = phantom.write(tmp_path / "task", cases=2, shape=(8, 20, 22), spacing=(9, 7.2, 7))
+    case, other = decathlon.load(folder).cases
+    plan = Plan((9.0, 7.2, 7.0))
+    sampling.store(tmp_path / "p", sampling.prepare(case, plan, 0), sampling.source(case, plan))
+    assert sampling.changed(tmp_path / "p", case, plan) == []
+    assert sampling.changed(tmp_path / "p", other, plan) == []  # never stored
+    content, told = case.label.read_bytes(), case.label.stat()
+    case.label.write_bytes(content)  # another time, the same bytes
+    assert sampling.changed(tmp_path / "p", case, plan) == []
+    case.label.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert sampling.changed(tmp_path / "p", case, plan) == [str(case.label)]
+    os.utime(case.label, ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert sampling.changed(tmp_path / "p", case, plan) == []  # what a size and a time can tell
+    case.label.write_bytes(content + b"0")
+    case.image.write_bytes(b"")
+    assert sampling.changed(tmp_path / "p", case, plan) == [str(case.image), str(case.label)]
+    case.label.write_bytes(content)
+    case.image.write_bytes(content)
+    named = replace(case, labels={0: "background", 1: "liver", 2: "cancer"})
+    assert sampling.changed(tmp_path / "p", named, Plan((9.0, 7.2, 7.5))) == [
+        "plan", "labels", str(case.image)]
 
 
 def test_a_case_without_foreground_is_stored_too(tmp_path):

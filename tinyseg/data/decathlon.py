@@ -31,6 +31,11 @@ class Case:
     labels: dict[int, str]
     modalities: dict[int, str]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the case, the label map's last."""
+        return self.image, self.label
+
     def read(self) -> tuple[nifti.Volume, np.ndarray]:
         """The scan, array (D, H, W, C) float32, and its label map (D, H, W) uint8.
 

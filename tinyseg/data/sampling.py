@@ -1,15 +1,22 @@
-"""Prepared cases on disk, and the random patches that training sees of them."""
+"""Prepared cases on disk, and the random patches that training sees of them.
+
+Files hold label numbers, 0, 63 and 252 perhaps; what is prepared holds classes, 0, 1 and 2: class c
+is the c-th number of the dataset.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import decathlon
 from .ct import Plan
 from .nifti import whole
 
@@ -36,9 +43,11 @@ def prepare(case: Any, plan: Plan, seed: int) -> Prepared:
     """Read a case, normalise and resample it, and draw the voxels that patches centre on."""
     volume, label = case.read()
     image = plan.prepare(volume).astype(np.float16)
-    label = plan.prepare_labels(label, volume.spacing)
+    classes = np.zeros(1 + max(case.labels), np.uint8)
+    classes[sorted(case.labels)] = np.arange(len(case.labels))
+    label = plan.prepare_labels(classes[label], volume.spacing)
     rng, foreground = np.random.default_rng(seed), {}
-    for number in np.unique(label[(label > 0) & (label != IGNORE)]).tolist():
+    for number in np.unique(label[label > 0]).tolist():
         voxels = np.argwhere(label == number).astype(np.int32)
         if len(voxels) > COORDINATES:
             voxels = voxels[np.sort(rng.choice(len(voxels), COORDINATES, replace=False))]
@@ -46,17 +55,63 @@ def prepare(case: Any, plan: Plan, seed: int) -> Prepared:
     return Prepared(case.id, image, label, foreground)
 
 
-def store(folder: str | Path, prepared: Prepared) -> None:
-    """Write the case as three .npy files, each of them whole or not at all, the image last."""
+def store(folder: str | Path, prepared: Prepared, source: dict | None = None) -> None:
+    """Write the case as three .npy files, each of them whole or not at all, the image last.
+
+    `source`, what it was made of (see `source`), goes before them to a JSON file.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [np.insert(voxels, 0, number, axis=1)
             for number, voxels in prepared.foreground.items()]
     table = np.concatenate(rows) if rows else np.empty((0, 4), np.int32)  # (class, d, h, w)
+    if source is not None:
+        with whole(folder / f"{prepared.id}.source.json") as draft:
+            draft.write_text(json.dumps(source, indent=1), encoding="utf-8")
     for part, array in (("foreground", table), ("label", prepared.label),
                         ("image", prepared.image)):
         with whole(folder / f"{prepared.id}.{part}.npy") as draft:
             np.save(draft, array, allow_pickle=False)
+
+
+def source(case: Any, plan: Plan) -> dict:
+    """What a prepared case is made of, as JSON has it: the plan, the labels, and of each file the
+    bytes, the time of its last change in ns and its SHA-256."""
+    return {**_told(case, plan),
+            "files": [{**_stamp(path), "sha256": _digest(path)} for path in case.files]}
+
+
+def changed(folder: str | Path, case: Any, plan: Plan) -> list[str]:
+    """What is other than when the case was stored: paths of files, "labels", "plan". Of a case that
+    was never stored with its `source`, nothing.
+
+    A file of the same size and time is taken for the same, one of another time if its SHA-256 is.
+    """
+    path = Path(folder) / f"{case.id}.source.json"
+    if not path.is_file():
+        return []
+    told = decathlon.read_json(path)
+    wrong = [key for key, now in _told(case, plan).items() if told.get(key) != now]
+    for file, before in zip(case.files, told.get("files", []), strict=True):
+        now = _stamp(file)
+        if before["bytes"] != now["bytes"] or (
+                before["changed"] != now["changed"] and before["sha256"] != _digest(file)):
+            wrong.append(str(file))
+    return wrong
+
+
+def _told(case: Any, plan: Plan) -> dict:
+    return {"plan": json.loads(json.dumps(asdict(plan))),
+            "labels": {str(number): name for number, name in case.labels.items()}}
+
+
+def _stamp(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open(folder: str | Path, id: str) -> Prepared:
@@ -117,25 +172,33 @@ def patch(case: Prepared, size: Sequence[int], rng: np.random.Generator,
     return pad(image, size)[0], pad(labels, size, IGNORE)[0]
 
 
+def centred(number: int, share: float) -> bool:
+    """Whether patch `number` of a run, from 0, is one of those centred on foreground.
+
+    Of the first n patches ceil(n share) are, spread evenly, however they are cut into batches.
+    """
+    return math.ceil((number + 1) * share - 1e-9) > math.ceil(number * share - 1e-9)
+
+
 def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
-            foreground: float = 0.5, augment: Callable | None = None
+            foreground: float = 0.5, augment: Callable | None = None, first: int = 0
             ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(id, image (*size, C) float32, labels (*size) uint8) of `count` cases drawn uniformly.
 
-    Two sizes (H, W) mean slices: patches of depth one without the depth axis. The first
-    ceil(count * foreground) patches are centred on foreground, by index and not by chance, so
-    that no batch is empty (nnU-Net's oversampling); those cases are drawn among the ones that
-    have any. `augment(image, labels, rng)` changes each patch.
+    Two sizes (H, W) mean slices: patches of depth one without the depth axis. A share `foreground`
+    of all patches is centred on foreground, by their number in the run and not by chance
+    (`centred`; nnU-Net's oversampling): `first` is that of the first one here, step * count. Those
+    cases are drawn among the ones that have any. `augment(image, labels, rng)` changes each patch.
     """
     if len(size) not in (2, 3) or not cases or count < 1:
         raise ValueError(f"found size {tuple(size)}, {len(cases)} cases and count {count},"
                          " expected two or three sizes, a case and a patch at least")
-    certain = math.ceil(count * foreground)
     inhabited = [case for case in cases if case.foreground] or cases
-    for index in range(count):
-        among = inhabited if index < certain else cases
+    for number in range(first, first + count):
+        certain = centred(number, foreground)
+        among = inhabited if certain else cases
         case = among[int(rng.integers(len(among)))]
-        image, labels = patch(case, (1, *size)[-3:], rng, foreground=float(index < certain))
+        image, labels = patch(case, (1, *size)[-3:], rng, foreground=float(certain))
         if len(size) == 2:
             image, labels = image[0], labels[0]
         image, labels = augment(image, labels, rng) if augment else (image, labels)
@@ -143,9 +206,9 @@ def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.
 
 
 def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
-          foreground: float = 0.5, augment: Callable | None = None
+          foreground: float = 0.5, augment: Callable | None = None, first: int = 0
           ) -> tuple[np.ndarray, np.ndarray]:
     """`patches` as two arrays: images (N, *size, C) float32 and labels (N, *size) uint8."""
-    drawn = patches(cases, size, count, rng, foreground, augment)
+    drawn = patches(cases, size, count, rng, foreground, augment, first)
     _, images, labels = zip(*drawn, strict=True)
     return np.stack(images), np.stack(labels)
