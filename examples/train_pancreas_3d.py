@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tinyseg as ts
-from tinyseg import checkpoint, nn, report
+from tinyseg import checkpoint, files, nn, report
 from tinyseg.data import augment, ct, decathlon, nifti, phantom, sampling
 
 EXAMPLES = """\
@@ -339,7 +339,7 @@ def work(out: Path, settings: dict) -> None:
     """The whole run, or what is left of it."""
     ts.device(settings["device"])  # before any work is done
     out.mkdir(parents=True, exist_ok=True)
-    nifti.sweep(out)
+    files.sweep(out)
     description, folder = out / "run.json", Path(settings["data"] or out / "phantom")
     if settings["data"] is None and not (folder / "dataset.json").exists():
         report.write_json(description, settings)

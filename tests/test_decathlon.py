@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyseg import files
 from tinyseg.data import decathlon
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -121,7 +122,7 @@ def test_missing_and_damaged_descriptions(tmp_path, monkeypatch):
         source.write_bytes(content)
         with pytest.raises(ValueError, match="dataset.json"):
             decathlon.load(tmp_path)
-    monkeypatch.setattr(decathlon, "LARGEST_JSON", 10)
+    monkeypatch.setattr(files, "LARGEST_JSON", 10)
     source.write_bytes(b" " * 11)
     with pytest.raises(ValueError, match="found 11 bytes"):
         decathlon.load(tmp_path)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import tinyseg as ts
-from tinyseg import checkpoint, report
+from tinyseg import checkpoint, files, report
 from tinyseg.data import ct, decathlon, nifti, phantom, sampling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -394,8 +394,8 @@ def test_what_is_no_description_of_a_run_is_refused(copy, capsys, content):
 
 
 def test_descriptions_are_bounded_before_they_are_read(copy, capsys, monkeypatch):
-    monkeypatch.setattr(decathlon, "LARGEST_JSON", 100)
-    monkeypatch.setattr(decathlon.json, "loads", None)
+    monkeypatch.setattr(files, "LARGEST_JSON", 100)
+    monkeypatch.setattr(files.json, "loads", None)
     fails(capsys, ["--resume", "--out", copy], "run.json", "at most 100")
     fails(capsys, ["--out", copy.parent / "new", "--data", copy / "phantom"], "dataset.json",
           "at most 100")
@@ -421,7 +421,7 @@ CASE = sampling.Prepared("x", np.zeros((9, 9, 9, 1), "float16"), np.zeros((9, 9,
 def test_every_writer_names_the_file_that_a_full_disk_refuses(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"as it was")
-    with suppress(OSError), nifti.whole(path) as draft:
+    with suppress(OSError), files.whole(path) as draft:
         pass
     draft.symlink_to("/dev/full")
     with pytest.raises(OSError, match="cannot be written") as caught:

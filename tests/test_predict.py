@@ -14,6 +14,7 @@ from test_infer import network
 
 import tinyseg as ts
 from tinyseg import __main__ as commands
+from tinyseg import files
 from tinyseg.data import nifti
 from tinyseg.infer import islands, segment
 
@@ -128,7 +129,7 @@ def test_outputs_are_whole_or_not_there(models, one, tmp_path, monkeypatch, caps
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(nifti.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         assert predict(models / "a.npz", one, out) == 1
     told = capsys.readouterr().err
     assert "No space left" in told and str(one) in told

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import models
 from .backend import Array, to_numpy
-from .data.nifti import whole
+from .files import whole
 from .nn import Module
 
 FORMAT = "tinyseg 1"

@@ -7,7 +7,6 @@ is unsorted, `numTraining` may be wrong, and folders may hold AppleDouble junk n
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import read_json
 from . import nifti
-
-LARGEST_JSON = 64 * 2**20  # bytes; Task07 lists 420 scans in 38 kB
 
 
 @dataclass(frozen=True)
@@ -117,21 +115,6 @@ def load(folder: str | Path) -> Dataset:
     return Dataset(str(content.get("name", folder.name)), labels, modalities,
                    tuple(cases[name] for name in sorted(cases)),
                    tuple(sorted(path for path in test if not path.name.startswith((".", "_")))))
-
-
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file, bounded before it is read; ValueError names the file."""
-    path = Path(path)
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{path}: found {size} bytes, expected at most {LARGEST_JSON}; this is no"
-                         " description of a task or a run")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as fault:
-        raise ValueError(f"{path}: not valid JSON ({fault}); fetch the file again") from fault
-    if type(content) is not dict:
-        raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
-    return content
 
 
 def _numbered(content: dict, key: str, source: Path) -> dict[int, str]:

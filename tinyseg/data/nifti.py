@@ -8,19 +8,18 @@ a label map is written under the scan's own header, byte for byte where it tells
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..files import whole
 
 # nibabel is imported where it is called: it takes as long to load as NumPy, and most programs that
 # import this library to learn from it read no scan.
@@ -306,34 +305,3 @@ def write(path: str | Path, array: np.ndarray, like: Volume) -> None:
     with whole(path) as draft, ImageOpener(str(draft), "wb") as file:
         header.write_to(file)
         file.write(labels.tobytes(order="F"))
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A draft beside `path` that takes its place at the end, or vanishes if the block fails.
-
-    OSError names `path`, also where the system does not say which file it is about (a full disk).
-    """
-    draft = path.with_name(f".draft.{os.getpid()}.{path.name}")
-    try:
-        yield draft
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
-        os.replace(draft, path)
-        with suppress(OSError):  # where a folder can be flushed, the name survives a power cut too
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as fault:
-        raise OSError(fault.errno or errno.EIO, f"cannot be written: {fault.strerror or fault}",
-                      str(path)) from fault
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove the drafts that killed processes left in `folder` and below."""
-    for draft in folder.rglob(".draft.*"):
-        draft.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..files import whole
 from . import nifti
 
 SHAPE, SPACING = (40, 96, 96), (2.5, 1.6, 1.6)
@@ -127,7 +128,7 @@ def write(folder: str | Path, cases: int = 8, seed: int = 0,
             name = f"./{part}sTr/phantom_{case:03d}.nii.gz"
             stored = nib.Nifti1Image(orientations.apply_orientation(array, turn), affine)
             stored.header.set_xyzt_units("mm", "sec")
-            with nifti.whole(folder / name) as draft:
+            with whole(folder / name) as draft:
                 nib.save(stored, draft)
             entry[part] = name
         training.append(entry)
@@ -139,6 +140,6 @@ def write(folder: str | Path, cases: int = 8, seed: int = 0,
         "labels": {"0": "background", "1": "pancreas", "2": "cancer"},
         "numTraining": cases, "numTest": 0, "training": training, "test": [],
     }
-    with nifti.whole(folder / "dataset.json") as draft:
-        draft.write_text(json.dumps(content, indent=1))
+    with whole(folder / "dataset.json") as draft:
+        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return folder

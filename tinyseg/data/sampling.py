@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from . import decathlon
+from ..files import read_json, whole
 from .ct import Plan
-from .nifti import whole
 
 IGNORE = 255  # the label of padding: no class, left out of losses
 COORDINATES = 10_000  # per class and case: enough to centre patches on, and it bounds memory
@@ -90,7 +89,7 @@ def changed(folder: str | Path, case: Any, plan: Plan) -> list[str]:
     path = Path(folder) / f"{case.id}.source.json"
     if not path.is_file():
         return []
-    told = decathlon.read_json(path)
+    told = read_json(path)
     wrong = [key for key, now in _told(case, plan).items() if told.get(key) != now]
     for file, before in zip(case.files, told.get("files", []), strict=True):
         now = _stamp(file)
