@@ -4,8 +4,9 @@ The scans come as a Medical Segmentation Decathlon folder, as downloaded; withou
 one is written first and takes the same path. Everything lands in --out:
 
   model_2d.npz, model_3d.npz   the networks with their preparation (tinyseg.load)
-  history.csv, progress.png    loss and Dice on training patches, step by step
-  metrics.json                 Dice and IoU per class and case, on whole volumes
+  history.csv, progress.png    loss and Dice on training patches, step by step: of those centred on
+                               foreground, and of those drawn anywhere, over the last 50 steps
+  metrics.json                 Dice and IoU per class and case, on whole volumes, and how scored
   predictions/, overlay_*.png  label maps on the scans' own grids, and pictures of them
   run.json, checkpoint.npz     what was asked for, and where --resume goes on
 """
@@ -17,9 +18,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -41,7 +42,9 @@ examples:
 RATES = {"2d": 1e-3, "3d": 3e-4}  # AdamW; the 3D network starts trained
 SLICES = 8  # slices per step of the 2D stage for every volume per step of the 3D stage
 SAVE_EVERY = 120.0  # seconds between checkpoints
-MOVABLE = {"data", "device"}  # a resumed run may find its scans elsewhere, or another machine
+FOREGROUND = 0.5  # of all patches is centred on foreground
+RECENT = 50  # steps whose patches drawn anywhere are scored together
+MOVABLE = {"data", "images", "label_maps", "device"}  # a resumed run may find scans elsewhere
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of the default patch: 40x224x224 fits the larger
 
 
@@ -49,7 +52,12 @@ def options(**how) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, **how,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, help="Decathlon folder with dataset.json (default: a phantom in OUT)")
+    add("--data", type=Path, help="Decathlon or nnU-Net folder with dataset.json (default: a "
+        "phantom in OUT)")
+    add("--images", type=Path, help="instead of --data: a folder of scans")
+    add("--labels", type=Path, dest="label_maps", help="and one of label maps under the same names")
+    add("--modality", metavar="NAME", help="of --images: CT keeps its units (default: each scan is "
+        "standardised)")
     add("--out", type=Path, default=Path("runs/pancreas"), help="where results go (%(default)s)")
     add("--pretrained", type=Path, help="start the 2D network from this checkpoint "
         "(PyTorch, safetensors or ours)")
@@ -65,6 +73,9 @@ def options(**how) -> argparse.ArgumentParser:
     add("--steps-3d", type=int, metavar="N", help="steps on volumes (400; quick 22)")
     add("--batch", type=int, metavar="N", help=f"volumes a step (2; quick 1); {SLICES}x as many "
         "slices")
+    add("--mirror", nargs="+", default=["auto"], metavar="A=B", help="classes that change places "
+        "when a patch is mirrored left-right, by name or number; none: nothing is mirrored; auto: "
+        "by the sides in their names, and nothing where one has no partner (%(default)s)")
     add("--folds", type=int, default=5, metavar="K", help="parts of the cross-validation (5)")
     add("--fold", type=int, default=0, metavar="I", help="the part held out, from 0 (0)")
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -85,8 +96,17 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
         parser.error("steps and seed must be at least 0 and batch at least 1")
     if args.patch and min(args.patch) < 1 or args.spacing and min(args.spacing) <= 0:
         parser.error("--patch and --spacing must be positive")
+    if args.patch and args.steps_3d and (wrong := starved(args.patch, args.batch)):
+        parser.error(wrong)
     if not 0 <= args.fold < args.folds:
         parser.error(f"--fold must be 0 to {args.folds - 1}, found {args.fold}")
+    if (args.images is None) != (args.label_maps is None) or args.images and args.data:
+        parser.error("--images and --labels go together, and without --data")
+    if args.modality and not args.images:
+        parser.error("--modality is for --images; with --data it stands in dataset.json")
+    if args.mirror not in (["auto"], ["none"]) and not all("=" in pair for pair in args.mirror):
+        parser.error(f"--mirror is {' '.join(args.mirror)}; expected auto, none, or pairs such as "
+                     "'left kidney=right kidney'")
     return args
 
 
@@ -96,6 +116,8 @@ def arguments(argv: list[str] | None = None) -> tuple[Path, dict]:
     parser = options()
     args = parse(parser, words)
     out, told = args.out, args.out / "run.json"
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {out} is a file; expected a folder, or a name for a new one")
     if not args.resume:
         parts = [name for name in ("run.json", "checkpoint.npz", "prepared")
                  if (out / name).exists()]
@@ -110,7 +132,7 @@ def arguments(argv: list[str] | None = None) -> tuple[Path, dict]:
         parser.error("--resume goes on with the network in OUT; --pretrained would replace it")
     if not told.is_file():
         parser.error(f"--resume: there is no run to go on with in {out} ({told.name} is missing)")
-    kept, keys = decathlon.read_json(told), settings_of(args).keys()
+    kept, keys = files.read_json(told), settings_of(args).keys()
     if missing := sorted(keys - kept.keys()):
         raise ValueError(f"{told}: found no {', '.join(missing)}, which every run writes")
     # Anyone may have edited the file; as words it can ask for no more than a command line can.
@@ -134,7 +156,7 @@ def words_of(settings: dict) -> list[str]:
     """The command line that asks for these settings."""
     words = []
     for key, value in settings.items():
-        flag = "--" + key.replace("_", "-")
+        flag = "--labels" if key == "label_maps" else "--" + key.replace("_", "-")
         if isinstance(value, list):
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
@@ -153,20 +175,42 @@ def default_patch(cases: list[sampling.Prepared], spacing: tuple, voxels: int) -
     return tuple(patch)
 
 
-def begin_from(path: Path, flat, batch) -> None:
-    """Load pretrained weights; the head only where it has these classes. Batch-norm gets the
-    statistics of these images, so that it may train: folded ones would ruin it."""
+def starved(patch: Sequence[int], batch: int) -> str:
+    """What is wrong with patches that leave one value per channel at output stride 8, or ""."""
+    return "" if batch > 1 or max(patch) > 8 else (
+        f"a batch of one patch of {' x '.join(map(str, patch))} voxels leaves one value per "
+        "channel at output stride 8, and batch-norm nothing to normalise by; take a larger --patch "
+        "or --batch")
+
+
+def begin_from(path: Path, flat) -> None:
+    """Load pretrained weights; the head only where it has these classes."""
     heads = [len(a) for name, a in ts.pretrained.read(path).items()
              if name.endswith(("fc.bias", "classifier.4.bias"))]
     fits = heads == [flat.config["classes"]]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of folded statistics: they are replaced below
+        warnings.simplefilter("ignore")  # of folded statistics: `recalibrate` replaces them
         told = ts.pretrained.load(flat, path, head="keep" if fits else "drop")
     print(str(told).splitlines()[0])
     if not fits:
         print("its head is for other classes: ours starts at random")
-    ts.pretrained.recalibrate(flat, (batch(i)[0] for i in range(8)))
-    print("batch-norm recalibrated on 8 batches of training slices; in eval mode nothing changed")
+
+
+def reflection(words: list[str], labels: dict[int, str]) -> tuple[tuple[str, str], ...] | None:
+    """Which classes change places when a patch is mirrored; None where none is. Says which."""
+    names = list(labels.values())
+    pairs, alone = augment.sides(names)
+    if words == ["none"] or words == ["auto"] and alone:
+        print("nothing is mirrored" + (f": {', '.join(alone)} has a side and no partner; --mirror "
+                                       "names pairs" if words == ["auto"] else ""))
+        return None
+    if words != ["auto"]:
+        numbers = {str(number): name for number, name in labels.items()}
+        pairs = [tuple(numbers.get(side, side) for side in word.split("=", 1)) for word in words]
+        augment.numbered(pairs, names)  # or it says which is no class
+    print("patches are mirrored left-right" + "".join(
+        f"; {a} and {b} change places" for a, b in pairs))
+    return tuple(pairs)
 
 
 @contextmanager
@@ -201,14 +245,19 @@ def stopping() -> Iterator[list]:
 
 
 def prepare(dataset, plan, folder: Path, seed: int) -> dict[str, sampling.Prepared]:
-    """All cases, normalised and resampled once and kept in `folder`, by id."""
+    """All cases, normalised and resampled once and kept in `folder`, by id; what of them changed
+    since is refused, before anything is prepared."""
+    if other := [what for case in dataset.cases for what in sampling.changed(folder, case, plan)]:
+        raise ValueError(f"{folder}: made of other data: {', '.join(dict.fromkeys(other))} changed "
+                         "since this run began; bring that back, or begin again in another --out")
     cases = {}
     for number, case in enumerate(tqdm(dataset.cases, desc="prepare", unit="case")):
         try:
             cases[case.id] = sampling.open(folder, case.id)
         except (FileNotFoundError, ValueError):
             with during(f"preparing case {case.id}"):
-                sampling.store(folder, sampling.prepare(case, plan, seed + number))
+                source = sampling.source(case, plan)
+                sampling.store(folder, sampling.prepare(case, plan, seed + number), source)
                 cases[case.id] = sampling.open(folder, case.id)
     return cases
 
@@ -226,6 +275,7 @@ class Run:
         self.out, self.settings = out, settings
         self.fixed = {key: value for key, value in settings.items() if key not in MOVABLE}
         self.history: list[dict] = []
+        self.recent: list = []  # the overlap of patches drawn anywhere, step by step
         self.device = ts.device(settings["device"])
 
     def save(self, stage: str, step: int, net, optimizer) -> None:
@@ -235,7 +285,7 @@ class Run:
         arrays |= {f"optimizer/{k}": a for k, a in optimizer.state().items()}
         checkpoint.write(self.out / "checkpoint.npz", arrays,
                          {"settings": self.fixed, "stage": stage, "step": step,
-                          "history": self.history})
+                          "history": self.history, "recent": self.recent})
         report.write_table(self.out / "history.csv", self.history)
 
     def recall(self) -> tuple[str, tuple | None]:
@@ -246,9 +296,25 @@ class Run:
         arrays, told = checkpoint.read(path)
         if told.get("settings") != self.fixed:
             raise ValueError(f"{path}: this is no checkpoint of the run that run.json describes")
-        self.history = told["history"]
+        self.history, self.recent = told["history"], told["recent"]
         print(f"resuming the {told['stage']} stage after step {told['step']}")
         return told["stage"], (arrays, told["step"])
+
+    def row(self, stage: str, record: ts.train.Record) -> dict:
+        """What history.csv tells of a step: the Dice of its patches that were centred on
+        foreground, and that of those drawn anywhere in the last steps, which tells of false
+        positives too. A class that is in none has no entry."""
+        count = len(record.overlap)
+        chosen = np.array([sampling.centred(record.step * count + i, FOREGROUND)
+                           for i in range(count)])
+        self.recent = [*self.recent, record.overlap[~chosen].sum(axis=0).tolist()][-RECENT:]
+        scores = {"patch_dice": ts.train.dice(record.overlap[chosen]),
+                  "uniform_dice": ts.train.dice(np.array(self.recent))}
+        names = list(self.settings["labels"].values())
+        return {"stage": stage, "step": record.step, "loss": record.loss, "lr": record.lr,
+                "seconds": round(record.seconds, 4),
+                **{f"{kind} {names[c]}": round(x, 4) for kind, found in scores.items()
+                   for c, x in found.items()}}
 
     def train(self, stage: str, net, batch, steps: int, resume: tuple | None) -> None:
         """`steps` steps of one stage, from the checkpoint's if it is given.
@@ -264,21 +330,19 @@ class Run:
                             if k.startswith(part)} for part in ("net/", "optimizer/")}
             net.load_state(parts["net/"])
             optimizer.load_state(parts["optimizer/"])
+        else:
+            self.recent = []
         loss = partial(ts.losses.dice_cross_entropy, ignore=sampling.IGNORE)
-        names, saved = self.settings["labels"], monotonic()
+        saved = monotonic()
         bar = tqdm(total=steps, initial=step, desc=f"train {stage}", unit="step")
         try:
             with stopping() as noted:
                 for record in ts.train.fit(net, batch, loss, optimizer, steps, start=step):
-                    dice = {names[str(c)]: round(x, 4) for c, x in record.patch_dice.items()}
-                    self.history.append({
-                        "stage": stage, "step": record.step, "loss": record.loss, "lr": record.lr,
-                        "seconds": round(record.seconds, 4),
-                        **{f"patch_dice {name}": x for name, x in dice.items()},
-                    })
+                    self.history.append(self.row(stage, record))
                     step = record.step + 1
-                    bar.set_postfix_str(f"loss {record.loss:.3f}, patch Dice "
-                                        + " ".join(f"{name} {x:.2f}" for name, x in dice.items()))
+                    bar.set_postfix_str(", ".join(
+                        f"{key} {x:.2f}" for key, x in self.history[-1].items()
+                        if key == "loss" or "dice" in key))
                     bar.update()
                     if monotonic() - saved > SAVE_EVERY:
                         self.save(stage, step, net, optimizer)
@@ -309,10 +373,11 @@ def equivalence(flat, deep, patch: tuple, seed: int) -> float:
     return float(abs(many - one).max())
 
 
-def evaluate(dataset, held_out: list[str], nets: dict, out: Path) -> dict:
+def evaluate(dataset, held_out: list[str], nets: dict, out: Path, mirror: list[int]) -> dict:
     """Predict every held-out case with every network, write the label maps, score, draw.
 
-    Answers are averaged with those to the left-right mirror image, which training showed too.
+    `mirror`: answers are averaged with those to the mirror image. What an interrupted evaluation
+    has written since the networks were, is scored as it lies there.
     """
     scores: dict = {name: {} for name in nets}
     cases = [case for case in dataset.cases if case.id in held_out]
@@ -322,44 +387,85 @@ def evaluate(dataset, held_out: list[str], nets: dict, out: Path) -> dict:
             scan, truth = case.read()
             maps = {"reference": truth}
             for name, net in nets.items():
-                maps[name] = ts.infer.segment(net, scan, mirror=[augment.LEFT_RIGHT])
-                scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
                 folder = out / ("predictions" if name == "3d" else f"predictions_{name}")
-                folder.mkdir(exist_ok=True)
-                nifti.write(folder / f"{case.id}.nii.gz", maps[name], scan)
+                target, model = folder / f"{case.id}.nii.gz", out / f"model_{name}.npz"
+                if target.exists() and target.stat().st_mtime_ns >= model.stat().st_mtime_ns:
+                    maps[name] = nifti.read(target, truth.dtype).array
+                else:
+                    maps[name] = ts.infer.segment(net, scan, mirror=mirror)
+                    folder.mkdir(exist_ok=True)
+                    nifti.write(target, maps[name], scan)
+                scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
             if case.id in drawn:
-                low, high = net.metadata["plan"]["clip"] or (-1e9, 1e9)
-                report.overlay(out / f"overlay_{case.id}.png",
-                               np.clip(scan.array[..., 0], low, high), maps, dataset.labels,
-                               scan.spacing, f"{dataset.name} {case.id}, held out")
+                draw(out / f"overlay_{case.id}.png", scan, maps, dataset, net.metadata["plan"])
     return {name: {"cases": per, "mean": ts.metrics.mean(per)} for name, per in scores.items()}
+
+
+def draw(path: Path, scan, maps: dict, dataset, plan: dict) -> None:
+    """The overlay of a held-out case; a picture that cannot be drawn ends no run."""
+    low, high = plan["clip"] or (-1e9, 1e9)
+    try:
+        report.overlay(path, np.clip(scan.array[..., 0], low, high), maps, dataset.labels,
+                       scan.spacing, f"{dataset.name} {path.stem.removeprefix('overlay_')}, "
+                       "held out")
+    except Exception as error:  # whatever a drawing library raises
+        tqdm.write(f"{path}: not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+def tasks(out: Path, settings: dict) -> decathlon.Dataset:
+    """The scans that the settings ask for; without any, a phantom that is written first."""
+    if settings["images"]:
+        return decathlon.pair(settings["images"], settings["label_maps"],
+                              modality=settings["modality"])
+    folder = Path(settings["data"] or out / "phantom")
+    if settings["data"] is None and not (folder / "dataset.json").exists():
+        report.write_json(out / "run.json", settings)
+        print("no --data: writing a synthetic Decathlon folder to", folder)
+        phantom.write(folder, cases=10 if settings["quick"] else 25, seed=settings["seed"])
+    try:
+        return decathlon.load(folder)
+    except FileNotFoundError as error:
+        if "cases" in settings:
+            error.add_note("where it lies now can be told with --data")
+        raise
 
 
 def work(out: Path, settings: dict) -> None:
     """The whole run, or what is left of it."""
     ts.device(settings["device"])  # before any work is done
     out.mkdir(parents=True, exist_ok=True)
-    files.sweep(out)
-    description, folder = out / "run.json", Path(settings["data"] or out / "phantom")
-    if settings["data"] is None and not (folder / "dataset.json").exists():
-        report.write_json(description, settings)
-        print("no --data: writing a synthetic Decathlon folder to", folder)
-        phantom.write(folder, cases=10 if settings["quick"] else 25, seed=settings["seed"])
-    dataset = decathlon.load(folder)
+    with files.held(out):
+        files.sweep(out)
+        execute(out, settings)
+
+
+def execute(out: Path, settings: dict) -> None:
+    """The whole run, in a folder that is ours alone."""
+    description, dataset = out / "run.json", tasks(out, settings)
     names = {str(number): name for number, name in dataset.labels.items()}
     for key, found in (("labels", names), ("cases", [case.id for case in dataset.cases])):
         if settings.setdefault(key, found) != found:
-            raise ValueError(f"{folder}: its {key} are no longer those that the run in {out} began "
-                             "with; bring them back, or begin again in another --out")
+            raise ValueError(f"{dataset.cases[0].label.parent}: the {key} are no longer those that "
+                             f"the run in {out} began with; bring them back, or begin again in "
+                             "another --out")
     train_ids, held_out = decathlon.folds(settings["cases"], settings["folds"])[settings["fold"]]
+    anew = not (out / "checkpoint.npz").exists()
+    flat: nn.Module = ts.models.resnet_seg(
+        settings["backbone"], rank=2, in_channels=len(dataset.modalities), classes=len(names),
+        seed=settings["seed"])
+    if settings["pretrained"] and anew:
+        begin_from(Path(settings["pretrained"]), flat)
+    mirror = reflection(settings["mirror"], dataset.labels)
     report.write_json(description, settings)  # not before: a mistyped path begins no run
     training = [case for case in dataset.cases if case.id in train_ids]
     print(f"{dataset.name}: {len(training)} training and {len(held_out)} held-out cases, "
-          f"classes {', '.join(dataset.labels.values())}")
+          f"classes {', '.join(names.values())}")
+    if getattr(dataset, "skipped", ()):
+        print(f"left out: {len(dataset.skipped)} ({', '.join(dataset.skipped)})")
 
     if "plan" not in settings:
         plan = ct.Plan.fit(tqdm(training, desc="read", unit="case"), settings["spacing"])
-        settings["plan"] = asdict(plan)
+        settings["plan"] = asdict(replace(plan, mirror=mirror))
         report.write_json(description, settings)
     try:
         plan = ct.Plan(**settings["plan"])
@@ -370,29 +476,32 @@ def work(out: Path, settings: dict) -> None:
     if not settings["patch"]:
         settings["patch"] = default_patch(cases, plan.spacing, VOXELS[settings["device"]])
     report.write_json(description, settings)
-    settings = decathlon.read_json(description)  # the same types now as after a resume
+    settings = files.read_json(description)  # the same types now as after a resume
     patch = tuple(settings["patch"])
     small = sum(any(n < p for n, p in zip(case.label.shape, patch, strict=True)) for case in cases)
     print(f"spacing {' x '.join(f'{s:.3g}' for s in plan.spacing)} mm, patch "
           f"{' x '.join(map(str, patch))} voxels"
           + (f"; {small} smaller cases are padded" if small else ""))
+    if settings["steps_3d"] and (wrong := starved(patch, settings["batch"])):
+        raise ValueError(wrong)
 
     run = Run(out, settings)
     stage, resume = run.recall()
+    pairs = None if plan.mirror is None else augment.numbered(plan.mirror, list(names.values()))
 
     def batches(size, count, salt):
         return lambda step, draw=sampling.batch: draw(
             cases, size, count, np.random.default_rng((settings["seed"], salt, step)),
-            augment=augment.mild)
+            FOREGROUND, partial(augment.mild, pairs=pairs), first=step * count)
 
-    metadata = {"plan": settings["plan"], "patch": patch, "labels": settings["labels"],
+    metadata = {"plan": settings["plan"], "patch": patch, "labels": names,
                 "dataset": dataset.name}
-    flat: nn.Module = ts.models.resnet_seg(
-        settings["backbone"], rank=2, in_channels=len(dataset.modalities),
-        classes=1 + max(dataset.labels), seed=settings["seed"])
     if stage == "2d":
-        if settings["pretrained"] and not resume:
-            begin_from(Path(settings["pretrained"]), flat, batches(patch[1:], SLICES, 1))
+        if settings["pretrained"] and anew:
+            draw = batches(patch[1:], SLICES, 1)
+            ts.pretrained.recalibrate(flat, (draw(i)[0] for i in range(8)))
+            print("batch-norm recalibrated on 8 batches of training slices; in eval mode nothing "
+                  "changed")
         run.train("2d", flat, batches(patch[1:], SLICES * settings["batch"], 2),
                   settings["steps_2d"], resume)
         ts.save(out / "model_2d.npz", ts.to_device(flat, "cpu"), **metadata)
@@ -403,22 +512,26 @@ def work(out: Path, settings: dict) -> None:
     difference = equivalence(flat, deep, patch, settings["seed"])
     print(f"2D and inflated 3D logits differ by at most {difference:.2g} on an input constant "
           "along depth")
-    run.train("3d", deep, batches(patch, settings["batch"], 3), settings["steps_3d"], resume)
-    ts.save(out / "model_3d.npz", ts.to_device(deep, "cpu"), **metadata)
+    if not (resume and resume[1] >= settings["steps_3d"] and (out / "model_3d.npz").exists()):
+        run.train("3d", deep, batches(patch, settings["batch"], 3), settings["steps_3d"], resume)
+        ts.save(out / "model_3d.npz", ts.to_device(deep, "cpu"), **metadata)
 
-    nets = {"2d": flat, "3d": ts.load(out / "model_3d.npz")}
-    for net in nets.values():
-        ts.to_device(net, run.device)
-    models = evaluate(dataset, held_out, nets, out)
+    nets = {name: ts.to_device(ts.load(out / f"model_{name}.npz"), run.device)
+            for name in ("2d", "3d")}
+    axes = [] if plan.mirror is None else [augment.LEFT_RIGHT]
+    models = evaluate(dataset, held_out, nets, out, axes)
     report.write_json(out / "metrics.json", {
         "config": settings, "models": models,
-        "equivalence": {"max_abs_difference": difference}})
+        "equivalence": {"max_abs_difference": difference},
+        "scoring": {"grid": "the scans' own", "overlap": 0.5,
+                    "mean_with_mirror_image": bool(axes), "exchanged_classes": plan.mirror or []}})
     print(report.score_lines({name: m["mean"] for name, m in models.items()}, "dice"))
     print(f"on {len(held_out)} held-out cases; see {out / 'progress.png'} and overlay_*.png")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns its exit code."""
+    report.spell_out()
     try:
         work(*arguments(argv))
     except KeyboardInterrupt:

@@ -225,7 +225,8 @@ def test_wrong_arguments(data, done, tmp_path, capsys):
     assert "dataset.json" in capsys.readouterr().err
     assert job.main(["--data", str(data), *new, *SMALL, "--folds", "9"]) == 1
     assert "9 folds for 4 cases" in capsys.readouterr().err
-    assert not list((tmp_path / "a").iterdir())  # the same command, put right, is a new run
+    # The same command, put right, is a new run.
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["run.lock"]
     wrong = tmp_path / "wrong.npz"
     ts.save(wrong, ts.models.resnet_seg(rank=2, in_channels=2, classes=3))
     assert job.main(["--data", str(data), "--out", str(tmp_path / "b"), "--pretrained", str(wrong),

@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all, and what is read of files that anyone may have changed."""
+"""Files that appear whole or not at all, folders that one process holds, and what is read of files
+that anyone may have changed."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 LARGEST_JSON = 64 * 2**20  # bytes; Task07 lists 420 scans in 38 kB
@@ -44,6 +47,32 @@ def whole(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """`folder` for this process alone: RuntimeError, saying who holds it, where another one does.
+
+    The lock is the system's, on the file run.lock, which stays; it dies with the process, however
+    that ends.
+    """
+    from filelock import FileLock, Timeout  # takes as long to import as all of tinyseg
+
+    lock, holder = FileLock(folder / "run.lock"), folder / "run.holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise RuntimeError(f"{folder}: is in use by {who}; wait for its end, or take another "
+                           "folder") from None
+    try:
+        with whole(holder) as draft:
+            draft.write_text(f"process {os.getpid()} on {platform.node()}, since "
+                             f"{datetime.now():%Y-%m-%d %H:%M}", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
 def sweep(folder: Path) -> None:
     """Remove the drafts that killed processes left in `folder` and below."""
     for draft in folder.rglob(".draft.*"):
@@ -51,8 +80,8 @@ def sweep(folder: Path) -> None:
 
 
 def identify(start: bytes) -> str:
-    """What a file is, by its first hundred bytes or so, where it is not the data that its name says,
-    and what to do; "" where nothing is known against it."""
+    """What a file is by its first hundred bytes, where that is not what its name says, and what to
+    do; "" where nothing is known against it."""
     if not start:
         return "empty; fetch it again"
     text = start.lstrip().lower()

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from .files import whole
 
+# matplotlib is imported where it draws: it takes longer to load than all of tinyseg.
 COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#009e73", "#56b4e9", "#d55e00")
+STYLES = ("-", "--", ":") * 4  # of lines, after the last colour
+PER_ROW = 3  # names in a row of an overlay's legend
+
+
+def spell_out() -> None:
+    """Let a terminal spell out letters that it lacks (\\u80f0), where printing them would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -29,13 +40,14 @@ def write_json(path: str | Path, content: Any) -> None:
         return None if isinstance(x, float) and not isfinite(x) else x
 
     with whole(Path(path)) as draft:
-        draft.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+        draft.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n",
+                         encoding="utf-8")
 
 
 def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A CSV with one line a row and all keys that occur as columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with whole(Path(path)) as draft, open(draft, "w", newline="") as file:
+    with whole(Path(path)) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -44,32 +56,45 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Loss, Dice on training patches and learning rate over the steps, one column a stage.
 
-    `history` rows have "stage", "step", "loss", "lr" and "patch_dice CLASS". Thin lines are
-    single steps, thick ones an average over the last tenth.
+    `history` rows have "stage", "step", "loss", "lr", "patch_dice CLASS" and "uniform_dice CLASS",
+    of patches drawn anywhere, dashed. Thin lines are single steps, thick ones an average over the
+    last tenth.
     """
     stages = list(dict.fromkeys(row["stage"] for row in history))
     if not stages:
         return
-    figure = Figure(figsize=(6 * len(stages), 8), layout="constrained")
+    figure = _figure(6 * len(stages), 8)
     panels = figure.subplots(3, len(stages), squeeze=False, sharex="col", sharey="row")
     for column, stage in enumerate(stages):
         rows = [row for row in history if row["stage"] == stage]
-        keys = list(dict.fromkeys(k for row in rows for k in row if k.startswith("patch_dice")))
+        keys = {kind: list(dict.fromkeys(k for row in rows for k in row if k.startswith(kind)))
+                for kind in ("patch_dice", "uniform_dice")}
         panels[0, column].set_title(f"{stage}: {len(rows)} steps")
         _curves(panels[0, column], rows, ["loss"], "loss (cross-entropy + Dice)")
-        _curves(panels[1, column], rows, keys, "Dice on training patches")
+        _curves(panels[1, column], rows, keys["patch_dice"], "Dice on training patches")
+        _curves(panels[1, column], rows, keys["uniform_dice"],
+                "Dice on training patches\n(dashed: drawn anywhere)", average=False, style="--")
         panels[1, column].set_ylim(0, 1)
         _curves(panels[2, column], rows, ["lr"], "learning rate", average=False)
         panels[2, column].set_xlabel("step")
     _save(figure, path)
 
 
-def _curves(panel, rows, keys, label, average=True):
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _curves(panel, rows, keys, label, average=True, style="-"):
     for key, colour in zip(keys, COLOURS * (1 + len(keys)), strict=False):
-        points = np.array([(r["step"], r[key]) for r in rows if key in r], float).reshape(-1, 2)
-        steps, values = points.T
+        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+        steps, values = np.array(points, float).reshape(-1, 2).T
         width = max(1, len(values) // 10) if average else 1
-        panel.plot(steps, values, color=colour, linewidth=0.8 if width > 1 else 2,
+        panel.plot(steps, values, style, color=colour, linewidth=0.8 if width > 1 else 2,
                    alpha=0.3 if width > 1 else 1)
         if width > 1:
             smooth = np.convolve(values, np.ones(width) / width, "valid")
@@ -87,14 +112,19 @@ def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
 
     image (D, H, W) in (S, A, R) axes, maps {name: (D, H, W)} of which the first is the reference;
     spacing in mm. Each plane is the one that shows most foreground in the reference. Radiological
-    view: superior or anterior is up, the patient's right is on the left.
+    view: superior or anterior is up, the patient's right is on the left. Planes that are one voxel
+    thin are left out.
     """
     reference = next(iter(maps.values()))
     low, high = np.percentile(image, (1, 99.5))
-    planes = (("axial", 0, (1, 2)), ("coronal", 1, (0, 2)), ("sagittal", 2, (0, 1)))
+    planes = [("axial", 0, (1, 2)), ("coronal", 1, (0, 2)), ("sagittal", 2, (0, 1))]
+    planes = [plane for plane in planes if min(image.shape[a] for a in plane[2]) > 1] or planes
     extent = np.multiply(image.shape, spacing)
     heights = [extent[rest[0]] / extent[rest[1]] for _, _, rest in planes]
-    figure = Figure(figsize=(3 * (1 + len(maps)), 3 * sum(heights) + 1), layout="constrained")
+    classes = [number for number in labels if number]
+    lines = dict(zip(classes, product(STYLES, COLOURS), strict=False))
+    rows = -(-len(classes) // PER_ROW)
+    figure = _figure(3 * (1 + len(maps)), 3 * sum(heights) + 0.8 + 0.25 * rows)
     panels = figure.subplots(len(planes), 1 + len(maps), squeeze=False, height_ratios=heights)
     for row, (plane, axis, rest) in enumerate(planes):
         at = int((reference > 0).sum(axis=rest).argmax())
@@ -105,21 +135,23 @@ def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
                          aspect=aspect, interpolation="nearest")
             if shown is not None:
                 cut = _view(shown.take(at, axis))
-                for number in [n for n in labels if n]:
-                    if (cut == number).any():
-                        panel.contour(cut == number, [0.5], linewidths=1.4,
-                                      colors=COLOURS[(number - 1) % len(COLOURS)])
+                edges = [np.arange(-1, n + 1) for n in reversed(cut.shape)]
+                for number, (style, colour) in lines.items():
+                    if (cut == number).any():  # a border around it: a line needs two voxels
+                        panel.contour(*edges, np.pad(cut == number, 1), [0.5], linewidths=1.4,
+                                      colors=colour, linestyles=style)
+                panel.set_xlim(-0.5, cut.shape[1] - 0.5)
+                panel.set_ylim(cut.shape[0] - 0.5, -0.5)
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
                 panel.set_title(name)
             if column == 0:
                 panel.set_ylabel(f"{plane} {at}")
-    for number, name in labels.items():
-        if number:
-            panels[-1, 0].plot([], [], color=COLOURS[(number - 1) % len(COLOURS)], label=name)
+    for number, (style, colour) in lines.items():
+        panels[-1, 0].plot([], [], style, color=colour, label=labels[number])
     figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=len(labels))
+                  ncols=min(PER_ROW, len(classes)))
     figure.suptitle(title)
     _save(figure, path)
 
@@ -129,8 +161,7 @@ def _view(plane: np.ndarray) -> np.ndarray:
     return plane[::-1, ::-1]
 
 
-def _save(figure: Figure, path: str | Path) -> None:
-    FigureCanvasAgg(figure)
+def _save(figure: Any, path: str | Path) -> None:
     with whole(Path(path)) as draft:
         figure.savefig(draft, dpi=110)
 
