@@ -237,3 +237,194 @@ def test_wrong_arguments(data, done, tmp_path, capsys):
     assert run.returncode == 1 and run.stderr.startswith("error: ") and "none" in run.stderr
     assert commands.main(["predict", str(wrong), "scan.nii.gz", "out.nii.gz"]) == 1
     assert commands.main(["evaluate", str(tmp_path), str(tmp_path)]) == 1
+
+
+def begun(data, out, *words):
+    """A run that was stopped after its first step on volumes."""
+    assert job.main(["--data", str(data), "--out", str(out), *SMALL, *words]) == 0
+    (out / "metrics.json").unlink()
+
+
+def relabelled(folder, table, **description):
+    """The folder with its label numbers changed, and its dataset.json."""
+    for path in (folder / "labelsTr").glob("[!.]*.nii.gz"):
+        image = nib.load(path)
+        label = np.array(table, np.min_scalar_type(max(table)))[np.asarray(image.dataobj)]
+        nib.save(nib.Nifti1Image(label, image.affine), path)
+    told = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(told | description))
+    return folder
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 4), (0, 63, 252)])
+def test_label_numbers_with_gaps_are_those_of_the_predictions(data, done, tmp_path, numbers):
+    labels = dict(zip(map(str, numbers), ("background", "pancreas", "cancer"), strict=True))
+    folder = relabelled(copy_of(data, tmp_path), numbers, labels=labels)
+    out = tmp_path / "run"
+    assert job.main(["--data", str(folder), "--out", str(out), *SMALL]) == 0
+    one, other = (json.loads((o / "metrics.json").read_text()) for o in (out, done))
+    assert one["models"] == other["models"]
+    assert ts.load(out / "model_3d.npz").config["classes"] == 3
+    for path in (out / "predictions").iterdir():
+        mine, theirs = (np.asarray(nib.load(o / "predictions" / path.name).dataobj)
+                        for o in (out, done))
+        np.testing.assert_array_equal(mine, np.array(numbers)[theirs])
+
+
+def test_what_is_mirrored_is_told_and_kept_with_the_network(data, tmp_path, capsys):
+    sided = relabelled(copy_of(data, tmp_path), (0, 1, 2), labels={
+        "0": "background", "1": "left kidney", "2": "right kidney"})
+    one = copy_of(sided, tmp_path / "one")
+    relabelled(one, (0, 1, 2), labels={"0": "background", "1": "left kidney", "2": "spleen"})
+    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0"]
+    for number, (folder, words, plan, told) in enumerate((
+            (data, [], [], "patches are mirrored left-right\\n"),
+            (sided, [], [["left kidney", "right kidney"]], "left kidney and right kidney change"),
+            (sided, ["--mirror", "none"], None, "nothing is mirrored\\n"),
+            (one, [], None, "left kidney has a side and no partner"),
+            (one, ["--mirror", "2=left kidney"], [["spleen", "left kidney"]], "spleen and left"))):
+        out = tmp_path / str(number)
+        assert job.main(["--data", str(folder), "--out", str(out), *steps, *words]) == 0
+        assert told.replace("\\n", "\n") in capsys.readouterr().out
+        model, run = out / "model_3d.npz", json.loads((out / "run.json").read_text())
+        assert run["plan"]["mirror"] == ts.load(model).metadata["plan"]["mirror"] == plan
+        scoring = json.loads((out / "metrics.json").read_text())["scoring"]
+        assert scoring["mean_with_mirror_image"] == (plan is not None)
+        assert scoring["exchanged_classes"] == (plan or [])
+        scan, label = (next((folder / f"{part}Tr").glob("[!.]*.gz")) for part in ("images", "labels"))
+        code = commands.main(["predict", "--mirror", str(model), str(scan),
+                              str(tmp_path / "p.nii.gz")])
+        assert code == int(plan is None)
+        assert ("without left-right" in capsys.readouterr().err) == (plan is None)
+    assert job.main(["--data", str(data), "--out", str(tmp_path / "x"), *SMALL, "--mirror",
+                     "liver=pancreas"]) == 1
+    assert "liver" in capsys.readouterr().err
+
+
+def test_a_network_learns_left_from_right(tmp_path):
+    """Two organs alike but for their side. Shown in the mirror under their own names, they would
+    be told apart by nothing."""
+    task = tmp_path / "task"
+    for part in ("imagesTr", "labelsTr"):
+        (task / part).mkdir(parents=True)
+    training = []
+    for case in range(4):
+        rng = np.random.default_rng(case)
+        image, label = rng.normal(0, 10, (32, 24, 8)), np.zeros((32, 24, 8), np.uint8)
+        for number, x in ((1, 8), (2, 23)):
+            at = np.s_[x - 4 : x + 4, 6 + case % 3 : 18, 1:7]
+            image[at] += 120
+            label[at] = number
+        paths = {part: f"./{part}sTr/c{case}.nii.gz" for part in ("image", "label")}
+        for part, array in (("image", image.astype("int16")), ("label", label)):
+            nib.save(nib.Nifti1Image(array, np.diag([3, 3, 5, 1.0])), task / paths[part])
+        training.append(paths)
+    (task / "dataset.json").write_text(json.dumps({
+        "name": "Sides", "modality": {"0": "CT"}, "training": training,
+        "labels": {"0": "background", "1": "left organ", "2": "right organ"}}))
+    out = tmp_path / "run"
+    assert job.main(["--data", str(task), "--out", str(out), "--patch", "8", "24", "32",
+                     "--steps-2d", "60", "--steps-3d", "0", "--batch", "1", "--folds", "4"]) == 0
+    scores = json.loads((out / "metrics.json").read_text())["models"]["2d"]["mean"]
+    assert all(scores[name]["dice"] > 0.75 for name in ("left organ", "right organ")), scores
+
+
+def test_a_label_corrected_since_the_run_began_is_named_and_nothing_goes_on(data, tmp_path, capsys):
+    folder, out = copy_of(data, tmp_path), tmp_path / "run"
+    begun(folder, out)
+    name = broken_label(folder, lambda a, m: nib.Nifti1Image(a * (a != 2), m))
+    assert job.main(["--resume", "--out", str(out)]) == 1
+    assert str(folder / "labelsTr" / name) in capsys.readouterr().err
+    assert not (out / "metrics.json").exists()
+    assert job.main(["--resume", "--out", str(out), "--data", str(data)]) == 0  # the old ones
+
+
+def test_two_runs_share_no_folder(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import time
+from pathlib import Path
+from tinyseg import files
+with files.held(Path({str(out)!r})):
+    print("held", flush=True)
+    time.sleep(100)"""], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert job.main(["--data", str(data), "--out", str(out), *SMALL]) == 1
+        told = capsys.readouterr().err
+        assert f"process {holder.pid} on " in told and str(out) in told
+        assert not (out / "run.json").exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    assert job.main(["--data", str(data), "--out", str(out), *SMALL[:3], "24", "--steps-2d", "0",
+                     "--steps-3d", "0", *SMALL[-6:]]) == 0
+
+
+def test_a_scan_of_one_slice_is_scored_and_drawn(data, tmp_path):
+    folder, out = copy_of(data, tmp_path), tmp_path / "run"
+    _, held_out = decathlon.folds([c.id for c in decathlon.load(folder).cases], 2)[0]
+    for part in ("imagesTr", "labelsTr"):
+        path = folder / part / f"{held_out[0]}.nii.gz"
+        image = nib.as_closest_canonical(nib.load(path))
+        nib.save(image.slicer[:, :, 6:7], path)
+    assert job.main(["--data", str(folder), "--out", str(out), *SMALL]) == 0
+    assert (out / f"overlay_{held_out[0]}.png").stat().st_size > 10_000
+    assert held_out[0] in json.loads((out / "metrics.json").read_text())["models"]["3d"]["cases"]
+
+
+def test_a_picture_that_fails_ends_no_run(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job.report, "overlay", lambda *content: 1 / 0)
+    out = tmp_path / "run"
+    assert job.main(["--data", str(data), "--out", str(out), *SMALL]) == 0
+    assert "overlay_" in (told := capsys.readouterr().err) and "ZeroDivisionError" in told
+    assert (out / "metrics.json").exists()
+
+
+def test_going_on_after_training_evaluates_what_is_left(data, done, tmp_path, monkeypatch):
+    out, segment, seen = tmp_path / "run", ts.infer.segment, []
+
+    def once(net, scan, **options):
+        if len(seen) == 3:
+            raise OSError("the disk is gone")
+        seen.append((net.config["rank"], scan.path.name))
+        return segment(net, scan, **options)
+
+    monkeypatch.setattr(ts.infer, "segment", once)
+    assert job.main(["--data", str(data), "--out", str(out), *SMALL]) == 1
+    first, seen = seen, []
+    assert job.main(["--resume", "--out", str(out)]) == 0
+    assert len(seen) == 1 and not set(first) & set(seen)
+    assert json.loads((out / "metrics.json").read_text())["models"] == json.loads(
+        (done / "metrics.json").read_text())["models"]
+
+
+def test_pretrained_weights_are_read_before_any_work_is_done(data, tmp_path, capsys):
+    pointer = tmp_path / "weights.pth"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    out = tmp_path / "run"
+    words = ["--data", str(data), "--out", str(out), *SMALL, "--pretrained"]
+    assert job.main([*words, str(pointer)]) == 1
+    assert str(pointer) in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["run.lock"]
+    ts.save(tmp_path / "good.npz", ts.models.resnet_seg(rank=2, in_channels=1, classes=3))
+    assert job.main([*words, str(tmp_path / "good.npz")]) == 0  # a new run in the same folder
+    assert "recalibrated" in capsys.readouterr().out
+
+
+def test_a_batch_that_leaves_one_value_per_channel_is_refused_at_the_start(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        job.main(["--data", str(data), "--out", str(tmp_path / "a"), *SMALL, "--patch", "8", "8",
+                  "8"])
+    assert "one value per channel" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+def test_patches_drawn_anywhere_have_a_figure_of_their_own(done):
+    with open(done / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    shown = {stage: [bool(row["patch_dice pancreas"]) for row in rows if row["stage"] == stage]
+             for stage in ("2d", "3d")}
+    assert shown == {"2d": [True] * 4, "3d": [True, False, True]}  # a batch of one: by turns
+    assert all("uniform_dice pancreas" in row for row in rows)
+    assert any(row["uniform_dice pancreas"] for row in rows)
