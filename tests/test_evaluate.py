@@ -46,7 +46,8 @@ def test_every_figure_is_that_of_the_functions(folder, capsys):
     told = json.loads((folder / "out" / "metrics.json").read_text())
     with open(folder / "out" / "metrics.csv", newline="") as file:
         rows = {(row.pop("case"), row.pop("class")): row for row in csv.DictReader(file)}
-    assert set(told) == {"tolerance_mm", "cases", "mean", "counts"} and told["tolerance_mm"] == 1.5
+    assert set(told) == {"tolerance_mm", "cases", "mean", "counts", "missing"}
+    assert told["tolerance_mm"] == 1.5 and told["missing"] == []
     assert list(rows) == [(f"{case}.nii.gz", f"class {n}") for case in "abc" for n in (1, 2)]
     for (case, name), row in rows.items():
         p, r = (np.asarray(nib.load(folder / part / case).dataobj).reshape(9, 8, 7) == int(name[-1])
@@ -124,4 +125,50 @@ def test_what_it_refuses(folder, capsys):
             run(folder, "--tolerance", tolerance)
         assert stop.value.code == 2
     assert "--tolerance" in capsys.readouterr().err
+    assert run(folder) == 0
+
+
+def test_references_without_a_prediction_are_named_and_counted(folder, capsys):
+    (folder / "out" / "b.nii.gz").unlink()
+    assert run(folder) == 1
+    told = capsys.readouterr()
+    assert "2 of 3 references" in told.out and "b.nii.gz" in told.err
+    content = json.loads((folder / "out" / "metrics.json").read_text())
+    assert content["missing"] == ["b.nii.gz"] and set(content["cases"]) == {"a.nii.gz", "c.nii.gz"}
+    assert run(folder, "--missing", "ignore") == 0
+    assert "b.nii.gz" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_before_files_are_written_and_they_may_go_elsewhere(folder, capsys,
+                                                                                 monkeypatch):
+    elsewhere = folder / "new" / "place"
+    assert run(folder, "--out", str(elsewhere)) == 0
+    assert {p.name for p in elsewhere.iterdir()} == {"metrics.csv", "metrics.json"}
+    assert not (folder / "out" / "metrics.csv").exists()
+    capsys.readouterr()
+
+    def refuse(path, *content):
+        raise PermissionError(13, "cannot be written: Permission denied", str(path))
+
+    monkeypatch.setattr(commands.report, "write_table", refuse)
+    assert run(folder) == 1
+    told = capsys.readouterr()
+    assert "class 1" in told.out and "0.330" in told.out and "metrics.csv" in told.err
+
+
+def test_what_is_no_folder_of_label_maps_is_told_as_such(folder, tmp_path, capsys):
+    file = folder / "out" / "a.nii.gz"
+    (tmp_path / "empty").mkdir()
+    for predictions, labels, said in ((file, folder / "labelsTr", "is a file"),
+                                      (tmp_path / "nowhere", folder / "labelsTr", "no such folder"),
+                                      (folder / "out", tmp_path / "nowhere", "no such folder"),
+                                      (tmp_path / "empty", folder / "labelsTr", "holds no .nii")):
+        assert commands.main(["evaluate", str(predictions), str(labels)]) == 1
+        wrong = predictions if predictions != folder / "out" else labels
+        assert f"{wrong}: {said}" in capsys.readouterr().err
+
+
+def test_what_lies_beside_label_maps_is_no_prediction(folder):
+    (folder / "out" / "a.nii.gz.json").write_text("{}")
+    (folder / "out" / "c.nii").mkdir()
     assert run(folder) == 0

@@ -239,6 +239,13 @@ def test_wrong_arguments(data, done, tmp_path, capsys):
     assert commands.main(["evaluate", str(tmp_path), str(tmp_path)]) == 1
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No pictures: they take most of the time of so small a run."""
+    for name in ("overlay", "progress"):
+        monkeypatch.setattr(job.report, name, lambda *content: None)
+
+
 def begun(data, out, *words):
     """A run that was stopped after its first step on volumes."""
     assert job.main(["--data", str(data), "--out", str(out), *SMALL, *words]) == 0
@@ -257,7 +264,8 @@ def relabelled(folder, table, **description):
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 4), (0, 63, 252)])
-def test_label_numbers_with_gaps_are_those_of_the_predictions(data, done, tmp_path, numbers):
+def test_label_numbers_with_gaps_are_those_of_the_predictions(undrawn, data, done, tmp_path,
+                                                              numbers):
     labels = dict(zip(map(str, numbers), ("background", "pancreas", "cancer"), strict=True))
     folder = relabelled(copy_of(data, tmp_path), numbers, labels=labels)
     out = tmp_path / "run"
@@ -271,12 +279,12 @@ def test_label_numbers_with_gaps_are_those_of_the_predictions(data, done, tmp_pa
         np.testing.assert_array_equal(mine, np.array(numbers)[theirs])
 
 
-def test_what_is_mirrored_is_told_and_kept_with_the_network(data, tmp_path, capsys):
+def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_path, capsys):
     sided = relabelled(copy_of(data, tmp_path), (0, 1, 2), labels={
         "0": "background", "1": "left kidney", "2": "right kidney"})
     one = copy_of(sided, tmp_path / "one")
     relabelled(one, (0, 1, 2), labels={"0": "background", "1": "left kidney", "2": "spleen"})
-    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0"]
+    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4"]
     for number, (folder, words, plan, told) in enumerate((
             (data, [], [], "patches are mirrored left-right\\n"),
             (sided, [], [["left kidney", "right kidney"]], "left kidney and right kidney change"),
@@ -291,7 +299,7 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(data, tmp_path, caps
         scoring = json.loads((out / "metrics.json").read_text())["scoring"]
         assert scoring["mean_with_mirror_image"] == (plan is not None)
         assert scoring["exchanged_classes"] == (plan or [])
-        scan, label = (next((folder / f"{part}Tr").glob("[!.]*.gz")) for part in ("images", "labels"))
+        scan = next((folder / "imagesTr").glob("[!.]*.gz"))
         code = commands.main(["predict", "--mirror", str(model), str(scan),
                               str(tmp_path / "p.nii.gz")])
         assert code == int(plan is None)
@@ -301,7 +309,7 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(data, tmp_path, caps
     assert "liver" in capsys.readouterr().err
 
 
-def test_a_network_learns_left_from_right(tmp_path):
+def test_a_network_learns_left_from_right(undrawn, tmp_path):
     """Two organs alike but for their side. Shown in the mirror under their own names, they would
     be told apart by nothing."""
     task = tmp_path / "task"
@@ -329,7 +337,8 @@ def test_a_network_learns_left_from_right(tmp_path):
     assert all(scores[name]["dice"] > 0.75 for name in ("left organ", "right organ")), scores
 
 
-def test_a_label_corrected_since_the_run_began_is_named_and_nothing_goes_on(data, tmp_path, capsys):
+def test_a_label_corrected_since_the_run_began_is_named_and_nothing_goes_on(
+        undrawn, data, tmp_path, capsys):
     folder, out = copy_of(data, tmp_path), tmp_path / "run"
     begun(folder, out)
     name = broken_label(folder, lambda a, m: nib.Nifti1Image(a * (a != 2), m))
@@ -339,7 +348,7 @@ def test_a_label_corrected_since_the_run_began_is_named_and_nothing_goes_on(data
     assert job.main(["--resume", "--out", str(out), "--data", str(data)]) == 0  # the old ones
 
 
-def test_two_runs_share_no_folder(data, tmp_path, capsys):
+def test_two_runs_share_no_folder(undrawn, data, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
     holder = subprocess.Popen([sys.executable, "-c", f"""
@@ -382,7 +391,7 @@ def test_a_picture_that_fails_ends_no_run(data, tmp_path, monkeypatch, capsys):
     assert (out / "metrics.json").exists()
 
 
-def test_going_on_after_training_evaluates_what_is_left(data, done, tmp_path, monkeypatch):
+def test_going_on_after_training_evaluates_what_is_left(undrawn, data, done, tmp_path, monkeypatch):
     out, segment, seen = tmp_path / "run", ts.infer.segment, []
 
     def once(net, scan, **options):
@@ -400,7 +409,7 @@ def test_going_on_after_training_evaluates_what_is_left(data, done, tmp_path, mo
         (done / "metrics.json").read_text())["models"]
 
 
-def test_pretrained_weights_are_read_before_any_work_is_done(data, tmp_path, capsys):
+def test_pretrained_weights_are_read_before_any_work_is_done(undrawn, data, tmp_path, capsys):
     pointer = tmp_path / "weights.pth"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     out = tmp_path / "run"

@@ -212,6 +212,11 @@ def test_a_scan_that_is_not_there(models, tmp_path, capsys):
     assert "x.nii.gz: no such file" in capsys.readouterr().err
 
 
+def test_a_folder_of_scans_that_is_not_there(models, tmp_path, capsys):
+    assert predict(models / "a.npz", tmp_path / "scnas", tmp_path / "out") == 1
+    assert f"{tmp_path / 'scnas'}: no such file or folder" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there(models, one, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     out = tmp_path / "out.nii.gz"

@@ -59,21 +59,17 @@ def _predict(nets: Sequence[nn.Module], source: Path, target: Path, **options: A
     target.parent.mkdir(parents=True, exist_ok=True)
     nifti.write(target, labels, scan)
     names, voxel = nets[0].metadata.get("labels", {}), prod(scan.spacing) / 1000
-    counts = {names.get(str(c), c): np.count_nonzero(labels == c)
-              for c in range(1, nets[0].config["classes"])}
+    counts = {names.get(str(number), number): np.count_nonzero(labels == number)
+              for number in infer.numbers(nets[0]) if number}
     return ", ".join(f"{name} {n * voxel:.1f} ml ({n} voxels)" for name, n in counts.items())
 
 
 def _jobs(scan: Path, out: Path) -> list[tuple[Path, Path]]:
-    """(scan, label map) of a file or of all in a folder; refuses here what would fail at the end.
-
-    Names that begin with a dot are leftovers of file managers and archives.
-    """
+    """(scan, label map) of a file or all in a folder; refuses here what would fail at the end."""
+    if not scan.exists():
+        raise FileNotFoundError(f"{scan}: no such file or folder")
     if scan.is_dir():
-        jobs = [(path, out / path.name) for path in sorted(scan.iterdir())
-                if path.name.endswith(ENDINGS) and path.name[0] != "."]
-        if not jobs:
-            raise ValueError(f"{scan}: holds no .nii or .nii.gz file")
+        jobs = [(path, out / path.name) for path in _volumes(scan)]
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out}: expected a folder, as {scan} is one")
     else:
@@ -109,42 +105,61 @@ def _advance(bar: tqdm, groups: Sequence[Sequence]) -> Iterator[Sequence]:
         bar.update(len(group))
 
 
-def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0) -> None:
+def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0, missing: str = "fail",
+             out: Path | None = None) -> int:
     """Score every label map in PREDICTIONS against the file of the same name in LABELS.
 
     Overlap, distances between surfaces and volumes of each class go to metrics.csv, a row for each
-    case and class, and with their means to metrics.json, both in PREDICTIONS. Classes are named as
-    in a dataset.json beside the folder LABELS.
+    case and class, and with their means to metrics.json, both in PREDICTIONS or --out. Classes are
+    named as in a dataset.json beside the folder LABELS. References without a prediction are named;
+    the exit code is then 1, but for --missing ignore.
     """
-    found = sorted(p for p in predictions.glob("*.nii*") if not p.name.startswith("."))
-    if not found:
-        raise ValueError(f"{predictions}: holds no .nii or .nii.gz file")
-    lost = [path.name for path in found if not (labels / path.name).is_file()]
-    if lost:
+    found, references = ({path.name for path in _volumes(folder)}
+                         for folder in (predictions, labels))
+    if lost := sorted(found - references):
         raise FileNotFoundError(f"{labels}: holds no file for {len(lost)} of {len(found)}"
                                 f" predictions, such as {lost[0]}")
+    absent = sorted(references - found)
     classes, cases = _class_names(labels.resolve().parent / "dataset.json"), {}
-    for path in tqdm(found, desc="evaluate", unit="case"):
-        prediction, truth = _label_map(path), _label_map(labels / path.name)
+    for name in tqdm(sorted(found), desc="evaluate", unit="case"):
+        prediction, truth = _label_map(predictions / name), _label_map(labels / name)
         prediction.expect_grid_of(truth)
         for number in np.union1d(prediction.array, truth.array).tolist():
             classes.setdefault(number, f"class {number}")
-        cases[path.name] = metrics.per_class(prediction.array, truth.array, classes,
-                                             truth.spacing, tolerance)
+        cases[name] = metrics.per_class(prediction.array, truth.array, classes, truth.spacing,
+                                        tolerance)
     # Without dataset.json a class may first be met in a late case: in the others it is absent.
     nothing = np.zeros((1, 1, 1), "uint8")
-    absent = metrics.per_class(nothing, nothing, dict(sorted(classes.items())), (1, 1, 1),
-                               tolerance)
-    cases = {case: absent | scores for case, scores in cases.items()}
+    none = metrics.per_class(nothing, nothing, dict(sorted(classes.items())), (1, 1, 1), tolerance)
+    cases = {case: none | scores for case, scores in cases.items()}
     means, counts = metrics.mean(cases), metrics.counts(cases)
-    report.write_table(predictions / "metrics.csv", [
+    print(report.summary(means, counts))
+    print(f"means over {len(cases)} of {len(references)} references; surface Dice at {tolerance:g} "
+          "mm")
+    if absent:
+        print(f"no prediction for {', '.join(absent)}", file=sys.stderr)
+    out = predictions if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_table(out / "metrics.csv", [
         {"case": case, "class": name, **measures}
         for case, scores in cases.items() for name, measures in scores.items()])
-    report.write_json(predictions / "metrics.json", {
-        "tolerance_mm": tolerance, "cases": cases, "mean": means, "counts": counts})
-    print(report.summary(means, counts))
-    print(f"surface Dice at {tolerance:g} mm; every case stands in {predictions / 'metrics.csv'}"
-          " and metrics.json")
+    report.write_json(out / "metrics.json", {
+        "tolerance_mm": tolerance, "cases": cases, "mean": means, "counts": counts,
+        "missing": absent})
+    print(f"every case stands in {out / 'metrics.csv'} and metrics.json")
+    return int(bool(absent) and missing == "fail")
+
+
+def _volumes(folder: Path) -> list[Path]:
+    """The .nii and .nii.gz files in a folder, sorted; those of file managers begin with a dot."""
+    if not folder.is_dir():
+        told = "is a file, expected the folder it lies in" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {told}")
+    found = [path for path in sorted(folder.iterdir())
+             if path.name.endswith(ENDINGS) and path.name[0] != "." and path.is_file()]
+    if not found:
+        raise ValueError(f"{folder}: holds no .nii or .nii.gz file")
+    return found
 
 
 def _label_map(path: Path) -> nifti.Volume:
@@ -220,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--overlap", type=float, default=0.5, metavar="X",
         help="the fraction of a window shared with the next, below 1 (%(default)s)")
     add("--mirror", action="store_true", help="average with the answer to the left-right mirror "
-        "image, which training shows the network too, as its scores are; twice the time")
+        "image, as the main job's scores are; left and right classes change places as in training; "
+        "twice the time")
     add("--largest", action="store_true", help="keep only the largest connected component of "
         "each class (26 neighbours)")
     add("--smallest", type=float, default=0, metavar="ML",
@@ -229,6 +245,12 @@ def main(argv: list[str] | None = None) -> int:
         "--tolerance", type=float, default=5.0, metavar="MM", help="how far apart surfaces may be "
         "for the surface Dice (%(default)s, the Decathlon's for pancreas; also liver 7, brain 5, "
         "heart, colon and prostate 4, spleen and hepatic vessels 3, lung 2, hippocampus 1)")
+    add = commands.choices["evaluate"].add_argument
+    add("--missing", choices=["fail", "ignore"], default="fail", help="what references without a "
+        "prediction do to the exit code (%(default)s)")
+    add("--out", metavar="FOLDER", type=Path, help="where metrics.csv and metrics.json go "
+        "(PREDICTIONS)")
+    report.spell_out()
     options = vars(parser.parse_args(argv))
     command, run = options.pop("command"), options.pop("run")
     if command == "predict" and not 0 <= options["overlap"] < 1:
