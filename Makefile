@@ -1,6 +1,6 @@
 # Two commands on a fresh machine with Python 3.11 or later: make demo, make test.
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 .PHONY: demo test lint
 demo: .venv/ready  ## train, inflate, fine-tune and score on a synthetic task, in runs/demo
@@ -16,6 +16,6 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 .venv/ready: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -e $(BIN)/python -o -e $(BIN)/python.exe || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -e ".[test]"
 	touch $@

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -268,6 +268,14 @@ def suspects(patches) -> list[str]:
     return sorted({id for id, finite in drawn if not finite} or {id for id, _ in drawn})
 
 
+def drawn(figure: Callable, path: Path, *content) -> None:
+    """`figure(path, *content)`; a picture that cannot be drawn ends no run."""
+    try:
+        figure(path, *content)
+    except Exception as error:  # whatever a drawing library raises
+        tqdm.write(f"{path}: not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+
+
 class Run:
     """One run in one folder: what it was told, what it has learned, and where it stands."""
 
@@ -360,7 +368,7 @@ class Run:
             bar.close()
             if optimizer.steps == step:  # however the step after it ended, unless halfway
                 self.save(stage, step, net, optimizer)
-                report.progress(self.out / "progress.png", self.history)
+                drawn(report.progress, self.out / "progress.png", self.history)
 
 
 def equivalence(flat, deep, patch: tuple, seed: int) -> float:
@@ -381,7 +389,7 @@ def evaluate(dataset, held_out: list[str], nets: dict, out: Path, mirror: list[i
     """
     scores: dict = {name: {} for name in nets}
     cases = [case for case in dataset.cases if case.id in held_out]
-    drawn = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}
+    shown = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}
     for case in tqdm(cases, desc="evaluate", unit="case"):
         with during(f"evaluating case {case.id}"):
             scan, truth = case.read()
@@ -396,20 +404,12 @@ def evaluate(dataset, held_out: list[str], nets: dict, out: Path, mirror: list[i
                     folder.mkdir(exist_ok=True)
                     nifti.write(target, maps[name], scan)
                 scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
-            if case.id in drawn:
-                draw(out / f"overlay_{case.id}.png", scan, maps, dataset, net.metadata["plan"])
+            if case.id in shown:
+                low, high = net.metadata["plan"]["clip"] or (-1e9, 1e9)
+                drawn(report.overlay, out / f"overlay_{case.id}.png",
+                      np.clip(scan.array[..., 0], low, high), maps, dataset.labels, scan.spacing,
+                      f"{dataset.name} {case.id}, held out")
     return {name: {"cases": per, "mean": ts.metrics.mean(per)} for name, per in scores.items()}
-
-
-def draw(path: Path, scan, maps: dict, dataset, plan: dict) -> None:
-    """The overlay of a held-out case; a picture that cannot be drawn ends no run."""
-    low, high = plan["clip"] or (-1e9, 1e9)
-    try:
-        report.overlay(path, np.clip(scan.array[..., 0], low, high), maps, dataset.labels,
-                       scan.spacing, f"{dataset.name} {path.stem.removeprefix('overlay_')}, "
-                       "held out")
-    except Exception as error:  # whatever a drawing library raises
-        tqdm.write(f"{path}: not drawn ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def tasks(out: Path, settings: dict) -> decathlon.Dataset:

@@ -384,10 +384,12 @@ def test_a_scan_of_one_slice_is_scored_and_drawn(data, tmp_path):
 
 
 def test_a_picture_that_fails_ends_no_run(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(job.report, "overlay", lambda *content: 1 / 0)
+    for name in ("overlay", "progress"):
+        monkeypatch.setattr(job.report, name, lambda *content: 1 / 0)
     out = tmp_path / "run"
     assert job.main(["--data", str(data), "--out", str(out), *SMALL]) == 0
-    assert "overlay_" in (told := capsys.readouterr().err) and "ZeroDivisionError" in told
+    told = capsys.readouterr().err
+    assert "progress.png: not drawn (ZeroDivisionError" in told and "overlay_" in told
     assert (out / "metrics.json").exists()
 
 
