@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what is said of those that are not what they seem."""
+"""Files that appear whole or not at all, and what is said of those that are no data."""
 
 import os
 

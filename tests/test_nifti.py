@@ -1,6 +1,7 @@
 """Files to anatomical axes and back: nibabel's own reorientation is the oracle."""
 
 import gzip
+import re
 import tracemalloc
 import warnings
 from itertools import permutations, product
@@ -143,7 +144,7 @@ def test_wrong_files_are_refused_by_name(tmp_path):
 
 def test_wrong_shapes_and_types_are_refused(tmp_path):
     refuses(save(tmp_path / "2.nii", np.zeros((3, 4))), r"shape \(3, 4\)")
-    refuses(save(tmp_path / "5.nii", np.zeros((3, 4, 5, 1, 2))), "3 or 4 axes")
+    refuses(save(tmp_path / "5.nii", np.zeros((3, 4, 5, 6, 2))), "3 or 4 axes.*one point in time")
     refuses(save(tmp_path / "c.nii", np.zeros((3, 4, 5), np.complex64)), "complex64")
     path = save(tmp_path / "huge.nii", np.zeros((3, 4, 5), np.uint8))
     refuses(patched(path, dim=[3, 32000, 32000, 30, 1, 1, 1, 1]), "GiB")
@@ -347,7 +348,7 @@ def test_an_sform_and_a_qform_that_disagree_are_told(shift, told, tmp_path):
 
 @pytest.mark.parametrize(("other", "fits"), [
     (np.diag((2.0, 3.0, 4.0, 1.0)), True), (np.diag((2.0, 3.0, 4.0009, 1.0)), True),
-    (np.diag((2.0, 3.0, 4.0011, 1.0)), False), (np.diag((-2.0, 3.0, 4.0, 1.0)), False)])
+    (np.diag((2.0, 3.0, 4.5, 1.0)), False), (np.diag((-2.0, 3.0, 4.0, 1.0)), False)])
 @pytest.mark.parametrize(("unit", "length"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3)])
 def test_one_grid_is_told_from_two_in_millimetres(other, fits, unit, length, tmp_path):
     volumes = []
@@ -361,10 +362,153 @@ def test_one_grid_is_told_from_two_in_millimetres(other, fits, unit, length, tmp
     if fits:
         volumes[1].expect_grid_of(volumes[0])
     else:
-        with pytest.raises(ValueError, match="b.nii: found an affine .* mm away .*a.nii"):
+        distance = {4: "4", 4.5: "2.25"}[other[2, 2]]  # mirrored: 2 voxels of 2 mm; 4.5 of 0.5 mm
+        with pytest.raises(ValueError, match=f"b.nii: found corners .* {distance} mm .*a.nii"):
             volumes[1].expect_grid_of(volumes[0])
     with pytest.raises(ValueError, match=r"shape \(3, 4, 6\), expected \(3, 4, 5\)"):
         nifti.read(save(tmp_path / "d.nii", np.zeros((3, 4, 6)))).expect_grid_of(plain)
+
+
+def corner_distance(first, second, shape):
+    """The farthest that any corner of two files' volumes lies apart, in mm."""
+    ends = [(-0.5, n - 0.5) for n in shape]
+    return max(np.linalg.norm((first - second) @ (*corner, 1)) for corner in product(*ends))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SRA"])
+@pytest.mark.parametrize("share", [0, 0.04, 0.06, 0.49, 0.51, 30])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_grids_agree_by_a_share_of_a_voxel_at_the_corners(codes, share, axis, tmp_path):
+    """Silently under a twentieth, with a warning under a half, else not; scaled or moved."""
+    affine, shape = oblique(codes), (8, 9, 10)
+    moved, scaled = affine.copy(), affine.copy()
+    moved[:, 3] += share * affine[:, axis]
+    scaled[:, axis] *= 1 + share / (shape[axis] - 0.5)  # the far corner is that far from voxel 0
+    one = nifti.read(save(tmp_path / "one.nii", np.zeros(shape, np.uint8), affine))
+    for other in (moved, scaled):
+        two = nifti.read(save(tmp_path / "two.nii", np.zeros(shape, np.uint8), other))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if share < 0.5:
+                two.expect_grid_of(one)
+                told = "".join(str(warning.message) for warning in caught)
+                assert bool(told) == (share > 0.05)
+            else:
+                with pytest.raises(ValueError, match="different grids: resample") as refused:
+                    two.expect_grid_of(one)
+                told = str(refused.value)
+        if told:
+            found = re.search(r"two.nii: found corners of the volume (\S+) mm", told)
+            assert float(found[1]) == pytest.approx(corner_distance(affine, other, shape), rel=0.01)
+            assert str(tmp_path / "one.nii") in told
+
+
+def test_a_small_turn_is_measured_where_it_moves_voxels_most(tmp_path):
+    """By 0.07 degrees: nothing on a small grid, over half a voxel at the end of a long one."""
+    turn = np.array([[np.cos(1.2e-3), -np.sin(1.2e-3)], [np.sin(1.2e-3), np.cos(1.2e-3)]])
+    for length, fits in ((40, True), (600, False)):
+        plain, turned = np.diag((1.0, 1, 1, 1)), np.diag((1.0, 1, 1, 1))
+        turned[:2, :2] = turn
+        one, two = (nifti.read(save(tmp_path / f"{name}.nii", np.zeros((length, 3, 2), "u1"), a))
+                    for name, a in (("one", plain), ("two", turned)))
+        if fits:
+            one.expect_grid_of(two)
+        else:
+            with pytest.raises(ValueError, match=r"0.719 mm \(0.72 voxels\)"):
+                one.expect_grid_of(two)
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_one_grid_in_any_order_of_axes_is_one(codes, tmp_path):
+    """The same voxels turned: arrays are equal, so are their grids, and no position is lost."""
+    values = np.random.default_rng(0).integers(0, 200, SHAPE).astype(np.uint8)
+    first = nib.Nifti1Image(values, oblique("RAS"))
+    there = nib.orientations.axcodes2ornt(codes)
+    second = first.as_reoriented(nib.orientations.ornt_transform(
+        nib.io_orientation(first.affine), there))
+    volumes = []
+    for name, image in (("a.nii", first), ("b.nii", second)):
+        nib.save(image, tmp_path / name)
+        volumes.append(nifti.read(tmp_path / name, "uint8"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        volumes[0].expect_grid_of(volumes[1])
+    np.testing.assert_array_equal(volumes[0].array, volumes[1].array)
+    for volume in volumes:
+        voxel = np.argwhere(volume.array == volume.array.max())[0]
+        stored = np.argwhere(np.asarray(nib.load(volume.path).dataobj) == volume.array.max())
+        places = [volume.affine @ (*index, 1) for index in stored]
+        assert any(np.allclose(volume.grid() @ (*voxel, 1), place, atol=1e-4) for place in places)
+
+
+FIELDS = r"shape \(20, 40, 50\), spacing \[.*\] in the affine, pixdim \[.*\], xyzt_units "
+
+
+@pytest.mark.parametrize(("scale", "code", "told"), [
+    (1, 2, None), (1e-3, 1, None), (1e3, 3, None), (1, 0, None),
+    (1, 3, f"0.1 x 0.152 x 0.04 mm, .*{FIELDS}3: micron"),
+    (1e-3, 2, f"0.1 x 0.152 x 0.04 mm, .*{FIELDS}2: mm"),
+    (1e-3, 0, f"0.1 x 0.152 x 0.04 mm, .*{FIELDS}0: unknown"),
+    (1, 1, rf"1e\+05 x 1.52e\+05 x 4e\+04 mm, .*{FIELDS}1: metre"),
+    (120, 2, f"{FIELDS}2: mm"),
+])
+def test_an_extent_that_no_body_has_is_refused_with_the_headers_fields(scale, code, told, tmp_path):
+    affine = np.diag((5 * scale, 3.8 * scale, 0.8 * scale, 1))
+    path = save(tmp_path / "a.nii", np.zeros((20, 40, 50), np.uint8), affine)
+    patched(path, xyzt_units=code)
+    if told is None:
+        np.testing.assert_allclose(nifti.read(path).spacing, (0.8, 3.8, 5), rtol=1e-6)
+    else:
+        refuses(path, told)
+        refuses(path, "set xyzt_units to the unit that the affine is in")
+
+
+def test_a_thin_slice_alone_is_a_scan(tmp_path):
+    thin = save(tmp_path / "a.nii", np.zeros((200, 300, 1), np.uint8), np.diag((0.7, 0.7, 0.5, 1)))
+    assert nifti.read(thin).array.shape == (1, 300, 200)
+    line = save(tmp_path / "b.nii", np.zeros((1, 300, 1), np.uint8), np.diag((0.7, 0.7, 0.5, 1)))
+    refuses(line, "expected a body's")
+
+
+@pytest.mark.parametrize("named", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_content_tells_whether_a_file_is_packed(named, packed, tmp_path):
+    values = np.random.default_rng(0).integers(0, 99, (3, 4, 5)).astype(np.int16)
+    content = save(tmp_path / "plain.nii", values).read_bytes()
+    path = tmp_path / named
+    path.write_bytes(gzip.compress(content) if packed else content)
+    np.testing.assert_array_equal(nifti.read(path).array, values.T)
+    path.write_bytes(content[:-1])
+    refuses(path, "truncated")
+
+
+def test_channels_behind_one_point_in_time_are_channels(tmp_path):
+    """As ITK writes vectors: (x, y, z, t, C)."""
+    values = np.random.default_rng(0).normal(size=(3, 4, 5, 1, 2)).astype(np.float32)
+    volume = nifti.read(save(tmp_path / "five.nii.gz", values, oblique("PIL")))
+    plain = nifti.read(save(tmp_path / "four.nii.gz", values[:, :, :, 0], oblique("PIL")))
+    np.testing.assert_array_equal(volume.array, plain.array)
+    assert volume.array.shape[3:] == (2,)
+    nifti.write(tmp_path / "labels.nii", np.ones(volume.array.shape[:3], int), volume)
+    assert nib.load(tmp_path / "labels.nii").shape == (3, 4, 5)
+    nifti.read(tmp_path / "labels.nii").expect_grid_of(plain)
+
+
+@pytest.mark.parametrize(("content", "told"), [
+    (b"", "empty; fetch"), (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    (b"<!DOCTYPE html><html>", "web page")])
+def test_what_is_no_scan_is_told_as_what_it_is(content, told, tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).write_bytes(content)
+        refuses(tmp_path / name, told)
+
+
+def test_a_folder_of_a_files_name_is_told(tmp_path):
+    """As some archives unpack: case.nii/case.nii."""
+    (tmp_path / "case.nii").mkdir()
+    refuses(tmp_path / "case.nii", "it is a folder", FileNotFoundError)
+    inside = save(tmp_path / "case.nii/case.nii", np.zeros((2, 3, 4)))
+    refuses(tmp_path / "case.nii", f"it is a folder.*such as {inside}", FileNotFoundError)
 
 
 def test_what_is_not_finite_is_refused(tmp_path):

@@ -4,14 +4,17 @@ that anyone may have changed."""
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from io import BufferedIOBase
 from pathlib import Path
 
+GZIP = b"\x1f\x8b"  # how a packed file begins
 LARGEST_JSON = 64 * 2**20  # bytes; Task07 lists 420 scans in 38 kB
 STRANGERS = {  # what often stands in a file's place, by its beginning in lower case
     b"version https://git-lfs": "a pointer of Git LFS to the file; fetch that by `git lfs pull`",
@@ -79,9 +82,16 @@ def sweep(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def unpacked(path: Path) -> BufferedIOBase:
+    """The file, open to be read, without gzip's packing if it has that, whatever its name says."""
+    with open(path, "rb") as file:
+        packed = file.read(len(GZIP)) == GZIP
+    return gzip.open(path) if packed else open(path, "rb")
+
+
 def identify(start: bytes) -> str:
-    """What a file is by its first hundred bytes, where that is not what its name says, and what to
-    do; "" where nothing is known against it."""
+    """What a file is, by its first hundred bytes, where those are no data, and what to do; else "".
+    """
     if not start:
         return "empty; fetch it again"
     text = start.lstrip().lower()

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,19 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from ..files import whole
+from ..files import GZIP, identify, unpacked, whole
+from . import headers
 
 # nibabel is imported where it is called: it takes as long to load as NumPy, and most programs that
 # import this library to learn from it read no scan.
+ENDINGS = (".nii", ".nii.gz")
 SAR = np.array([[2, 1], [1, 1], [0, 1]])  # nibabel's orientation: output axis of each, and its sign
-MILLIMETRES = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # by NIfTI's unit code: unknown, m, mm, micron
-LENGTHS = 1e-6, 1e5  # mm, between which a spacing is believed: from an atom's size to a street's
 LARGEST = 16 * 2**30  # bytes; the longest published CTs stay under 1 GiB
 DEFLATE = 1032  # the most that deflate can shrink anything (zlib technical details)
 PIECE = 4 * 2**20  # bytes read at a time
 SPARE = 64 * 2**20  # bytes that a file may hold before or after its voxels; DICOM headers fit
-SAME_GRID = 1e-3  # mm, the most by which the affines of one grid may differ
-SKEW = 1e-4  # cosine between two axes from which ITK refuses an sform (measured, ITK 5.4)
+ROUNDING = 1 / 20  # of a voxel: what decimals of a spacing make of 500 voxels, and moves nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +46,49 @@ class Volume:
     original_shape: tuple[int, ...]
     path: Path
 
+    def grid(self) -> np.ndarray:
+        """(4, 4): the indices of `array` to millimetres towards (right, anterior, superior)."""
+        from nibabel.orientations import inv_ornt_aff
+
+        return np.diag([*[headers.unit(self.header)] * 3, 1]) @ self.affine @ inv_ornt_aff(
+            _turn(self.affine), self.original_shape[:3])
+
     def expect_grid_of(self, other: Volume) -> None:
-        """ValueError, naming both files, unless shape and affine (to 1e-3 mm) are the same."""
-        if self.original_shape[:3] != other.original_shape[:3]:
+        """ValueError, naming both files, unless their arrays have the same voxels.
+
+        The order of axes in the files does not matter, and nothing is interpolated. Where corners
+        lie half a voxel apart along any axis, the nearest voxels are others: refused. Below that
+        they are the same, which is told by a warning from a twentieth on; the grid of `other` is
+        then the one to take.
+        """
+        from nibabel import aff2axcodes
+
+        if self.array.shape[:3] != other.array.shape[:3]:
+            mine, theirs = ("".join(aff2axcodes(v.affine)) for v in (self, other))
             raise ValueError(f"{self.path}: found shape {self.original_shape}, expected"
-                             f" {other.original_shape[:3]} as in {other.path}")
-        mine, theirs = (volume.affine[:3] * _unit(volume.header) for volume in (self, other))
-        distance = float(np.abs(mine - theirs).max())
-        if distance > SAME_GRID:
-            raise ValueError(f"{self.path}: found an affine {distance:g} mm away from that of"
-                             f" {other.path}, expected at most {SAME_GRID}; the two lie on"
-                             " different grids")
+                             f" {other.original_shape[:3]} as in {other.path} (axes towards {mine}"
+                             f" and {theirs}); resample one of them to the other's grid")
+        corners = [*product(*((-0.5, n - 0.5) for n in self.array.shape[:3]), (1,))]
+        gaps = np.linalg.solve(other.grid(), (self.grid() - other.grid()) @ np.transpose(corners))
+        share = float(np.abs(gaps[:3]).max())  # of a voxel
+        distance = np.linalg.norm(other.grid()[:3] @ gaps, axis=0).max()
+        told = (f"{self.path}: found corners of the volume {distance:.3g} mm ({share:.2g} voxels)"
+                f" away from those of {other.path}, ")
+        if not share < 0.5:
+            raise ValueError(f"{told}expected less than half a voxel; the two lie on different"
+                             " grids: resample one to the other's, or mend the header that is"
+                             " wrong")
+        if share > ROUNDING:
+            warnings.warn(f"{told}expected none; that is less than half a voxel, so voxels are"
+                          " taken to be the same, on the grid of the latter", stacklevel=2)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused, by its consequence
 def read(path: str | Path, dtype: Any = "float32") -> Volume:
     """The volume in a .nii or .nii.gz file, scaled by its slope and intercept.
+
+    Whether it is packed, its content tells and not its name. Of five axes the fourth, time, must
+    have one entry (as ITK writes channels), and is left out.
 
     The affine is the sform if its code is above 0, else the qform, else pixdim (methods 3, 2 and
     1 of the NIfTI-1 standard); the spacing is the norm of its columns. Warns where programs will
@@ -75,23 +99,34 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
     Raises FileNotFoundError, or ValueError for a damaged, impossible or unusable file; naming it.
     Memory grows with what the file holds, not with what its header claims.
     """
-    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+    from nibabel.orientations import apply_orientation
 
     path, dtype = Path(path), np.dtype(dtype)
+    if path.is_dir():
+        inside = next((p for p in sorted(path.iterdir()) if p.name.endswith(ENDINGS)), None)
+        raise FileNotFoundError(f"{path}: no such file, it is a folder; expected one file"
+                                + (f", such as {inside}, to stand in its place" if inside else ""))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.endswith(ENDINGS):
         raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
+    with open(path, "rb") as file:
+        start = file.read(128)
+    if told := identify(start):
+        raise ValueError(f"{path}: found no NIfTI but a file that is {told}")
     try:
-        header = _header(path)
-        shape, stored = header.get_data_shape(), _stored(header)
+        header = headers.read(path)
+        shape, stored = header.get_data_shape(), headers.stored(header)
         offset, scale = float(header["vox_offset"]), header.get_slope_inter()
-        affine, unit = _affine(header), _unit(header)
-    except _damage() as fault:
+        affine, unit = headers.affine(header), headers.unit(header)
+    except headers.damage() as fault:
         raise ValueError(f"{path}: cannot be read as NIfTI ({fault})") from fault
 
-    if header["dim"][0] not in (3, 4) or min(shape) < 1:
-        raise ValueError(f"{path}: found shape {shape}, expected 3 or 4 axes, none of them empty")
+    original = shape
+    shape = shape[:3] + shape[4:] if header["dim"][0] == 5 and shape[3] == 1 else shape
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        raise ValueError(f"{path}: found shape {original}, expected 3 or 4 axes, none of them empty"
+                         " (or 5, with one point in time); save a part of it as a file of its own")
     if stored.kind not in "iuf":
         raise ValueError(f"{path}: found voxels of type {stored}, expected real numbers")
     claimed, on_disk = math.prod(shape) * stored.itemsize, path.stat().st_size
@@ -100,22 +135,22 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
     if not header.single_vox_offset <= offset <= SPARE:
         raise ValueError(f"{path}: header claims that voxels begin at byte {offset:g}, expected"
                          f" {header.single_vox_offset} to {SPARE}; its header is damaged")
-    if offset + claimed > on_disk * (DEFLATE if path.name.endswith(".gz") else 1):
+    if offset + claimed > on_disk * (DEFLATE if start.startswith(GZIP) else 1):
         raise ValueError(f"{path}: header claims {claimed} bytes of voxels, which the {on_disk} "
                          "bytes of the file cannot hold; it is truncated or its header is damaged")
 
     try:
-        columns = _columns(header, affine, unit)
+        columns = headers.columns(header, affine, unit)
     except ValueError as fault:
         raise ValueError(f"{path}: {fault}") from None
-    for doubt in _doubts(header, affine, columns, unit):
+    for doubt in headers.doubts(header, affine, columns, unit):
         warnings.warn(f"{path}: {doubt}", stacklevel=3)  # of read's caller, past errstate's frame
-    turn = ornt_transform(io_orientation(affine), SAR)
+    turn = _turn(affine)
     d, h, w = (columns[np.argsort(turn[:, 0])] * unit).tolist()
 
     try:
         content = _bytes(path, int(offset), claimed)
-    except _damage() as fault:
+    except headers.damage() as fault:
         raise ValueError(f"{path}: voxels cannot be read ({fault}); the file is truncated or"
                          " damaged, fetch it again") from fault
     values: np.ndarray = np.frombuffer(content, stored).reshape(shape, order="F")
@@ -128,125 +163,20 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
     if dtype.kind == "f" and (wrong := array.size - np.count_nonzero(np.isfinite(array))):
         raise ValueError(f"{path}: found {wrong} voxels that are NaN or infinite as {dtype},"
                          " expected finite numbers")
-    return Volume(array, (d, h, w), affine, header, shape, path)
+    return Volume(array, (d, h, w), affine, header, original, path)
 
 
-def _damage() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
+def _turn(affine: np.ndarray) -> np.ndarray:
+    """nibabel's transform of a file's axes to ours."""
+    from nibabel.orientations import io_orientation, ornt_transform
 
-    return (ImageFileError, HeaderDataError, ArithmeticError, EOFError, KeyError, OSError,
-            TypeError, ValueError, zlib.error)
-
-
-def _header(path: Path) -> Any:
-    """The header as it stands in the file, repaired nowhere, so that it can be written back.
-
-    Extensions are not read: they may hold anything (gigabytes, a patient's name).
-    """
-    import nibabel as nib
-
-    with nib.openers.ImageOpener(str(path)) as file:
-        start = file.read(nib.Nifti2Header.sizeof_hdr)
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        if kind.may_contain_header(start):
-            header = kind(start[: kind.sizeof_hdr], check=False)
-            if header["magic"].item() != kind.single_magic:
-                raise ValueError("it is the .hdr of a pair, expected header and voxels in one")
-            return header
-    raise ValueError(f"found the first bytes {start[:8]!r}... without NIfTI's magic n+1 or n+2")
-
-
-def _stored(header: Any) -> np.dtype:
-    """The type of the voxels in the file."""
-    from nibabel.nifti1 import data_type_codes
-
-    code = int(header["datatype"])
-    if code not in data_type_codes.value_set():
-        raise ValueError(f"found voxels of type code {code}, which NIfTI does not know")
-    return header.get_data_dtype()
-
-
-def _unit(header: Any) -> float:
-    """Millimetres per unit of the file's affine."""
-    code = int(header["xyzt_units"]) & 7
-    if code not in MILLIMETRES:
-        raise ValueError(f"found unit {code} of length, expected {sorted(MILLIMETRES)}")
-    return MILLIMETRES[code]
-
-
-def _affine(header: Any) -> np.ndarray:
-    """Voxel indices to (right, anterior, superior), in the file's unit, by NIfTI's precedence."""
-    if header["sform_code"] > 0:
-        return header.get_sform()
-    return _qform(header) if header["qform_code"] > 0 else header.get_base_affine()
-
-
-def _qform(header: Any) -> np.ndarray:
-    form = header.copy()
-    form["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 means 1, says the standard
-    try:
-        return form.get_qform()
-    except ValueError:  # b, c, d longer than 1; that rounding does so at half turns is no fault
-        names = "quatern_b", "quatern_c", "quatern_d"
-        length = math.hypot(*(float(form[name]) for name in names))
-        if length > 1.001:
-            raise
-        for name in names:
-            form[name] = form[name] / (length * (1 + 4e-16))  # not longer than 1 once more
-        return form.get_qform()
-
-
-def _columns(header: Any, affine: np.ndarray, unit: float) -> np.ndarray:
-    """The norms of the affine's columns, its spacing; ValueError where it is none."""
-    columns, pixdim = np.linalg.norm(affine[:3, :3], axis=0), header["pixdim"][1:4]
-    valid = (columns * unit > LENGTHS[0]) & (columns * unit < LENGTHS[1])
-    valid &= (header["sform_code"] > 0) | (pixdim > 0)  # 0 is not a millimetre
-    if not np.isfinite(affine).all() or not valid.all() \
-            or np.linalg.matrix_rank(affine[:3, :3] / columns, tol=1e-4) < 3:
-        raise ValueError(f"found the affine {affine[:3].tolist()} with pixdim {pixdim.tolist()},"
-                         f" expected a finite affine, a spacing of {LENGTHS[0]} to {LENGTHS[1]} mm"
-                         " and three independent directions; repair the file's header")
-    return columns
-
-
-def _doubts(header: Any, affine: np.ndarray, columns: np.ndarray, unit: float) -> Iterator[str]:
-    """What is readable, but not by every program as the same positions."""
-    axes, pixdim = affine[:3, :3] / columns, np.abs(header["pixdim"][1:4])
-    cosines = np.triu(axes.T @ axes, 1)
-    a, b = np.unravel_index(np.abs(cosines).argmax(), cosines.shape)
-    if abs(cosines[a, b]) > SKEW:
-        yield (f"found axes {a} and {b} at {np.degrees(np.arccos(cosines[a, b])):.3f} degrees,"
-               " expected 90; distances are measured as if they were at right angles, and programs"
-               " built on ITK refuse the file or place it by its qform")
-    if header["sform_code"] <= 0:
-        if header["qform_code"] <= 0:
-            yield ("found neither sform nor qform, so that nothing tells left from right; the first"
-                   " axis is taken to point left, the second to the front, the third up, as nibabel"
-                   " does")
-        return
-    if not np.allclose(pixdim, columns, rtol=1e-3, atol=0):
-        yield (f"found spacing {columns.tolist()} in the sform and {pixdim.tolist()} in pixdim,"
-               " expected the same; the sform counts here, pixdim in programs built on ITK")
-    if header["qform_code"] > 0:
-        corners = [*product(*((0, n - 1) for n in header.get_data_shape()[:3]), (1,))]
-        try:
-            gaps = np.linalg.norm(corners @ (_qform(header) - affine)[:3].T, axis=1)
-        except _damage():  # it is no rotation
-            gaps = np.array([np.inf])
-        if not gaps.max() <= min(columns) / 2:
-            yield (f"found an sform and a qform up to {gaps.max() * unit:g} mm apart, expected at"
-                   " most half a voxel; the sform counts here, the qform may in programs built on"
-                   " ITK")
+    return ornt_transform(io_orientation(affine), SAR)
 
 
 def _bytes(path: Path, offset: int, count: int) -> bytearray:
     """`count` bytes of the unpacked file; memory grows only as they arrive."""
-    from nibabel.openers import ImageOpener
-
     content = bytearray()
-    with ImageOpener(str(path)) as file:
+    with unpacked(path) as file:
         file.seek(offset)
         while len(content) < count and (piece := file.read(min(PIECE, count - len(content)))):
             content += piece
@@ -285,7 +215,7 @@ def write(path: str | Path, array: np.ndarray, like: Volume) -> None:
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
     path, array = Path(path), np.asarray(array)
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.endswith(ENDINGS):
         raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
     if array.shape != like.array.shape[:3]:
         raise ValueError(f"{path}: found a label map of shape {array.shape}, expected"
