@@ -52,6 +52,7 @@ def test_a_task_is_read(tmp_path):
     assert dataset.labels == {0: "background", 1: "organ", 2: "lesion"}
     assert [case.id for case in dataset.cases] == ["a_2", "b_10"]
     assert [path.name for path in dataset.test] == ["y_1.nii.gz", "z_1.nii.gz"]
+    assert dataset.skipped == ("./imagesTr/._a_2.nii.gz",)
     volume, label = dataset.cases[0].read()
     assert volume.array.shape == (5, 4, 3, 1) and volume.array.dtype == np.float32
     assert label.shape == (5, 4, 3) and label.dtype == np.uint8 and volume.spacing == (3, 2, 1)
@@ -76,8 +77,8 @@ def test_small_disagreement_of_affines_is_rounding(tmp_path):
 @pytest.mark.parametrize(("part", "array", "affine", "message"), [
     ("label", np.ones((3, 4, 6)), AFFINE, r"found shape \(3, 4, 6\), expected \(3, 4, 5\)"),
     ("label", np.ones((3, 4, 5, 2)), AFFINE, "found shape"),
-    ("label", np.ones((3, 4, 5)), np.diag((1, 2, 3.01, 1)), "affine"),
-    ("label", np.ones((3, 4, 5)), np.diag((-1.0, 2, 3, 1)), "affine"),
+    ("label", np.ones((3, 4, 5)), np.diag((1, 2, 3.4, 1)), "1.8 mm .* different grids"),
+    ("label", np.ones((3, 4, 5)), np.diag((-1.0, 2, 3, 1)), "2 mm .* different grids"),
     ("label", np.full((3, 4, 5), 1.5), AFFINE, "whole numbers"),
     ("label", np.full((3, 4, 5), 7.0), AFFINE, r"label values \[7\], expected only \[0, 1, 2\]"),
     ("image", np.full((3, 4, 5), np.nan), AFFINE, "found 60 voxels"),
@@ -102,16 +103,184 @@ def test_a_wrong_case_is_refused_by_name(part, array, affine, message, tmp_path)
     ({"training": [{"image": 3, "label": "b.nii.gz"}]}, "inside"),
     ({"test": ["../../secret.nii.gz"]}, "inside"),
     ({"test": [3]}, "inside"),
-    ({"labels": {"background": 0}}, "labels"),
+    ({"training": [{"image": "..\\a.nii.gz", "label": "b.nii.gz"}]}, "inside"),
+    ({"training": [{"image": "imagesTr\\..\\..\\a.nii.gz", "label": "b.nii.gz"}]}, "inside"),
+    ({"training": [{"image": "C:\\a.nii.gz", "label": "b.nii.gz"}]}, "inside"),
+    ({"training": [{"image": "c:a.nii.gz", "label": "b.nii.gz"}]}, "inside"),
+    ({"training": [{"image": "\\\\host\\share\\a.nii.gz", "label": "b.nii.gz"}]}, "inside"),
+    ({"training": [{"image": "\\a.nii.gz", "label": "b.nii.gz"}]}, "inside"),
+    ({"training": [{"image": ".", "label": "b.nii.gz"}]}, "inside"),
+    ({"labels": {"background": 0}}, "label numbers .* 1 to 254 others"),
     ({"labels": None}, "labels"),
+    ({"labels": {"background": "0", "organ": 1.5}}, "labels"),
     ({"labels": {"1": "organ"}}, "expected 0"),
-    ({"labels": {"0": "background", "255": "void"}}, "up to 254"),
-    ({"modality": {}}, "modality"),
+    ({"labels": {"0": "background", "-1": "organ"}}, "expected 0"),
+    ({"labels": {"0": "background", "65536": "void"}}, "up to 65535"),
+    ({"labels": {str(i): f"organ {i}" for i in range(256)}}, "1 to 254 others"),
+    ({"labels": {"0": "background", "1": "organ", "01": "lesion"}}, "numbers .* each once"),
+    ({"labels": {"0": "background", "1": "organ", "2": "organ"}}, "names .* each once"),
+    ({"labels": {"background": 0, "organ": 1, "lesion": 1}}, "numbers .* each once"),
+    ({"labels": {"background": 0, "organ": [1, 2], "lesion": 2}}, r"regions \['organ'\]"),
+    ({"labels": {"background": 0, "organ": 1, "ignore": 2}}, "'ignore'.*leave out"),
+    ({"file_ending": ".png"}, r"'\.png', expected \.nii"),
+    ({"modality": {}}, r"'modality'.*channel_names.*\{\"0\": \"CT\"\}"),
+    ({"modality": ["CT"]}, "'modality'"),
 ])
 def test_a_wrong_description_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         decathlon.load(task(tmp_path, **changes))
     assert str(tmp_path / "dataset.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [lambda path: path.replace("/", "\\"),
+                                   lambda path: path[2:].replace("/", "\\"), lambda path: path[2:]])
+def test_backslashes_separate_folders_too(write, tmp_path):
+    ids = ("a_2", "_b_10", "__c")
+    training = [{part: write(path) for part, path in pair(id).items()} for id in ids]
+    dataset = decathlon.load(task(tmp_path, ids, training=training))
+    assert [case.id for case in dataset.cases] == sorted(ids) and dataset.skipped == ()
+    assert dataset.cases[0].read()[1].shape == (5, 4, 3)
+
+
+@pytest.mark.parametrize(("numbers", "dtype"), [
+    ((0, 1, 4), "u1"), ((0, 63, 252), "u1"), ((0, 255), "u1"), ((0, 256), "u2"),
+    ((0, 17, 251, 14175), "u2"), ((0, 9, 10, 65535), "u2")])
+def test_labels_keep_the_numbers_of_their_files(numbers, dtype, tmp_path):
+    names = {str(n): f"name {n}" for n in sorted(numbers, key=str)}  # as JSON sorts strings
+    folder = task(tmp_path, labels=names)
+    stored = np.random.default_rng(0).choice(numbers, (3, 4, 5))
+    replace(folder, "label", stored.astype(np.int32))
+    dataset = decathlon.load(folder)
+    assert tuple(dataset.labels) == numbers == tuple(dataset.cases[0].labels)
+    _, label = dataset.cases[0].read()
+    assert label.dtype == dtype
+    np.testing.assert_array_equal(label, stored.T)
+    stored[0, 0, 0] = 2
+    replace(folder, "label", stored.astype(np.int32))
+    with pytest.raises(ValueError, match=r"label values \[2\], expected only \[0, "):
+        dataset.cases[0].read()
+
+
+def test_names_of_classes_are_those_of_the_task(tmp_path):
+    for labels in ({"0": "background", "63": "liver", "126": "right kidney"},
+                   {"right kidney": 126, "background": 0, "liver": "63"}):
+        source = task(tmp_path, labels=labels) / "dataset.json"
+        assert list(decathlon.class_names(source).items()) == [
+            (0, "background"), (63, "liver"), (126, "right kidney")]
+    source.write_text(json.dumps({"labels": {"0": "背景", "1": "胰腺"}}, ensure_ascii=False),
+                      encoding="utf-8")
+    assert decathlon.class_names(source) == {0: "背景", 1: "胰腺"}
+
+
+def nnunet(folder, ids=("a_2", "b_10"), channels=2, **changes):
+    """A folder of nnU-Net's second version: no list, and a file for each channel."""
+    rng = np.random.default_rng(1)
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for id in ids:
+        for channel in range(channels):
+            nib.save(nib.Nifti1Image(rng.normal(size=(3, 4, 5)).astype(np.float32), AFFINE),
+                     folder / f"imagesTr/{id}_{channel:04d}.nii.gz")
+        nib.save(nib.Nifti1Image(rng.integers(0, 2, (3, 4, 5)).astype(np.uint8), AFFINE),
+                 folder / f"labelsTr/{id}.nii.gz")
+    content = {"channel_names": {str(i): ("CT", "PET", "T2")[i] for i in range(channels)},
+               "labels": {"background": 0, "organ": 1}, "numTraining": len(ids),
+               "file_ending": ".nii.gz"} | changes
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_a_folder_of_nnu_net_is_read_as_it_is(channels, tmp_path):
+    folder = nnunet(tmp_path / "Dataset007", channels=channels)
+    (folder / "imagesTr/._a_2_0000.nii.gz").write_bytes(b"junk")
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5)), AFFINE), folder / "imagesTr/c_0000.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5)), AFFINE), folder / "labelsTr/d.nii.gz")
+    dataset = decathlon.load(folder)
+    assert dataset.name == "Dataset007" and dataset.labels == {0: "background", 1: "organ"}
+    assert list(dataset.modalities.values()) == ["CT", "PET", "T2"][:channels]
+    assert [case.id for case in dataset.cases] == ["a_2", "b_10"]
+    assert dataset.skipped == ("imagesTr/._a_2_0000.nii.gz", "imagesTr/c_0000.nii.gz",
+                               "labelsTr/d.nii.gz")
+    case = dataset.cases[1]
+    volume, label = case.read()
+    assert volume.array.shape == (5, 4, 3, channels) and label.shape == (5, 4, 3)
+    assert [path.name for path in case.files] == [
+        *(f"b_10_{channel:04d}.nii.gz" for channel in range(channels)), "b_10.nii.gz"]
+    for channel, path in enumerate(case.files[:-1]):
+        np.testing.assert_array_equal(volume.array[..., channel],
+                                      np.asarray(nib.load(path).dataobj).T)
+
+
+def test_a_list_may_name_scans_without_their_channels(tmp_path):
+    """As nnU-Net's first version does."""
+    folder = nnunet(tmp_path, training=[pair("b_10")])
+    case, = decathlon.load(folder).cases
+    assert case.read()[0].array.shape == (5, 4, 3, 2)
+
+
+def test_channels_must_all_be_there_on_one_grid(tmp_path):
+    folder = nnunet(tmp_path, channels=3)
+    moved = AFFINE.copy()
+    moved[0, 3] = 0.7
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5)), moved), folder / "imagesTr/b_10_0001.nii.gz")
+    with pytest.raises(ValueError, match="b_10_0001.nii.gz: .*0.7 mm .*b_10_0000.nii.gz"):
+        decathlon.load(folder).cases[1].read()
+    (folder / "imagesTr/a_2_0001.nii.gz").unlink()
+    with pytest.raises(ValueError, match="a_2_0000.nii.gz: found 1 channels, expected 3"):
+        decathlon.load(folder).cases[0].read()
+    (folder / "imagesTr/b_10_0002.nii.gz").unlink()
+    with pytest.raises(ValueError, match="b_10_0000.nii.gz: found 2 files of channels, expected 3"):
+        decathlon.load(folder)
+
+
+def test_two_folders_are_a_task(tmp_path):
+    nnunet(tmp_path, channels=2)
+    folders = tmp_path / "imagesTr", tmp_path / "labelsTr"
+    stored = np.random.default_rng(0).choice((0, 4, 300), (3, 4, 5)).astype(np.int16)
+    replace(tmp_path, "label", stored)
+    dataset = decathlon.pair(*folders)
+    assert dataset.labels == {0: "background", 1: "class 1", 4: "class 4", 300: "class 300"}
+    assert dataset.modalities == {0: "unknown", 1: "unknown"} and dataset.skipped == ()
+    volume, label = dataset.cases[0].read()
+    assert volume.array.shape == (5, 4, 3, 2)
+    np.testing.assert_array_equal(label, stored.T)
+
+    asked = []
+    named = decathlon.pair(*folders, modality=("CT", "PET"), progress=asked.append,
+                           names={4: "liver", 1: "lung", 0: "air", 300: "skin"})
+    assert named.labels == {0: "air", 1: "lung", 4: "liver", 300: "skin"} and asked == []
+    assert named.modalities == {0: "CT", 1: "PET"}
+    with pytest.raises(ValueError, match="found 2 channels, expected 1"):
+        decathlon.pair(*folders, modality=["CT"])
+
+
+def test_files_of_one_name_are_a_pair(tmp_path):
+    """With a number of four digits at the end that counts cases and not channels."""
+    task(tmp_path, ("case_0001", "case_0000"))
+    (tmp_path / "imagesTr/notes.txt").write_text("")
+    (tmp_path / "labelsTr/case_0002.nii.gz").mkdir()
+    dataset = decathlon.pair(tmp_path / "imagesTr", tmp_path / "labelsTr", "CT")
+    assert [case.id for case in dataset.cases] == ["case_0000", "case_0001"]
+    assert dataset.modalities == {0: "CT"} and dataset.cases[0].further == ()
+    assert dataset.skipped == ("imagesTr/notes.txt", "labelsTr/case_0002.nii.gz")
+
+
+def test_folders_that_are_no_pair_are_refused_by_name(tmp_path):
+    task(tmp_path, ("a", "b"))
+    images, labels = tmp_path / "imagesTr", tmp_path / "labelsTr"
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        decathlon.pair(tmp_path / "nowhere", labels)
+    with pytest.raises(ValueError, match="in one folder, expected two"):
+        decathlon.pair(images, tmp_path / "imagesTr/../imagesTr")
+    for path in labels.iterdir():
+        replace(tmp_path, "label", np.zeros((3, 4, 5)), name=path.name[0])
+    with pytest.raises(ValueError, match=r"labelsTr: found label numbers \[0\], expected 0 for"):
+        decathlon.pair(images, labels)
+    for path in list(labels.iterdir()):
+        path.rename(path.with_name(f"{path.name[0]}_seg.nii.gz"))
+    with pytest.raises(ValueError, match="labelsTr: found no label map .*a.nii.gz.*b_seg.nii.gz"):
+        decathlon.pair(images, labels)
 
 
 def test_missing_and_damaged_descriptions(tmp_path, monkeypatch):
@@ -173,8 +342,11 @@ def test_folds_equal_scikit_learn():
 
 
 def test_wrong_folds():
-    for ids, k in ((["a", "b"], 3), (["a", "b"], 1), (["a", "a", "b"], 2)):
-        with pytest.raises(ValueError, match="expected"):
+    for ids, k, told in ((["a", "b"], 3, "2 cases for 3 folds, .* 2 to 2 folds, or add cases"),
+                         (["a", "b"], 1, "expected a case at least for each"),
+                         (["a"], 5, "found 1 case, expected two .* one to hold out"),
+                         (["a", "a", "b"], 2, "expected every id once")):
+        with pytest.raises(ValueError, match=told):
             decathlon.folds(ids, k)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,18 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
         raise ValueError(f"{path}: found {wrong} voxels that are NaN or infinite as {dtype},"
                          " expected finite numbers")
     return Volume(array, (d, h, w), affine, header, original, path)
+
+
+def join(volumes: Sequence[Volume]) -> Volume:
+    """One volume, array (D, H, W, C), of the channels of several on the grid of the first.
+
+    ValueError where they lie on different grids.
+    """
+    first, *others = volumes
+    for other in others:
+        other.expect_grid_of(first)
+    channels = [volume.array.reshape(*volume.array.shape[:3], -1) for volume in volumes]
+    return replace(first, array=np.concatenate(channels, axis=3) if others else channels[0])
 
 
 def _turn(affine: np.ndarray) -> np.ndarray:
