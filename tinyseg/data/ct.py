@@ -8,17 +8,20 @@ and its first centre moves from s / 2 to n s / (2 m) behind the corner.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .nifti import LARGEST
+from .nifti import LARGEST, Volume
 
 SAMPLES = 10_000  # foreground voxels drawn per case: percentiles to 0.1 %, 281 cases in 11 MB
 LONGEST = 4096  # voxels along an axis for cubic splines, whose weights are a square matrix
 BLOCK = 2**25  # bytes of linear interpolation at a time: beside the result it needs little
+ODD = 8  # times the others' size: no two bodies differ so, and centimetres taken for mm do by 10
 THICK = 3  # slices are thick that exceed the finest spacing by this factor; nnU-Net's threshold
 
 
@@ -126,10 +129,13 @@ def thick_axis(spacing: Sequence[float], target: Sequence[float]) -> int | None:
 class Plan:
     """How scans are prepared. spacing: mm along (D, H, W); clip, mean, std: in the scan's units.
 
-    Without mean and std every channel of every scan is standardised by its own (MRI has no unit).
+    clip (low, high), mean and std are those of all channels, or tuples with one for each channel.
+    A channel without mean and std is standardised by its own in every scan (MRI has no unit).
     order: how images are interpolated, 1 linear or 3 cubic; label maps and a network's scores are
     always linear. blend_slices=False takes the nearest of thick slices (`thick_axis`) instead of
     blending two, in images, labels and scores. nnU-Net is order=3, blend_slices=False.
+    mirror: pairs of names of classes that change places where an image is reflected left-right;
+    None where it must not be.
 
     Cubic keeps more: CT slices clipped to [-92, 217] that go to 0.9 times their size and back are
     off by 4.5 HU (RMS), 8.2 if linear. Linear is the default because the figures of this project
@@ -138,116 +144,176 @@ class Plan:
     and 32 nearest (24.0 and 24.8 for means of five slices), and label maps are the same both ways.
     nnU-Net's reason for nearest are slices that moved against each other.
 
-    Plan(**dataclasses.asdict(plan)) == plan, also through JSON; plans stored before order and
-    blend_slices existed mean their defaults.
+    Plan(**dataclasses.asdict(plan)) == plan, also through JSON; plans stored before order,
+    blend_slices and mirror existed mean their defaults.
     """
 
     spacing: tuple[float, ...]
-    clip: tuple[float, ...] | None = None
-    mean: float | None = None
-    std: float | None = None
+    clip: tuple[Any, ...] | None = None
+    mean: float | tuple[float | None, ...] | None = None
+    std: float | tuple[float | None, ...] | None = None
     order: int = 1
     blend_slices: bool = True
     mirror: tuple[tuple[str, str], ...] | None = ()
 
     def __post_init__(self) -> None:
-        spacing = tuple(float(s) for s in self.spacing)
-        clip = None if self.clip is None else tuple(float(c) for c in self.clip)
-        if len(spacing) != 3 or not all(0 < s < np.inf for s in spacing):
-            raise ValueError(f"found spacing {spacing}, expected three positive lengths in mm")
-        if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
-            raise ValueError(f"found clip {clip}, expected (low, high) with low < high")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError(f"found mean {self.mean} and std {self.std}, expected both or none")
-        if self.mean is not None and self.std is not None \
-                and not (np.isfinite(self.mean) and 0 < self.std < np.inf):
-            raise ValueError(f"found mean {self.mean}, std {self.std}, expected finite, std > 0")
+        for name in ("spacing", "clip", "mean", "std"):  # lists, as JSON has them, become tuples
+            object.__setattr__(self, name, _floats(getattr(self, name)))
+        if len(self.spacing) != 3 or not all(0 < s < np.inf for s in self.spacing):
+            raise ValueError(f"found spacing {self.spacing}, expected three positive lengths in mm")
+        counts = {len(part) if isinstance(part, tuple) else 0
+                  for part in (self.clip, self.mean, self.std)}
+        if isinstance(self.mean, tuple) and (len(counts) > 1 or counts == {0}):
+            raise ValueError(f"found clip {self.clip}, mean {self.mean} and std {self.std},"
+                             " expected one of each for every channel")
+        for clip, mean, std in self._rules(1):
+            if clip is not None and not (
+                    isinstance(clip, tuple) and [float] * 2 == list(map(type, clip))
+                    and clip[0] < clip[1]):
+                raise ValueError(f"found clip {clip}, expected (low, high) with low < high")
+            if type(mean) is not type(std) or isinstance(std, tuple):
+                raise ValueError(f"found mean {mean} and std {std}, expected both or none")
+            if mean is not None and not (np.isfinite(mean) and 0 < std < np.inf):
+                raise ValueError(f"found mean {mean}, std {std}, expected finite, std > 0")
         if self.order not in (1, 3) or not isinstance(self.blend_slices, bool):
             raise ValueError(f"found order {self.order} and blend_slices {self.blend_slices},"
                              " expected 1 (linear) or 3 (cubic), and true or false")
-        object.__setattr__(self, "spacing", spacing)  # lists, as JSON has them, become tuples
-        object.__setattr__(self, "clip", clip)
         if self.mirror is not None:
             object.__setattr__(self, "mirror", tuple(map(tuple, self.mirror)))
+            names = [name for pair in self.mirror for name in pair]
+            if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names) \
+                    or not all(len(pair) == 2 for pair in self.mirror):
+                raise ValueError(f"found {self.mirror} to change places when mirrored, expected"
+                                 " pairs of class names, each name once")
 
     @classmethod
     def fit(cls, cases: Iterable[Any], spacing: tuple[float, ...] | None = None, *,
             seed: int = 0) -> Plan:
         """The plan that training cases ask for; spacing is their median unless given.
 
-        CT (Hounsfield units mean the same in every scan): nnU-Net's fingerprint, the 0.5 and 99.5
-        percentiles, mean and standard deviation of the foreground voxels (Isensee et al. 2021).
+        Channels of CT (Hounsfield units mean the same in every scan): nnU-Net's fingerprint, the
+        0.5 and 99.5 percentiles, mean and standard deviation of the foreground voxels (Isensee et
+        al. 2021). Others are standardised scan by scan.
+
+        ValueError, naming file or folder, where there is no foreground, CT is constant there, or a
+        scan is too small or large for the spacing. Warns of a scan whose size makes no sense among
+        the others: a middle extent that is over 8 times theirs or under an eighth.
         """
-        rng, found, samples, hounsfield = np.random.default_rng(seed), [], [], True
+        rng, found, inhabited = np.random.default_rng(seed), [], False
+        samples: dict[int, list[np.ndarray]] = {}
         for case in cases:
             volume, label = case.read()
-            found.append(volume.spacing)
-            hounsfield &= all(name.strip().lower() == "ct" for name in case.modalities.values())
-            if hounsfield:
-                voxels = volume.array[label > 0].ravel()
-                samples.append(rng.choice(voxels, min(len(voxels), SAMPLES), replace=False)
-                               if len(voxels) else voxels)
+            found.append((volume.path, volume.array.shape, volume.spacing))
+            foreground = label > 0
+            inhabited |= bool(foreground.any())
+            for channel, name in enumerate(case.modalities.values()):
+                if name.strip().lower() == "ct":
+                    voxels = volume.array[..., channel][foreground]
+                    samples.setdefault(channel, []).append(
+                        rng.choice(voxels, min(len(voxels), SAMPLES), replace=False)
+                        if len(voxels) else voxels)
         if not found:
             raise ValueError("found no cases to fit a plan to, expected at least one")
-        spacing = tuple(np.median(found, axis=0)) if spacing is None else spacing
-        if not hounsfield:
-            return cls(spacing)
-        pooled = np.concatenate(samples).astype(np.float64)
-        if not len(pooled):
-            raise ValueError("found no foreground voxel in any case, expected labels above 0")
-        return cls(spacing, tuple(np.percentile(pooled, (0.5, 99.5))),
-                   float(pooled.mean()), float(pooled.std()))
+        if not inhabited:
+            raise ValueError(f"{case.label.parent}: found no foreground voxel in any of"
+                             f" {len(found)} label maps, expected labels above 0; are these the"
+                             " label maps of the scans?")
+        rules: list[tuple] = []
+        for channel in range(len(case.modalities)):
+            drawn = samples.get(channel, [])
+            pooled = np.concatenate([[], *drawn]).astype(np.float64)
+            low, high = np.percentile(pooled, (0.5, 99.5)) if len(pooled) else (0, 0)
+            if len(drawn) < len(found):
+                rules.append((None, None, None))
+            elif low < high:
+                rules.append(((low, high), float(pooled.mean()), float(pooled.std())))
+            else:
+                raise ValueError(f"{case.image.parent}: found the value {low:g} in all of the"
+                                 f" foreground of channel {channel}, a CT, expected Hounsfield"
+                                 " units that differ; are these the scans of the label maps?")
+        same = len(set(rules)) == 1  # then one for all
+        plan = cls(tuple(np.median([each[2] for each in found], axis=0)) if spacing is None
+                   else spacing, *(rules[0] if same else zip(*rules, strict=True)))
+        middle = [sorted(np.multiply(shape[:3], lengths))[1] for _, shape, lengths in found]
+        for (path, shape, lengths), extent in zip(found, middle, strict=True):
+            plan._grid(shape, lengths, path)
+            if not 1 / ODD < extent / np.median(middle) < ODD:
+                warnings.warn(f"{path}: found a scan of {shape[:3]} voxels of {lengths} mm, while"
+                              f" the others are about {np.median(middle):.3g} mm wide; is its unit"
+                              " of length right?", stacklevel=2)
+        return plan
+
+    def _rules(self, channels: int) -> list[tuple]:
+        """(clip, mean, std) of each channel: of as many as the plan has, or of `channels` alike."""
+        rule: tuple[Any, ...] = self.clip, self.mean, self.std
+        return list(zip(*rule, strict=True)) if isinstance(self.mean, tuple) else [rule] * channels
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """(low, high) to show the first channel between; infinite where it is not clipped."""
+        return self._rules(1)[0][0] or (-np.inf, np.inf)
 
     def shape(self, shape: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:
         """The shape of a grid of this spacing over the same extent, max(1, round(n s / s'))."""
         return tuple(max(1, round(n * s / t))
                      for n, s, t in zip(shape, spacing, self.spacing, strict=True))
 
-    def prepare(self, volume: Any) -> np.ndarray:
+    def prepare(self, volume: Volume) -> np.ndarray:
         """volume.array (D, H, W[, C]) -> (D', H', W', C) float32: normalised, then resampled.
 
         In this order, as nnU-Net does: a clipped scan has no metal for interpolation to smear.
+        ValueError, naming the file, where the scan has other channels than the plan, or nothing or
+        too much is left of it at the plan's spacing.
         """
         image = np.array(volume.array, dtype=np.float32, order="C")  # a copy, changed in place
         image = image[..., None] if image.ndim == 3 else image
-        grid = self._affordable(image.shape, volume.spacing)
-        if self.clip is not None:
-            np.clip(image, *self.clip, out=image)
-        if self.mean is not None:
-            mean, std = np.float32(self.mean), np.float32(self.std)
-        else:
+        grid = self._grid(image.shape, volume.spacing, volume.path)
+        rules = self._rules(image.shape[3])
+        if len(rules) != image.shape[3]:
+            raise ValueError(f"{volume.path}: found {image.shape[3]} channels, expected"
+                             f" {len(rules)}, of which the plan was made")
+        low, high = np.array([clip or (-np.inf, np.inf) for clip, _, _ in rules], np.float32).T
+        if any(clip for clip, _, _ in rules):
+            np.clip(image, low, high, out=image)
+        mean, std = np.array([rule[1:] for rule in rules], np.float32).T  # None is NaN
+        if (own := np.isnan(mean)).any():
             # Slice by slice: NumPy's own std would hold the whole scan in float64.
             middle = image.mean((0, 1, 2), dtype=np.float64)
             spread = np.mean([((row - middle) ** 2).mean((0, 1)) for row in image], axis=0)
-            mean, std = middle.astype(np.float32), np.sqrt(spread).astype(np.float32)
-            std = np.maximum(std, np.float32(1e-8))  # a constant channel becomes zero
+            mean[own] = middle[own]
+            std[own] = np.maximum(np.sqrt(spread[own]), 1e-8)  # a constant channel becomes zero
         image -= mean
         image /= std
-        return resample(image, grid, self._orders(self.order, volume.spacing, self.spacing))
+        return resample(image, grid, self._orders(self.order, volume.spacing))
 
     def prepare_labels(self, label: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
-        """Label map (D, H, W) of `spacing` -> (D', H', W') uint8 on the grid of `prepare`."""
-        grid = self._affordable(label.shape, spacing)
-        orders = self._orders(1, spacing, self.spacing)
-        return resample_labels(label, grid, orders).astype(np.uint8)
+        """Map of classes (D, H, W) of `spacing` -> (D', H', W') uint8 on the grid of `prepare`."""
+        if label.size and not 0 <= label.min() <= label.max() <= 255:
+            raise ValueError(f"found labels from {label.min()} to {label.max()}, expected classes"
+                             " from 0 to 255")
+        grid = self._grid(label.shape, spacing)
+        return resample_labels(label, grid, self._orders(1, spacing)).astype(np.uint8)
 
-    def restore(self, scores: np.ndarray, volume: Any) -> np.ndarray:
-        """A network's scores (D', H', W', C) on the grid of `prepare` -> (D, H, W, C), the scan's.
-
-        The largest is taken after this, never before: label numbers cannot be interpolated.
-        """
-        orders = self._orders(1, self.spacing, volume.spacing)
-        return resample(scores, volume.array.shape[:3], orders)
-
-    def _orders(self, order: int, source: Sequence[float],
-                target: Sequence[float]) -> tuple[int, ...]:
-        thick = None if self.blend_slices else thick_axis(source, target)
+    def _orders(self, order: int, source: Sequence[float]) -> tuple[int, ...]:
+        thick = None if self.blend_slices else thick_axis(source, self.spacing)
         return tuple(0 if axis == thick else order for axis in range(3))
 
-    def _affordable(self, shape: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:
+    def _grid(self, shape: tuple[int, ...], spacing: tuple[float, ...],
+              path: Path | None = None) -> tuple[int, ...]:
+        """`shape` where something is left of every axis of several voxels, and memory holds it."""
         grid = self.shape(shape[:3], spacing)
-        if 4 * math.prod(grid) * math.prod(shape[3:]) > LARGEST:
-            raise ValueError(f"found {shape} voxels of {spacing} mm, which at {self.spacing} mm are"
-                             f" {grid}, over {LARGEST >> 30} GiB; is the file's unit of length"
-                             " right?")
+        lost = any(n > 1 and n * s < t / 2
+                   for n, s, t in zip(shape, spacing, self.spacing, strict=False))
+        if lost or 4 * math.prod(grid) * math.prod(shape[3:]) > LARGEST:
+            what = "less than half a voxel along an axis" if lost else f"over {LARGEST >> 30} GiB"
+            raise ValueError(f"{path}: " * bool(path) + f"found a scan of {shape[:3]} voxels of"
+                             f" {spacing} mm, which the plan's spacing of {self.spacing} mm makes"
+                             f" {grid} voxels, {what}; ask for another spacing, or mend the file if"
+                             " its unit of length is wrong")
         return grid
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(map(_floats, value))
+    return None if value is None else float(value)
