@@ -342,7 +342,7 @@ def test_folds_equal_scikit_learn():
 
 
 def test_wrong_folds():
-    for ids, k, told in ((["a", "b"], 3, "2 cases for 3 folds, .* 2 to 2 folds, or add cases"),
+    for ids, k, told in ((["a", "b"], 3, "3 folds for 2 cases, .* 2 to 2 folds, or add cases"),
                          (["a", "b"], 1, "expected a case at least for each"),
                          (["a"], 5, "found 1 case, expected two .* one to hold out"),
                          (["a", "a", "b"], 2, "expected every id once")):

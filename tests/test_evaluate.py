@@ -104,11 +104,11 @@ def test_what_it_refuses(folder, capsys):
         return capsys.readouterr().err
 
     moved = AFFINE.copy()
-    moved[0, 3] = 0.01
+    moved[0, 3] = 0.5
     whole = (folder / "out" / "b.nii.gz").read_bytes()
     put(folder / "out" / "b.nii.gz", np.zeros((9, 8, 7)), moved)
     told = error()
-    assert "0.01" in told and "out/b.nii.gz" in told and "labelsTr/b.nii.gz" in told
+    assert "0.5 mm" in told and "out/b.nii.gz" in told and "labelsTr/b.nii.gz" in told
     moved[0, 3] = 0.0005
     put(folder / "out" / "b.nii.gz", np.zeros((9, 7, 7)), moved)
     told = error()

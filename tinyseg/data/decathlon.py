@@ -323,7 +323,7 @@ def folds(ids: Iterable[str], k: int = 5, seed: int = 12345) -> list[tuple[list[
         raise ValueError(f"found {len(names)} case, expected two for folds at least: one to train"
                          " on and one to hold out; add cases")
     if not 2 <= k <= len(names):
-        raise ValueError(f"found {len(names)} cases for {k} folds, expected a case at least for"
+        raise ValueError(f"found {k} folds for {len(names)} cases, expected a case at least for"
                          f" each; ask for 2 to {len(names)} folds, or add cases")
     order = np.arange(len(names))
     np.random.RandomState(seed).shuffle(order)
