@@ -230,7 +230,8 @@ class Plan:
             else:
                 raise ValueError(f"{case.image.parent}: found the value {low:g} in all of the"
                                  f" foreground of channel {channel}, a CT, expected Hounsfield"
-                                 " units that differ; are these the scans of the label maps?")
+                                 " units that differ; bring the scans of these label maps, or give"
+                                 " the channel another modality than CT")
         same = len(set(rules)) == 1  # then one for all
         plan = cls(tuple(np.median([each[2] for each in found], axis=0)) if spacing is None
                    else spacing, *(rules[0] if same else zip(*rules, strict=True)))
@@ -238,7 +239,7 @@ class Plan:
         for (path, shape, lengths), extent in zip(found, middle, strict=True):
             plan._grid(shape, lengths, path)
             if not 1 / ODD < extent / np.median(middle) < ODD:
-                warnings.warn(f"{path}: found a scan of {shape[:3]} voxels of {lengths} mm, while"
+                warnings.warn(f"{path}: found a scan of {shape[:3]} voxels of {_mm(lengths)}, while"
                               f" the others are about {np.median(middle):.3g} mm wide; is its unit"
                               " of length right?", stacklevel=2)
         return plan
@@ -307,10 +308,14 @@ class Plan:
         if lost or 4 * math.prod(grid) * math.prod(shape[3:]) > LARGEST:
             what = "less than half a voxel along an axis" if lost else f"over {LARGEST >> 30} GiB"
             raise ValueError(f"{path}: " * bool(path) + f"found a scan of {shape[:3]} voxels of"
-                             f" {spacing} mm, which the plan's spacing of {self.spacing} mm makes"
-                             f" {grid} voxels, {what}; ask for another spacing, or mend the file if"
-                             " its unit of length is wrong")
+                             f" {_mm(spacing)}, which the plan's spacing of {_mm(self.spacing)}"
+                             f" makes {grid} voxels, {what}; ask for another spacing, or mend the"
+                             " file if its unit of length is wrong")
         return grid
+
+
+def _mm(lengths: Iterable[float]) -> str:
+    return f"{' x '.join(f'{length:.3g}' for length in lengths)} mm"
 
 
 def _floats(value: Any) -> Any:

@@ -108,8 +108,7 @@ def columns(header: Any, affine: np.ndarray, unit: float) -> np.ndarray:
             f"found a volume of {' x '.join(f'{x:.3g}' for x in extents)} mm, expected a body's,"
             f" {BODY[0]:g} to {BODY[1]:g} mm (header: shape {shape}, spacing {columns.tolist()} in"
             f" the affine, pixdim {pixdim.tolist()}, xyzt_units {code}: {UNITS[code][0]}); set"
-            " xyzt_units to the unit that the affine is in"
-            f" ({', '.join(f'{code} {name}' for code, (name, _) in UNITS.items())}), or mend it")
+            " xyzt_units to the unit that the affine is in (1 metre, 2 mm, 3 micron), or mend it")
     return columns
 
 
