@@ -67,6 +67,31 @@ def test_modalities_are_channels(tmp_path):
     assert volume.array.shape == (5, 4, 3, 2) and label.shape == (5, 4, 3)
 
 
+@pytest.mark.parametrize("codes", ["LPS", "PIR", "SLA"])
+def test_a_label_map_in_another_order_of_axes_is_that_of_the_scan(codes, tmp_path):
+    folder = task(tmp_path)
+    expected = decathlon.load(folder).cases[0].read()[1]
+    path = folder / "labelsTr/a_2.nii.gz"
+    stored = nib.load(path)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(stored.affine),
+                                           nib.orientations.axcodes2ornt(codes))
+    nib.save(stored.as_reoriented(turn), path)
+    assert nib.load(path).shape != stored.shape or codes == "LPS"
+    volume, label = decathlon.load(folder).cases[0].read()
+    np.testing.assert_array_equal(label, expected)
+    assert volume.spacing == (3, 2, 1)
+
+
+def test_a_label_map_that_is_off_by_less_than_half_a_voxel_is_told(tmp_path):
+    folder = task(tmp_path)
+    moved = AFFINE.copy()
+    moved[:3, 3] = 0.4, 0.1, 0.2
+    replace(folder, "label", np.ones((3, 4, 5), np.uint8), moved)
+    with pytest.warns(UserWarning, match=r"labelsTr/a_2.* 0.458 mm \(0.4 voxels\) .*imagesTr/a_2"):
+        volume, _ = decathlon.load(folder).cases[0].read()
+    np.testing.assert_array_equal(volume.affine, AFFINE)
+
+
 def test_small_disagreement_of_affines_is_rounding(tmp_path):
     folder = task(tmp_path)
     near = AFFINE + 5e-4 * np.eye(4)[:, [1, 2, 3, 0]]

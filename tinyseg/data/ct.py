@@ -273,9 +273,10 @@ class Plan:
         if len(rules) != image.shape[3]:
             raise ValueError(f"{volume.path}: found {image.shape[3]} channels, expected"
                              f" {len(rules)}, of which the plan was made")
-        low, high = np.array([clip or (-np.inf, np.inf) for clip, _, _ in rules], np.float32).T
-        if any(clip for clip, _, _ in rules):
-            np.clip(image, low, high, out=image)
+        channels = np.moveaxis(image, -1, 0)  # views: NumPy is slow along an axis of two or three
+        for channel, (clip, _, _) in zip(channels, rules, strict=True):
+            if clip:
+                np.clip(channel, *clip, out=channel)
         mean, std = np.array([rule[1:] for rule in rules], np.float32).T  # None is NaN
         if (own := np.isnan(mean)).any():
             # Slice by slice: NumPy's own std would hold the whole scan in float64.
@@ -283,8 +284,9 @@ class Plan:
             spread = np.mean([((row - middle) ** 2).mean((0, 1)) for row in image], axis=0)
             mean[own] = middle[own]
             std[own] = np.maximum(np.sqrt(spread[own]), 1e-8)  # a constant channel becomes zero
-        image -= mean
-        image /= std
+        for channel, shift, scale in zip(channels, mean, std, strict=True):
+            channel -= shift
+            channel /= scale
         return resample(image, grid, self._orders(self.order, volume.spacing))
 
     def prepare_labels(self, label: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
