@@ -55,9 +55,9 @@ def options(**how) -> argparse.ArgumentParser:
     add("--data", type=Path, help="Decathlon or nnU-Net folder with dataset.json (default: a "
         "phantom in OUT)")
     add("--images", type=Path, help="instead of --data: a folder of scans")
-    add("--labels", type=Path, dest="label_maps", help="and one of label maps under the same names")
-    add("--modality", metavar="NAME", help="of --images: CT keeps its units (default: each scan is "
-        "standardised)")
+    add("--labels", type=Path, dest="label_maps", help="and one of label maps of the same names")
+    add("--modality", default="unknown", metavar="NAME", help="of --images: CT keeps its units, "
+        "others are standardised scan by scan (%(default)s)")
     add("--out", type=Path, default=Path("runs/pancreas"), help="where results go (%(default)s)")
     add("--pretrained", type=Path, help="start the 2D network from this checkpoint "
         "(PyTorch, safetensors or ours)")
@@ -102,7 +102,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
         parser.error(f"--fold must be 0 to {args.folds - 1}, found {args.fold}")
     if (args.images is None) != (args.label_maps is None) or args.images and args.data:
         parser.error("--images and --labels go together, and without --data")
-    if args.modality and not args.images:
+    if args.modality != "unknown" and not args.images:
         parser.error("--modality is for --images; with --data it stands in dataset.json")
     if args.mirror not in (["auto"], ["none"]) and not all("=" in pair for pair in args.mirror):
         parser.error(f"--mirror is {' '.join(args.mirror)}; expected auto, none, or pairs such as "
@@ -206,7 +206,8 @@ def reflection(words: list[str], labels: dict[int, str]) -> tuple[tuple[str, str
         return None
     if words != ["auto"]:
         numbers = {str(number): name for number, name in labels.items()}
-        pairs = [tuple(numbers.get(side, side) for side in word.split("=", 1)) for word in words]
+        halves = [word.split("=", 1) for word in words]
+        pairs = [(numbers.get(a, a), numbers.get(b, b)) for a, b in halves]
         augment.numbered(pairs, names)  # or it says which is no class
     print("patches are mirrored left-right" + "".join(
         f"; {a} and {b} change places" for a, b in pairs))
@@ -405,18 +406,18 @@ def evaluate(dataset, held_out: list[str], nets: dict, out: Path, mirror: list[i
                     nifti.write(target, maps[name], scan)
                 scores[name][case.id] = ts.metrics.per_class(maps[name], truth, dataset.labels)
             if case.id in shown:
-                low, high = net.metadata["plan"]["clip"] or (-1e9, 1e9)
-                drawn(report.overlay, out / f"overlay_{case.id}.png",
-                      np.clip(scan.array[..., 0], low, high), maps, dataset.labels, scan.spacing,
-                      f"{dataset.name} {case.id}, held out")
+                image = np.clip(scan.array[..., 0], *ct.Plan(**net.metadata["plan"]).window)
+                drawn(report.overlay, out / f"overlay_{case.id}.png", image, maps, dataset.labels,
+                      scan.spacing, f"{dataset.name} {case.id}, held out")
     return {name: {"cases": per, "mean": ts.metrics.mean(per)} for name, per in scores.items()}
 
 
 def tasks(out: Path, settings: dict) -> decathlon.Dataset:
     """The scans that the settings ask for; without any, a phantom that is written first."""
     if settings["images"]:
+        names = {int(number): name for number, name in settings.get("labels", {}).items()}
         return decathlon.pair(settings["images"], settings["label_maps"],
-                              modality=settings["modality"])
+                              settings["modality"], names or None, partial(tqdm, desc="labels"))
     folder = Path(settings["data"] or out / "phantom")
     if settings["data"] is None and not (folder / "dataset.json").exists():
         report.write_json(out / "run.json", settings)
@@ -460,7 +461,7 @@ def execute(out: Path, settings: dict) -> None:
     training = [case for case in dataset.cases if case.id in train_ids]
     print(f"{dataset.name}: {len(training)} training and {len(held_out)} held-out cases, "
           f"classes {', '.join(names.values())}")
-    if getattr(dataset, "skipped", ()):
+    if dataset.skipped:
         print(f"left out: {len(dataset.skipped)} ({', '.join(dataset.skipped)})")
 
     if "plan" not in settings:

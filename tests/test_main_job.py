@@ -86,7 +86,8 @@ def test_predictions_lie_on_the_scans_grid_and_score_as_told(done, data, capsys)
             want = 2 * (p & t).sum() / (p.sum() + t.sum())
             assert metrics[path.name.removesuffix(".nii.gz")][name]["dice"] == pytest.approx(want)
     shutil.copytree(done / "predictions", done / "copy")
-    assert commands.main(["evaluate", str(done / "copy"), str(data / "labelsTr")]) == 0
+    words = ["evaluate", str(done / "copy"), str(data / "labelsTr"), "--missing", "ignore"]
+    assert commands.main(words) == 0  # the other references were trained on
     told = json.loads((done / "copy" / "metrics.json").read_text())["cases"]
     for name, scores in metrics.items():
         assert told[f"{name}.nii.gz"]["pancreas"].items() >= scores["pancreas"].items()
@@ -439,3 +440,34 @@ def test_patches_drawn_anywhere_have_a_figure_of_their_own(done):
     assert shown == {"2d": [True] * 4, "3d": [True, False, True]}  # a batch of one: by turns
     assert all("uniform_dice pancreas" in row for row in rows)
     assert any(row["uniform_dice pancreas"] for row in rows)
+
+
+def test_two_folders_or_nnu_nets_are_trained_on_as_they_are(undrawn, data, done, tmp_path, capsys):
+    steps = [*SMALL, "--steps-2d", "1", "--steps-3d", "1"]
+    words = ["--images", str(data / "imagesTr"), "--labels", str(data / "labelsTr")]
+    out = tmp_path / "pair"
+    assert job.main([*words, "--modality", "CT", "--out", str(out), *steps]) == 0
+    assert "left out: 1 (imagesTr/._phantom_000.nii.gz)" in capsys.readouterr().out
+    plans = [json.loads((o / "run.json").read_text())["plan"] for o in (out, done)]
+    assert plans[0] == plans[1]
+    (out / "metrics.json").unlink()
+    assert job.main(["--resume", "--out", str(out)]) == 0
+    assert set(json.loads((out / "metrics.json").read_text())["models"]["3d"]["mean"]) == {
+        "class 1", "class 2"}
+
+    folder = copy_of(data, tmp_path)
+    for path in (folder / "imagesTr").glob("[!.]*.nii.gz"):
+        path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+    (folder / "dataset.json").write_text(json.dumps({
+        "channel_names": {"0": "CT"}, "labels": {"background": 0, "cancer": 2, "pancreas": 1},
+        "numTraining": 4, "file_ending": ".nii.gz"}))
+    out = tmp_path / "nnunet"
+    assert job.main(["--data", str(folder), "--out", str(out), *steps]) == 0
+    assert json.loads((out / "run.json").read_text())["plan"] == plans[1]
+    assert commands.main(["evaluate", str(out / "predictions"), str(folder / "labelsTr"),
+                          "--missing", "ignore"]) == 0
+    assert "pancreas" in capsys.readouterr().out
+    for wrong in (["--images", str(data)], [*words, "--data", str(data)],
+                  ["--data", str(data), "--modality", "CT"], ["--mirror", "left"]):
+        with pytest.raises(SystemExit):
+            job.main([*wrong, "--out", str(tmp_path / "x")])

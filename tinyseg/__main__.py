@@ -21,8 +21,6 @@ from . import checkpoint, infer, metrics, models, nn, pretrained, report
 from .data import decathlon, nifti
 from .data.augment import LEFT_RIGHT
 
-ENDINGS = (".nii", ".nii.gz")
-
 
 def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
             device: str = "cpu", overlap: float = 0.5, mirror: bool = False,
@@ -74,7 +72,7 @@ def _jobs(scan: Path, out: Path) -> list[tuple[Path, Path]]:
             raise ValueError(f"{out}: expected a folder, as {scan} is one")
     else:
         jobs = [(scan, out)]
-        if not out.name.endswith(ENDINGS) or out.is_dir():
+        if not out.name.endswith(nifti.ENDINGS) or out.is_dir():
             raise ValueError(f"{out}: expected a file name that ends in .nii or .nii.gz")
     for source, target in jobs:
         if target.exists() and source.exists() and target.samefile(source):
@@ -120,7 +118,8 @@ def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0, missing
         raise FileNotFoundError(f"{labels}: holds no file for {len(lost)} of {len(found)}"
                                 f" predictions, such as {lost[0]}")
     absent = sorted(references - found)
-    classes, cases = _class_names(labels.resolve().parent / "dataset.json"), {}
+    source = labels.resolve().parent / "dataset.json"
+    classes, cases = decathlon.class_names(source) if source.is_file() else {}, {}
     for name in tqdm(sorted(found), desc="evaluate", unit="case"):
         prediction, truth = _label_map(predictions / name), _label_map(labels / name)
         prediction.expect_grid_of(truth)
@@ -156,7 +155,7 @@ def _volumes(folder: Path) -> list[Path]:
         told = "is a file, expected the folder it lies in" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {told}")
     found = [path for path in sorted(folder.iterdir())
-             if path.name.endswith(ENDINGS) and path.name[0] != "." and path.is_file()]
+             if path.name.endswith(nifti.ENDINGS) and path.name[0] != "." and path.is_file()]
     if not found:
         raise ValueError(f"{folder}: holds no .nii or .nii.gz file")
     return found
@@ -164,26 +163,10 @@ def _volumes(folder: Path) -> list[Path]:
 
 def _label_map(path: Path) -> nifti.Volume:
     """The label map in a file, array (D, H, W); some programs keep an axis of channels, of one."""
-    volume = nifti.read(path, "uint8")
+    volume = nifti.read(path, decathlon.NUMBERS)
     if prod(volume.array.shape[3:]) != 1:
         raise ValueError(f"{path}: found shape {volume.original_shape}, expected one label map")
     return replace(volume, array=volume.array.reshape(volume.array.shape[:3]))
-
-
-def _class_names(source: Path) -> dict[int, str]:
-    """{number: name} from a dataset.json of the Decathlon format; {} where there is none."""
-    if not source.is_file():
-        return {}
-    try:
-        names = {int(number): str(name)
-                 for number, name in decathlon.read_json(source)["labels"].items()}
-    except (ValueError, KeyError, AttributeError) as fault:
-        raise ValueError(f'{source}: found no class names ({fault!r}), expected "labels":'
-                         ' {"0": "background", "1": "pancreas"}; mend or move the file') from None
-    if len(set(names.values())) < len(names):
-        raise ValueError(f"{source}: found the class names {list(names.values())}, expected each"
-                         " once")
-    return names
 
 
 def convert(source: Path, target: Path) -> None:

@@ -47,11 +47,6 @@ class Case:
         """All files that the case is read from."""
         return self.image, *self.further, self.label
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All files of the case, the label map's last."""
-        return self.image, self.label
-
     def read(self) -> tuple[nifti.Volume, np.ndarray]:
         """The scan, array (D, H, W, C) float32, and its label map (D, H, W) of the file's numbers,
         in the smallest unsigned type that holds those of the dataset.
