@@ -1,6 +1,8 @@
 """Arrays out of other people's checkpoints, without running anything that a file says.
 
 What a PyTorch file's pickles may ask for stands in `pickles`; nothing else is ever called.
+Tensors under a dotted name (or, where there are none, under any) make a dict a state dict; what
+stands beside it, such as an optimiser's state, is no weights.
 
 Sizes are believed only after they were compared with the file: nothing is allocated that the file
 does not hold, and tensors are views of their storages, however many share one.
@@ -11,7 +13,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from operator import itemgetter
 from pathlib import Path
@@ -19,13 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from .pickles import BFLOAT16, Kind, Storage, Strided, Unpickler
+from .pickles import BFLOAT16, LONGEST_NAME, Inert, Kind, Storage, Strided, Unpickler
 
 LARGEST_PICKLE = 64 << 20  # bytes; that of ResNet-152 has 0.1 MB
 LARGEST_ARCHIVE = 16 << 30  # bytes, unpacked, of an .npz
 DEFLATE = 1032  # bytes out of one, at most
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights
+MOST_ENTRIES = 1 << 17  # of the dicts in a file, each as often as it is held
 MAGIC = 0x1950A86A20F9469CFC6C  # opens PyTorch's format from before 1.6
+
+OTHERS = (  # how files begin that are often met in a checkpoint's place; what to do
+    (b"version https://git-lfs", "a Git LFS pointer in place of the weights: run `git lfs pull`, or "
+                                 "download the file itself"),
+    (b"<", "a web page: the download needs another link, or a login"),
+    (b"{", "JSON text, no weights; where it is the index of several files (model.safetensors.index"
+           ".json), read each of them and load their union: load(net, read(a) | read(b))"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
+    (b"\x89HDF", "HDF5, as Keras has it; expected PyTorch's format, safetensors or npz"),
+)
 
 
 class Bounded(io.RawIOBase):
@@ -54,18 +66,50 @@ def _numbers(raw: bytes, kind: Kind) -> np.ndarray:
     return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
-def _state_dict(found: Any) -> dict[str, Strided]:
-    """The names and tensors in what was unpickled, out of the wrappers around them."""
-    for _ in range(8):  # a dict may hold itself
-        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), dict)
-                 ] if isinstance(found, dict) else []
-        found = inner[0] if inner else found
-    tensors = {key: value for key, value in found.items() if isinstance(value, Strided)
-               } if isinstance(found, dict) else {}
-    if not tensors or not all(isinstance(key, str) for key in tensors):
-        raise ValueError("it holds no state dict: names with tensors, perhaps under "
-                         + " or ".join(WRAPPERS))
-    return tensors
+def _dicts(found: Any) -> Iterator[tuple[str, dict]]:
+    """(path, dict) of the dicts that dicts hold under names; path "model.ema." or "" """
+    stack, seen = [("", found)], 0
+    while stack:
+        path, held = stack.pop()
+        if not isinstance(held, dict):
+            continue
+        seen += len(held)
+        if seen > MOST_ENTRIES or len(path) > LONGEST_NAME:
+            raise ValueError("its dicts hold each other too often")
+        yield path, held
+        stack += [(f"{path}{key}.", value) for key, value in reversed(held.items())
+                  if isinstance(key, str) and isinstance(value, dict) and path.count(".") < 8]
+
+
+def _state_dict(unpickler: Unpickler) -> dict[str, Strided]:
+    """The names and tensors in what the pickle holds; under their paths where several dicts
+    have some."""
+    found = {path: {key: value for key, value in held.items() if isinstance(value, Strided) or (
+        isinstance(value, Inert) and value.tensor)} for path, held in _dicts(unpickler.load())}
+    for dotted in (".", ""):
+        states = {path: tensors for path, tensors in found.items() if any(
+            isinstance(key, str) and dotted in key and isinstance(value, Strided)
+            for key, value in tensors.items())}
+        if states:
+            break
+    else:
+        asked = ", ".join(list(unpickler.foreign)[:3])
+        raise ValueError("it holds no state dict, names with tensors" + (
+            f"; it asks for {asked}, which was not run. Save the state dict alone: "
+            "torch.save(net.state_dict(), path)" if asked else ""))
+    named: dict[str, Strided] = {}
+    for path, tensors in states.items():
+        for key, value in tensors.items():
+            if not isinstance(key, str) or len(key) > LONGEST_NAME:
+                raise ValueError("the name of a tensor is no text, or too long")
+            name = path + key if len(states) > 1 else key
+            if name in named:
+                raise ValueError(f"two of its tensors are called {name}")
+            if isinstance(value, Inert):
+                raise ValueError(f"{name} is a tensor by {value.name}, which is not supported; it "
+                                 "was not run. Save the state dict without it")
+            named[name] = value
+    return named
 
 
 def _views(tensors: dict[str, Strided], load: Callable[[Storage], bytes]) -> dict:
@@ -84,8 +128,11 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
         members = {info.filename: info for info in archive.infolist()}
         found = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(found) != 1:
-            raise ValueError("the zip archive has no data.pkl; a TorchScript or other archive?")
+            raise ValueError("a zip archive without data.pkl; expected PyTorch's format or npz")
         root = found[0].removesuffix("data.pkl")
+        if f"{root}constants.pkl" in members:
+            raise ValueError("TorchScript, a program with its weights; save these alone: torch.save("
+                             "torch.jit.load(path).state_dict(), path)")
         left = path.stat().st_size
         if len(members) < len(archive.infolist()):
             raise ValueError("two of its members have the same name")
@@ -108,7 +155,7 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("it was written on a big-endian machine; save it again on another")
         if members[found[0]].file_size > LARGEST_PICKLE:
             raise ValueError(f"its data.pkl has over {LARGEST_PICKLE} bytes")
-        tensors = _state_dict(Unpickler(io.BytesIO(member("data.pkl"))).load())
+        tensors = _state_dict(Unpickler(io.BytesIO(member("data.pkl"))))
         return _views(tensors, lambda s: member(f"data/{s.key}", s.numel * s.kind.stored.itemsize))
 
 
@@ -123,14 +170,16 @@ def _read_legacy(path: Path) -> dict[str, np.ndarray]:
         if not (isinstance(machine, dict) and machine.get("little_endian", True)):
             raise ValueError("it was written on a big-endian machine; save it again on another")
         body = Unpickler(bounded)
-        tensors = _state_dict(body.load())
+        tensors = _state_dict(body)
         used = {tensor.storage.key for tensor in tensors.values()}
         raw = {}
         for key in Unpickler(bounded).load():
             if not isinstance(key, str) or key not in body.kinds:
                 raise ValueError("it holds a storage that no tensor refers to")
+            if isinstance(kind := body.kinds[key], Inert):
+                raise ValueError(f"it holds a {kind.name}, which is not supported")
             count = struct.unpack("<q", bounded.read(8))[0]
-            numbers = bounded.read(count * body.kinds[key].stored.itemsize)
+            numbers = bounded.read(count * kind.stored.itemsize)
             if key in used:  # the others belong to an optimiser
                 raw[key] = numbers
         for tensor in tensors.values():
@@ -176,6 +225,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
                 header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                           else np.lib.format.read_array_header_2_0)
                 shape, _, dtype = header(file)
+                if dtype.hasobject:
+                    raise ValueError(f"{info.filename} holds Python objects, which would have to be "
+                                     "run; save the arrays without it")
                 if file.tell() + prod(shape) * dtype.itemsize != info.file_size:
                     raise ValueError(f"{info.filename} claims shape {shape} and is of another size")
             with archive.open(info) as file:
@@ -187,6 +239,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """{name: array} of a checkpoint, with the file's own names, layout and dtype.
 
+    Where several state dicts stand in the file their names begin with where: "teacher.conv1.weight"
+    beside "student.conv1.weight", "model." beside "ema.". Tensors expanded over fewer numbers stay
+    views of these.
+
     .pth, .pt, .th (both of PyTorch's formats), .safetensors, .npz; what the file is decides, not
     its name. bfloat16 is widened to float32. Arrays may be read-only and may share memory. Nothing
     in the file is ever executed.
@@ -197,7 +253,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file" if not path.is_dir() else
+                                f"{path}: a folder; expected the file in it that holds the weights")
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -205,15 +262,18 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             with zipfile.ZipFile(path) as archive:
                 plain = all(name.endswith(".npy") for name in archive.namelist())
             arrays = _read_npz(path) if plain else _read_zip(path)
-        elif head[8:9] == b"{":  # after the length of its JSON
+        elif head[7:9] == b"\0{":  # after the length of its JSON
             arrays = _read_safetensors(path)
         elif head[257:262] == b"ustar":
             raise ValueError("a tar archive, PyTorch's format before 0.2; load it with PyTorch and "
                              "save it again")
         elif head[:1] == b"\x80":  # every pickle since protocol 2
             arrays = _read_legacy(path)
+        elif not head:
+            raise ValueError("it is empty; download or copy it again")
         else:
-            raise ValueError("neither PyTorch's format nor safetensors nor npz")
+            what = [what for begins, what in OTHERS if head.lstrip().startswith(begins)]
+            raise ValueError(*what or ["neither PyTorch's format nor safetensors nor npz"])
         if not arrays:
             raise ValueError("it holds no array")
     except RuntimeError as error:
@@ -223,6 +283,6 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     except MemoryError:
         raise ValueError(f"{path}: needs more memory than there is") from None
     except Exception as error:  # zip, zlib, pickle and struct each raise their own on damage
-        raise ValueError(f"{path}: cannot be read as a checkpoint "
-                         f"({type(error).__name__}: {error})") from None
+        told = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({told})") from None
     return arrays
