@@ -13,7 +13,12 @@ import tracemalloc
 import warnings
 import zipfile
 from argparse import Namespace
-from pathlib import Path
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import datetime, timedelta
+from enum import Enum
+from fractions import Fraction
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -168,6 +173,112 @@ def test_wrappers_with_an_optimiser_beside(tmp_path, wrap, new):
     whole = {"optimizer": optimiser, **wrap(state)}
     torch.save(whole, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
     same(pretrained.read(tmp_path / "a.pth"), state)
+
+
+class Python2:
+    """A dict that pickles as OrderedDict([[key, value], ...]), as Python 2 wrote it."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __reduce__(self):
+        return OrderedDict, ([[key, value] for key, value in self.state.items()],)
+
+
+@needs_torch
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_dicts_of_python_2(tmp_path, new):
+    state, optimiser = optimised()
+    for whole in (Python2(state), {"state_dict": Python2(state), "optimizer": Python2(optimiser)}):
+        torch.save(whole, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+        same(pretrained.read(tmp_path / "a.pth"), state)
+
+
+@needs_torch
+@pytest.mark.parametrize("word", ["éè", b"\xff\xfe\x01\x80"])
+def test_texts_of_python_2_are_utf_8_or_bytes(tmp_path, word):
+    raw, path = io.BytesIO(), tmp_path / "a.pth"
+    torch.save({"état": torch.ones(2), "note": "XXXX"}, raw, _use_new_zipfile_serialization=False)
+    raw = raw.getvalue().replace(text("état"), b"U\5" + "état".encode())
+    word = word.encode() if isinstance(word, str) else word
+    path.write_bytes(raw.replace(text("XXXX"), b"U\4" + word))
+    assert b"U\4" + word in path.read_bytes() and list(pretrained.read(path)) == ["état"]
+
+
+class Setting(Enum):
+    A = 1
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_stands_beside_the_weights_is_no_obstacle(tmp_path, new, protocol):
+    state, optimiser = optimised()
+    beside = [Namespace(lr=1, model=Namespace(depth=3)), np.float64(3), np.float32(3), np.ones(3),
+              np.array([{}], object), np.dtype("f4"), np.random.default_rng(0), torch.float32,
+              torch.bfloat16, torch.device("cpu"), torch.strided, Counter("ab"), defaultdict(list),
+              {1, 2}, frozenset("a"), b"ab", bytearray(b"ab"), Path("/x"), PurePosixPath("y"),
+              datetime(2020, 1, 1), timedelta(1), deque([1]), range(3), slice(1), 1j, Setting.A,
+              {(1, 2): 3, Setting.A: 4, torch.int8: torch.ones(2)}, ReLU(), getattr, ReLU().train,
+              partial(max, 1), Fraction(1, 3), torch.Generator, type, torch.eye(2).to_sparse()]
+    if new:
+        beside += [torch.ones(2, dtype=torch.complex64), torch.nn.Linear(2, 3),
+                   torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)]
+    for thing in [*beside, beside]:
+        torch.save({"state_dict": state, "beside": thing, "optimizer": optimiser},
+                   tmp_path / "a.pth", pickle_protocol=protocol,
+                   _use_new_zipfile_serialization=new)
+        same(pretrained.read(tmp_path / "a.pth"), state)
+
+
+@needs_torch
+def test_tensors_of_a_subclass_and_expanded_ones(tmp_path):
+    one = torch.arange(3.)
+    state = {"buffer": torch.nn.Buffer(torch.ones(2)), "all": torch.ones(1).expand(4),
+             "rows": one.expand(5, 3), "columns": one[:, None].expand(3, 2),
+             "windows": one.unfold(0, 2, 1), "big": torch.ones(1).expand(1 << 12, 1 << 12)}
+    torch.save(state, tmp_path / "a.pth")
+    tracemalloc.start()
+    found = pretrained.read(tmp_path / "a.pth")
+    assert tracemalloc.get_traced_memory()[1] < MB
+    tracemalloc.stop()
+    assert found.pop("big").shape == state.pop("big").shape
+    same(found, state)
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_tensor_of_another_kind_is_refused_by_its_name(tmp_path, beside):
+    path, plain = tmp_path / "a.pth", {"b.weight": torch.ones(2)} if beside else {}
+    for tensor, named in (
+        (torch.ones(2, dtype=torch.complex64), "ComplexFloatStorage"),
+        (torch.ones(2).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.eye(2).to_sparse(), "_rebuild_sparse_tensor"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
+    ):
+        torch.save({"state_dict": {"a.weight": tensor, **plain}, "epoch": 3}, path)
+        assert re.search(rf"a\.weight .*{named}", refused(path))
+
+
+@needs_torch
+def test_state_dicts_side_by_side_are_told_apart(tmp_path):
+    state, other = optimised()[0], {k: v + 1 for k, v in optimised()[0].items()}
+    figures = {"best": torch.tensor(0.5), "rng": torch.get_rng_state(),
+               "best_k_models": {"/runs/epoch=3.ckpt": torch.tensor(0.5)}}
+    for whole, wanted in (
+        ({"student": state, "teacher": state}, {"student.": state, "teacher.": state}),
+        ({"model": state, "ema": {"decay": 0.9, "shadow": other}, **figures},
+         {"model.": state, "ema.shadow.": other}),
+        ({"net": state, "callbacks": figures, **figures}, {"": state}),
+        ({"module": {"deep": {"deeper": state}}}, {"": state}),
+    ):
+        torch.save(whole, tmp_path / "a.pth")
+        same(pretrained.read(tmp_path / "a.pth"), {
+            prefix + name: a for prefix, part in wanted.items() for name, a in part.items()})
+    torch.save({"a": {"b.c.d": torch.ones(1)}, "a.b": {"c.d": torch.ones(1)}}, tmp_path / "a.pth")
+    assert "a.b.c.d" in refused(tmp_path / "a.pth")
 
 
 @needs_torch
@@ -364,6 +475,19 @@ def test_what_is_asked_for_is_named_and_not_run(tmp_path, container, protocol, w
         assert canary.exists() or named == "getattr"
 
 
+@pytest.mark.parametrize("container", [zipped, legacy])
+@pytest.mark.parametrize("ask", [b"cposix\nsystem\n", b"c__builtin__\neval\n",
+                                 b"cbuiltins\nexec\n", b"csubprocess\nPopen\n",
+                                 text("os") + text("path.exists") + b"\x93"])
+def test_an_attack_beside_good_weights_is_told(tmp_path, container, ask):
+    path = tmp_path / "a.pth"
+    for call in (ask + b"(" + text("true") + b"tR", ask, ask + b")\x81"):
+        path.write_bytes(container(state(tensor(), call)))
+        message = refused(path)
+        assert "was not run" in message and any(
+            name in message for name in ("system", "eval", "exec", "Popen", "os.path.exists"))
+
+
 @needs_torch
 def test_a_whole_module_or_another_type_is_refused(tmp_path):
     path = tmp_path / "a.pth"
@@ -396,7 +520,9 @@ HUGE = b"\x8a\x08" + struct.pack("<q", 1 << 62)
 BODIES = {
     "no dict": b"\x80\x02K\x01.", "no tensor": state(whole_number(1)), "nothing": b"\x80\x02}.",
     "numbers as names": b"\x80\x02}K\x01" + tensor() + b"s.",
-    "expanded": state(tensor(stride=row(0, 0), size=row(2, 4))),
+    "expanded too far": state(tensor(stride=row(0, 0), size=row(1 << 13, 1 << 13))),
+    "expanded without end": state(tensor(stride=row(0), size=b"(" + HUGE + b"t")),
+    "expanded, its last beyond": state(tensor(stride=row(0, 3), size=row(9, 3))),
     "negative size": state(tensor(size=row(-2, 3))),
     "two negative sizes": state(tensor(size=row(-2, -3))),
     "negative stride": state(tensor(stride=row(-3, 1))),
@@ -529,6 +655,10 @@ def bomb(what):
     tuples, top = doubled(b"t", 60)
     lists, many = doubled(b"l", 60)
     number = b"\x8b" + struct.pack("<i", 1 << 17) + b"\x7f" * (1 << 17) + b"q\x010"
+    wide = b"}q\0" + b"".join(  # 500 ** 4 ways to the last
+        b"0}(" + b"".join(text(f"k{k}") + b"h" + bytes([i]) for k in range(500))
+        + b"uq" + bytes([i + 1]) for i in range(4))
+    pairs = b"](" + b"](K\1K\2e" * 10_000 + b"eq\x010ccollections\nOrderedDict\nq\x020"
     long = b"](" + b"N" * 100_000 + b"eq\x010ctorch\nSize\nq\x020"
     return {
         "a memo index": b"\x80\x02Nr\xff\xff\xff\xff0" + GOOD[2:],
@@ -541,6 +671,12 @@ def bomb(what):
         "printing a tag": b"\x80\x02" + lists + b"(" + many + b"NNNNtQ.",
         "long numbers": b"\x80\x02" + number + state(
             tensor(size=b"(" + b"h\x01" * 32 + b"t", stride=row(*[1] * 32)))[2:],
+        "dicts in dicts": b"\x80\x02" + wide + b".",
+        "dicts of pairs": b"\x80\x02" + pairs + b"(" + b"h\x02h\x01\x85R" * 20_000 + b"l.",
+        "long names": b"\x80\x04" + text("m" * (1 << 18)) + b"q\x010("
+        + b"h\x01h\x01\x93" * 20_000 + b"l.",
+        "long arguments": b"\x80\x02(" + b"N" * 100_000 + b"tq\x010cm\nf\nq\x020("
+        + b"h\x02h\x01R" * 20_000 + b"l.",
         "copies": b"\x80\x02" + long + b"(" + b"h\x02h\x01\x85R" * 20_000 + b"l.",
     }[what]
 
@@ -560,7 +696,7 @@ print(tracemalloc.get_traced_memory()[1] >> 20)
 @pytest.mark.parametrize("what", [
     "a memo index", "a wrapper that holds itself", "hashing tuples", "hashing tuples, many",
     "hashing tuples, old", "hashing tuples in a set", "printing a key", "printing a tag",
-    "long numbers", "copies",
+    "long numbers", "copies", "dicts in dicts", "dicts of pairs", "long names", "long arguments",
 ])
 def test_a_small_file_takes_no_long_time_and_no_memory(tmp_path, what):
     path = tmp_path / "a.pth"
@@ -592,10 +728,22 @@ def test_no_file_changes_how_the_next_is_read(tmp_path, attack):
     assert done.stdout.strip() == str(before.tolist()), done.stderr
 
 
+BESIDE = b"](" + b"".join([  # every opcode of objects, made of a name that is not in the table
+    b"cm\nC\n)\x81}" + text("a") + b"K\1sb", b"cm\nC\n)}\x92", b"(im\nOld\n", b"(cm\nOld\nK\1o",
+    b"cm\nf\n(K\1tR(K\1K\2eK\3a", b"cm\nD\n)\x81(K\1K\2u", b"\x8f(K\1K\2\x90", b"(K\1\x91",
+    b"\x96" + struct.pack("<Q", 3) + b"abc", text("m") + text("n") + b"\x93",
+    b"U\4\xc3\xa9\xc3\xa8", b"U\1\xff", b"}K\1K\2\x86K\3s", tensor(stride=row(0, 1)),
+    b"ccollections\nOrderedDict\n](](" + text("a") + b"K\1ee\x85R}b",
+    b"ctorch._utils\n_rebuild_qtensor\n(" + storage(b"ctorch\nFloatStorage\n") + b"K\1tR",
+]) + b"e"
+
+
 def samples():
     rng = np.random.default_rng(0)
     two = state(tensor(), tensor(row(3), row(2), whole_number(1)))
+    whole = b"\x80\x04}(" + text("state_dict") + two[2:-1] + text("beside") + BESIDE + b"u."
     files = {"zip": zipped(two), "legacy": legacy(two),
+             "zip, more": zipped(whole), "legacy, more": legacy(whole),
              "npz": npz(a=rng.standard_normal((3, 2)), b=np.arange(4)),
              "compressed": archive([("a.npy", npy(np.ones((9, 9))))], zipfile.ZIP_DEFLATED)}
     try:
@@ -642,6 +790,12 @@ def mutated(draw):
     return bytes(raw)
 
 
+def held(array):
+    """Bytes between the first and the last number: an expanded tensor repeats some."""
+    steps = zip(array.shape, array.strides, strict=True)
+    return array.itemsize + sum((n - 1) * step for n, step in steps) if array.size else 0
+
+
 def mutation(folder):
     path = folder / "mutated.bin"
 
@@ -649,7 +803,8 @@ def mutation(folder):
         path.write_bytes(raw)
         arrays = bounded(path)
         if arrays is not None:  # harmless, then
-            assert sum(a.nbytes for a in arrays.values()) <= 4 * len(raw) + 9 * 9 * 8
+            assert sum(map(held, arrays.values())) <= 4 * len(raw) + 9 * 9 * 8
+            assert all(a.size <= max(1 << 24, len(raw)) for a in arrays.values())
     return check
 
 
@@ -670,6 +825,32 @@ def test_no_file(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match=path.name):
             pretrained.read(path)
+    with pytest.raises(FileNotFoundError, match="a folder; expected the file"):
+        pretrained.read(tmp_path)
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    (b"\n<!DOCTYPE html><html>", "web page"), (b"<?xml version='1.0'?>", "web page"),
+    (b"", "empty"), (gzip.compress(b"weights"), "unpack"), (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    (b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001.safetensors"}}', "index"),
+    (b'{"meta":{"weight_map": {"a": "pytorch_model-00001.bin"}}}', "read each of them"),
+    (npz(w=np.ones(2), meta=np.array({"lr": 1}, object)), "meta.npy holds Python objects"),
+    (archive([("a/b.txt", b"a")]), "without data.pkl"),
+])
+def test_what_is_no_checkpoint_is_told_what_it_is(tmp_path, content, told):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    assert told in refused(path)
+
+
+@needs_torch
+def test_torchscript_is_told_what_it_is(tmp_path):
+    path = tmp_path / "weights.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its deprecation
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
+    assert "TorchScript" in refused(path)
 
 
 # -- mappings --------------------------------------------------------------------------------------

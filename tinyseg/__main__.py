@@ -169,18 +169,21 @@ def _label_map(path: Path) -> nifti.Volume:
     return replace(volume, array=volume.array.reshape(volume.array.shape[:3]))
 
 
-def convert(source: Path, target: Path) -> None:
-    """Import the foreign checkpoint SOURCE (PyTorch, safetensors, npz) into our format, TARGET."""
+def convert(source: Path, target: Path, **names: Any) -> None:
+    """Import the foreign checkpoint SOURCE (PyTorch, safetensors, npz) into our format, TARGET.
+
+    Where the network stands in the file is found and printed, with whatever is not used.
+    """
     if target.suffix != ".npz":
         raise ValueError(f"{target}: expected a name that ends in .npz")
     arrays = pretrained.read(source)
     try:
-        net = models.build(pretrained.recognise(arrays))
+        net = models.build(pretrained.recognise(arrays, **names))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says the same
-        told = pretrained.load(net, source)
+        told = pretrained.load(net, source, **names)
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     rgb = {"mean": pretrained.IMAGENET_MEAN, "std": pretrained.IMAGENET_STD}
@@ -189,6 +192,13 @@ def convert(source: Path, target: Path) -> None:
     print(told)
     print(json.dumps(net.config))
     print(f"written to {target}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    pattern, equals, new = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no =, expected PATTERN=TEXT")
+    return pattern, new
 
 
 def inspect(model: Path) -> None:
@@ -233,6 +243,13 @@ def main(argv: list[str] | None = None) -> int:
         "prediction do to the exit code (%(default)s)")
     add("--out", metavar="FOLDER", type=Path, help="where metrics.csv and metrics.json go "
         "(PREDICTIONS)")
+    add = commands.choices["convert"].add_argument
+    add("--prefix", metavar="TEXT", help='what the network\'s names begin with in SOURCE, as in '
+        '"teacher."; by default the only one that fits')
+    add("--rename", metavar="PATTERN=TEXT", action="append", default=[], type=_pair,
+        help="replace what matches this regular expression in each name; may be repeated")
+    add("--ignore", metavar="PATTERN", action="append", default=[], help="leave out the names that "
+        'this regular expression matches wholly, as in "projection_head.*"; may be repeated')
     report.spell_out()
     options = vars(parser.parse_args(argv))
     command, run = options.pop("command"), options.pop("run")

@@ -1,8 +1,6 @@
 """Arrays out of other people's checkpoints, without running anything that a file says.
 
 What a PyTorch file's pickles may ask for stands in `pickles`; nothing else is ever called.
-Tensors under a dotted name (or, where there are none, under any) make a dict a state dict; what
-stands beside it, such as an optimiser's state, is no weights.
 
 Sizes are believed only after they were compared with the file: nothing is allocated that the file
 does not hold, and tensors are views of their storages, however many share one.
@@ -26,11 +24,11 @@ from .pickles import BFLOAT16, LONGEST_NAME, Inert, Kind, Storage, Strided, Unpi
 LARGEST_PICKLE = 64 << 20  # bytes; that of ResNet-152 has 0.1 MB
 LARGEST_ARCHIVE = 16 << 30  # bytes, unpacked, of an .npz
 DEFLATE = 1032  # bytes out of one, at most
-MOST_ENTRIES = 1 << 17  # of the dicts in a file, each as often as it is held
+MOST_REPEATED = 1 << 17  # entries of dicts that several dicts hold
 MAGIC = 0x1950A86A20F9469CFC6C  # opens PyTorch's format from before 1.6
 
 OTHERS = (  # how files begin that are often met in a checkpoint's place; what to do
-    (b"version https://git-lfs", "a Git LFS pointer in place of the weights: run `git lfs pull`, or "
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull`, or "
                                  "download the file itself"),
     (b"<", "a web page: the download needs another link, or a login"),
     (b"{", "JSON text, no weights; where it is the index of several files (model.safetensors.index"
@@ -66,30 +64,34 @@ def _numbers(raw: bytes, kind: Kind) -> np.ndarray:
     return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
-def _dicts(found: Any) -> Iterator[tuple[str, dict]]:
-    """(path, dict) of the dicts that dicts hold under names; path "model.ema." or "" """
-    stack, seen = [("", found)], 0
+def _dicts(found: Any) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """(path, dict) of a dict and those that it holds under names, down to the eighth level."""
+    stack: list[tuple[tuple[str, ...], Any]] = [((), found)]
+    seen, again = set(), 0
     while stack:
         path, held = stack.pop()
         if not isinstance(held, dict):
             continue
-        seen += len(held)
-        if seen > MOST_ENTRIES or len(path) > LONGEST_NAME:
-            raise ValueError("its dicts hold each other too often")
+        again += (1 + len(held)) * (id(held) in seen)
+        if again > MOST_REPEATED:
+            raise ValueError("its dicts hold each other again and again")
+        seen.add(id(held))
         yield path, held
-        stack += [(f"{path}{key}.", value) for key, value in reversed(held.items())
-                  if isinstance(key, str) and isinstance(value, dict) and path.count(".") < 8]
+        if len(path) < 8:
+            stack += [((*path, key), value) for key, value in reversed(held.items())
+                      if isinstance(key, str) and isinstance(value, dict)]
 
 
 def _state_dict(unpickler: Unpickler) -> dict[str, Strided]:
-    """The names and tensors in what the pickle holds; under their paths where several dicts
-    have some."""
-    found = {path: {key: value for key, value in held.items() if isinstance(value, Strided) or (
-        isinstance(value, Inert) and value.tensor)} for path, held in _dicts(unpickler.load())}
-    for dotted in (".", ""):
-        states = {path: tensors for path, tensors in found.items() if any(
-            isinstance(key, str) and dotted in key and isinstance(value, Strided)
-            for key, value in tensors.items())}
+    """The names and tensors in what the pickle holds, behind where they stand if several dicts
+    have some. A dotted name of a tensor with axes makes a dict a state dict; if none is, any."""
+    found = [(path, {key: value for key, value in held.items() if isinstance(value, Strided)
+                     or isinstance(value, Inert) and value.tensor})
+             for path, held in _dicts(unpickler.load())]
+    for tells in (lambda key, value: "." in key and isinstance(value, Strided) and value.size,
+                  lambda key, value: isinstance(value, Strided), lambda key, value: True):
+        states = [(path, tensors) for path, tensors in found if any(
+            isinstance(key, str) and tells(key, value) for key, value in tensors.items())]
         if states:
             break
     else:
@@ -98,16 +100,17 @@ def _state_dict(unpickler: Unpickler) -> dict[str, Strided]:
             f"; it asks for {asked}, which was not run. Save the state dict alone: "
             "torch.save(net.state_dict(), path)" if asked else ""))
     named: dict[str, Strided] = {}
-    for path, tensors in states.items():
+    for path, tensors in states:
         for key, value in tensors.items():
-            if not isinstance(key, str) or len(key) > LONGEST_NAME:
+            parts = (*path, key) if len(states) > 1 else (key,)
+            if not isinstance(key, str) or sum(map(len, parts)) > LONGEST_NAME:
                 raise ValueError("the name of a tensor is no text, or too long")
-            name = path + key if len(states) > 1 else key
+            name = ".".join(parts)
             if name in named:
                 raise ValueError(f"two of its tensors are called {name}")
             if isinstance(value, Inert):
-                raise ValueError(f"{name} is a tensor by {value.name}, which is not supported; it "
-                                 "was not run. Save the state dict without it")
+                raise ValueError(f"{name} is a tensor of a kind that is not supported "
+                                 f"({value.name}, which was not run); save the others alone")
             named[name] = value
     return named
 
@@ -131,8 +134,8 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("a zip archive without data.pkl; expected PyTorch's format or npz")
         root = found[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in members:
-            raise ValueError("TorchScript, a program with its weights; save these alone: torch.save("
-                             "torch.jit.load(path).state_dict(), path)")
+            raise ValueError("TorchScript, a program with its weights; save these alone: "
+                             "torch.save(torch.jit.load(path).state_dict(), another_path)")
         left = path.stat().st_size
         if len(members) < len(archive.infolist()):
             raise ValueError("two of its members have the same name")
@@ -226,8 +229,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
                           else np.lib.format.read_array_header_2_0)
                 shape, _, dtype = header(file)
                 if dtype.hasobject:
-                    raise ValueError(f"{info.filename} holds Python objects, which would have to be "
-                                     "run; save the arrays without it")
+                    raise ValueError(f"{info.filename} holds Python objects, which are not read; "
+                                     "save the arrays without it")
                 if file.tell() + prod(shape) * dtype.itemsize != info.file_size:
                     raise ValueError(f"{info.filename} claims shape {shape} and is of another size")
             with archive.open(info) as file:
@@ -239,9 +242,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """{name: array} of a checkpoint, with the file's own names, layout and dtype.
 
-    Where several state dicts stand in the file their names begin with where: "teacher.conv1.weight"
-    beside "student.conv1.weight", "model." beside "ema.". Tensors expanded over fewer numbers stay
-    views of these.
+    These are the names in the file's state dict, wherever it stands; other tensors (an optimiser's,
+    a figure's) are no weights. Where there are several, names say where: "teacher.conv1.weight",
+    "student.conv1.weight". Tensors that repeat fewer numbers stay views of these.
 
     .pth, .pt, .th (both of PyTorch's formats), .safetensors, .npz; what the file is decides, not
     its name. bfloat16 is widened to float32. Arrays may be read-only and may share memory. Nothing
