@@ -728,20 +728,21 @@ def test_no_file_changes_how_the_next_is_read(tmp_path, attack):
     assert done.stdout.strip() == str(before.tolist()), done.stderr
 
 
-BESIDE = b"](" + b"".join([  # every opcode of objects, made of a name that is not in the table
+BESIDE = [  # every opcode of objects, made of a name that is not in the table
     b"cm\nC\n)\x81}" + text("a") + b"K\1sb", b"cm\nC\n)}\x92", b"(im\nOld\n", b"(cm\nOld\nK\1o",
     b"cm\nf\n(K\1tR(K\1K\2eK\3a", b"cm\nD\n)\x81(K\1K\2u", b"\x8f(K\1K\2\x90", b"(K\1\x91",
     b"\x96" + struct.pack("<Q", 3) + b"abc", text("m") + text("n") + b"\x93",
     b"U\4\xc3\xa9\xc3\xa8", b"U\1\xff", b"}K\1K\2\x86K\3s", tensor(stride=row(0, 1)),
     b"ccollections\nOrderedDict\n](](" + text("a") + b"K\1ee\x85R}b",
     b"ctorch._utils\n_rebuild_qtensor\n(" + storage(b"ctorch\nFloatStorage\n") + b"K\1tR",
-]) + b"e"
+]
 
 
 def samples():
     rng = np.random.default_rng(0)
     two = state(tensor(), tensor(row(3), row(2), whole_number(1)))
-    whole = b"\x80\x04}(" + text("state_dict") + two[2:-1] + text("beside") + BESIDE + b"u."
+    whole = b"".join([b"\x80\x04}(", text("state_dict"), two[2:-1], text("beside"), b"](", *BESIDE,
+                      b"eu."])
     files = {"zip": zipped(two), "legacy": legacy(two),
              "zip, more": zipped(whole), "legacy, more": legacy(whole),
              "npz": npz(a=rng.standard_normal((3, 2)), b=np.arange(4)),
@@ -790,6 +791,25 @@ def mutated(draw):
     return bytes(raw)
 
 
+CODES = b"(012])}tldeasuRboQ\x81\x85\x86\x87\x8f\x90\x91\x92\x93\x94"
+OPCODES = [*(bytes([code]) for code in CODES), *BESIDE, b"N", b"K\1", text("a.b"),
+           text("state_dict"), b"q\0", b"q\1", b"h\0", b"h\1",
+           b"cm\nC\n", b"(im\nC\n", b"ccollections\nOrderedDict\n", b"ccollections\ndefaultdict\n",
+           b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+           b"ctorch._utils\n_rebuild_parameter\n", b"ctorch\nFloatStorage\n", storage(), tensor(),
+           storage(kind=b"cm\nC\n"), tensor(stride=row(0, 1))]
+
+
+@st.composite
+def programs(draw):
+    """A pickle of opcodes in any order, on a stack of some depth; many hold a good state dict."""
+    good = state(tensor())[2:-1]
+    body = b"".join(draw(st.lists(st.sampled_from([*OPCODES, good]), max_size=40)))
+    first, last = draw(st.sampled_from([(b"", b""), (good, b""), (b"", good)]))
+    body = b"\x80\x04Nq\0q\1)}(](}" + first + body + last + b"."
+    return draw(st.sampled_from([zipped, legacy]))(body)
+
+
 def held(array):
     """Bytes between the first and the last number: an expanded tensor repeats some."""
     steps = zip(array.shape, array.strides, strict=True)
@@ -809,14 +829,14 @@ def mutation(folder):
 
 
 @settings(max_examples=400, deadline=None)
-@given(raw=mutated())
+@given(raw=st.one_of(mutated(), programs()))
 def test_mutated_files_are_read_or_refused(tmp_path_factory, raw):
     mutation(tmp_path_factory.getbasetemp())(raw)
 
 
 @pytest.mark.slow
 @settings(max_examples=12_000, deadline=None)
-@given(raw=mutated())
+@given(raw=st.one_of(mutated(), programs()))
 def test_ten_thousand_mutated_files_are_read_or_refused(tmp_path_factory, raw):
     mutation(tmp_path_factory.getbasetemp())(raw)
 

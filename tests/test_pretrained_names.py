@@ -268,6 +268,11 @@ def test_nothing_in_common_shows_what_there_is():
     state = {"blocks.0.attn.qkv.weight": W, "pos_embed": W}
     with pytest.raises(ValueError, match="the first there are blocks.0.attn.qkv.weight, pos_embed"):
         pretrained.load(Own(), state)
+    many = {f"tower{i}.conv1.weight": W for i in range(3000)}  # alike: not each is tried
+    with pytest.raises(ValueError, match='under "tower0."'):
+        pretrained.load(Own(), many)
+    with pytest.raises(ValueError, match="no ResNet"):
+        pretrained.recognise(many)
     layers = Sequential(*(Linear(2, 2, rng=np.random.default_rng(0)) for _ in range(2)))
     towers = {f"{tower}.{i}.{n}": np.ones((2, 2)[: 1 + (n == "weight")], "f4")
               for tower in "ab" for i in (0, 1) for n in ("weight", "bias")}

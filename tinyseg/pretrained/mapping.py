@@ -235,9 +235,9 @@ def _only_fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], s
         told.append(among)
     if not state:
         told.append(f"none of its names is in the file; the first there are {first(arrays)}")
-    named = under(report.prefix, arrays, mine)
-    if reason := _unlike({short: arrays[name] for short, name in named.items()}):
-        told.append(reason)
+    if TRUNK <= net.keys() and net["conv1.weight"].ndim == 4:
+        named = {n: arrays[name] for n, name in under(report.prefix, arrays, mine).items()}
+        told += filter(None, [_unlike(named)])
     if any(line.endswith("is not in the network") for line in wrong):
         told.append("ignore leaves out what the network does not have")
     where = f" under the prefix {report.prefix}" if report.prefix else ""

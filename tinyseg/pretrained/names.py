@@ -32,7 +32,7 @@ def by_number(name: str) -> str:
 
 
 def prefixes(names: Iterable[str], wanted: Collection[str]) -> list[str]:
-    """The prefixes, "" or "a.b.", under which the most of the `wanted` names stand."""
+    """The prefixes, "" or "a.b.", under which the most of the `wanted` names stand; at most 8."""
     counts: Counter[str] = Counter()
     for name in names:
         prefix, rest = "", name
@@ -42,7 +42,7 @@ def prefixes(names: Iterable[str], wanted: Collection[str]) -> list[str]:
             part, dot, rest = rest.partition(".")
             prefix += part + dot
     most = max(counts.values(), default=0)
-    return [prefix for prefix, n in counts.items() if n == most] or [""]
+    return [prefix for prefix, n in counts.items() if n == most][:8] or [""]
 
 
 def under(prefix: str, names: Collection[str], wanted: Collection[str]) -> dict[str, str]:
