@@ -221,9 +221,10 @@ def test_what_stands_beside_the_weights_is_no_obstacle(tmp_path, new, protocol):
               {1, 2}, frozenset("a"), b"ab", bytearray(b"ab"), Path("/x"), PurePosixPath("y"),
               datetime(2020, 1, 1), timedelta(1), deque([1]), range(3), slice(1), 1j, Setting.A,
               {(1, 2): 3, Setting.A: 4, torch.int8: torch.ones(2)}, ReLU(), getattr, ReLU().train,
-              partial(max, 1), Fraction(1, 3), torch.Generator, type, torch.eye(2).to_sparse()]
+              partial(max, 1), Fraction(1, 3), torch.Generator, type, torch.eye(2).to_sparse(),
+              torch.nn.Linear(2, 3)]
     if new:
-        beside += [torch.ones(2, dtype=torch.complex64), torch.nn.Linear(2, 3),
+        beside += [torch.ones(2, dtype=torch.complex64),
                    torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)]
     for thing in [*beside, beside]:
         torch.save({"state_dict": state, "beside": thing, "optimizer": optimiser},

@@ -1,13 +1,21 @@
 """Where a network stands in a foreign file: prefixes, other heads, what is left out and said."""
 
 import re
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
-from test_pretrained import awake, evaluate, foreign, normal, numbered, save, unchanged
+from test_pretrained import (
+    awake,
+    evaluate,
+    foreign,
+    needs_torch,
+    normal,
+    numbered,
+    save,
+    torch,
+    unchanged,
+)
 
 import tinyseg as ts
 from tinyseg import pretrained
@@ -140,6 +148,14 @@ def test_two_that_fit_are_named_and_one_may_be_chosen(net, whole):
     state["student.layer9"] = W
     with pytest.raises(ValueError, match="does not fit"):
         pretrained.load(new, state)
+
+
+@needs_torch
+def test_a_state_dict_of_pytorch_goes_in_as_it_is(net, whole):
+    new = ts.models.build(KEPT)
+    state = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in whole.items()}
+    report = pretrained.load(new, behind("module.", state))
+    assert unchanged(new, net.state()) and report.source == "the arrays given"
 
 
 def test_of_two_networks_the_one_that_fits_is_found(net, whole):
@@ -309,13 +325,7 @@ def test_our_own_file_is_not_to_be_imported(tmp_path, net, capsys):
 
 # -- python -m tinyseg convert ---------------------------------------------------------------------
 
-def convert(source, target, *options):
-    done = subprocess.run([sys.executable, "-m", "tinyseg", "convert", source, target, *options],
-                          text=True, capture_output=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_convert_finds_chooses_renames_and_ignores(tmp_path, net, whole):
+def test_convert_finds_chooses_renames_and_ignores(tmp_path, net, whole, capsys):
     target = tmp_path / "net.npz"
     for state, options, told in (
         (behind("online_network.encoder.", whole), (), "prefix    online_network.encoder."),
@@ -324,8 +334,10 @@ def test_convert_finds_chooses_renames_and_ignores(tmp_path, net, whole):
         ({**{n.replace("fc.", "linear."): a for n, a in whole.items()}, "queue": W},
          ("--rename", "^linear=fc", "--ignore", "queue"), "not used  queue"),
     ):
-        code, out, err = convert(save(tmp_path / "a.npz", state), target, *options)
-        assert (code, err) == (0, "") and told in out
+        source = save(tmp_path / "a.npz", state)
+        assert main(["convert", str(source), str(target), *options]) == 0
+        said = capsys.readouterr()
+        assert told in said.out and not said.err
         assert unchanged(ts.load(target), net.state())
         target.unlink()
 

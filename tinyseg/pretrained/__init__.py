@@ -1,4 +1,5 @@
-"""Foreign checkpoints into ours: `files` reads them, `mapping` says what goes where."""
+"""Foreign checkpoints into ours: `files` reads them, `names` finds the network in them, `mapping`
+says what goes where."""
 
 from __future__ import annotations
 
