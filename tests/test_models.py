@@ -200,6 +200,12 @@ def test_a_copy_is_independent():
     assert other.config == net.config
 
 
+def test_heads_start_near_zero():
+    for make in (models.resnet, models.resnet_seg):
+        weight = make(rank=2, in_channels=1, classes=20).fc.weight.data
+        assert weight.std() == pytest.approx(0.01, rel=0.05) and weight.dtype == "float32"
+
+
 @pytest.mark.parametrize("make, options", [
     (models.resnet_seg, {"rank": 2, "output_stride": 16, "head": "fcn", "align_corners": False,
                          "dilate_first_block": False}),

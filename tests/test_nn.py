@@ -1,11 +1,12 @@
 """Modules: names and their order, states, modes, copies, and layers against their operations."""
 
 import gc
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from tinyseg import Tensor, losses, nn, ops
+from tinyseg import Tensor, losses, nn, no_grad, ops, optim
 
 
 def rng(seed=0):
@@ -88,9 +89,18 @@ def wrong_states(state):
     yield {**state, "more": np.zeros(1)}, "more is unexpected"
     yield {}, "stem.weight is missing"
     yield {**state, "scale": np.array(["one"])}, "scale"  # not numbers
+    yield {**state, "scale": np.array([1j])}, "scale holds complex128, expected.*float32"
+    yield {**state, "scale": [1.0]}, "scale is a builtins.list, expected a NumPy"
+    yield {**state, "scale": Foreign()}, "scale is a test_nn.Foreign, expected a NumPy"
 
 
-@pytest.mark.parametrize("case", range(6))
+class Foreign:
+    """An array of a library with its own kind of dtype, as PyTorch's is."""
+
+    shape, dtype = (1,), "float32"
+
+
+@pytest.mark.parametrize("case", range(9))
 def test_a_state_that_does_not_fit_writes_nothing(case):
     net = Net(0)
     state, words = list(wrong_states({k: v + 1 for k, v in net.state().items()}))[case]
@@ -98,6 +108,22 @@ def test_a_state_that_does_not_fit_writes_nothing(case):
     with pytest.raises(ValueError, match=words):
         net.load_state(state)
     assert all((array == before[name]).all() for name, array in net.state().items())
+
+
+def test_nothing_is_written_where_one_array_is_read_only():
+    net = Net(0)
+    net.scale.data = np.broadcast_to(net.scale.data, (1,))
+    before = net.state()
+    with pytest.raises(ValueError, match="scale is read-only"):
+        net.load_state({name: array + 1 for name, array in before.items()})
+    assert all((array == before[name]).all() for name, array in net.state().items())
+
+
+def test_a_state_may_hold_tensors_and_numbers_of_numpy():
+    net = Net(0)
+    net.single = Tensor(np.array(1, "float32"))
+    net.load_state({"scale": Tensor(np.array([3.0])), "single": np.float64(4)}, strict=False)
+    assert net.scale.data == 3 and net.single.data == 4 and net.single.dtype == "float32"
 
 
 def test_loading_a_part():
@@ -159,6 +185,118 @@ def test_convert_reaches_every_array():
     net.convert(double)
     assert len(seen) == len(before)
     assert all((array == 2 * before[name]).all() for name, array in net.state().items())
+
+
+class Pair(NamedTuple):
+    """A tuple with names, which go as the numbers do."""
+
+    conv: nn.Conv
+    norm: nn.BatchNorm
+
+
+class Holder(nn.Module):
+    """Any attributes."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("kind", [tuple, lambda layers: Pair(*layers), lambda layers: (layers,),
+                                  lambda layers: {"a": tuple(layers)}])
+def test_modules_in_a_tuple_are_modules(kind):
+    layers = [nn.Conv(1, 2, (3, 3), rng=0), nn.BatchNorm(2)]
+    net, listed = Holder(rest=kind(layers)), Holder(rest=layers)
+    assert net.parameters() == listed.parameters() and len(net.parameters()) == 4
+    assert net.modules()[1:] == listed.modules()[1:] and len(net.statistics()) == 2
+    assert net.eval() and not layers[1].training
+    assert net.astype("float64") and layers[1].running_var.dtype == "float64"
+    prefix = {Pair: "rest.", tuple: "rest."}.get(type(net.rest), "rest.a.")
+    prefix += "0." if type(net.rest) is tuple and len(net.rest) == 1 else ""
+    assert list(net.state())[::2] == [f"{prefix}{name}" for name in (
+        "0.weight", "1.weight", "1.running_mean")]
+
+
+def test_two_things_of_one_name_are_refused():
+    for net in (Holder(d={0: nn.BatchNorm(2), "0": nn.BatchNorm(2)}),
+                Holder(**{"d.0": nn.ReLU(), "d": [nn.ReLU()]})):
+        for names in (net.state, net.parameters, net.eval):
+            with pytest.raises(ValueError, match=r"two things of the name d\.0"):
+                names()
+    options = Holder(labels={0: "a", "0": "b"}, conv=nn.Conv(1, 1, (1,), rng=0))
+    assert list(options.state()) == ["conv.weight", "conv.bias"]
+
+
+def test_an_activation_kept_is_no_state():
+    net = Holder(conv=nn.Conv(1, 3, (3,), padding=1, rng=0))
+    state = net.state()
+    net.last = net.conv(np.ones((1, 4, 1), "float32"))
+    assert list(net.state()) == list(state) and len(net.parameters()) == 2
+    net.load_state(state)
+    assert net.astype("float64").last.dtype == "float32" and "last" not in repr(net)
+
+
+def test_a_frozen_tensor_is_a_parameter_and_a_number_of_numpy_an_option():
+    net = Holder(frozen=Tensor(np.ones(2, "float32")), factor=np.float32(2), kind=np.float32)
+    assert list(net.state()) == ["frozen"] and net.parameters() == [net.frozen]
+    net.load_state({"frozen": np.zeros(2)})
+    assert net.frozen.data.tolist() == [0, 0] and net.factor == 2
+    assert net.astype("float64").factor.dtype == "float32" and net.kind is np.float32
+
+
+def test_arrays_of_integers_are_state_and_keep_their_type():
+    net = Holder(order=np.array([2, 0, 1]), mask=np.array([True, False]), table=np.ones(3))
+    assert not net.parameters() and len(net.statistics()) == 3
+    state = net.astype("float32").state()
+    assert [a.dtype for a in state.values()] == ["int64", "bool", "float32"]
+    with pytest.raises(ValueError, match="order holds float32, expected numbers that int64"):
+        net.load_state({**state, "order": np.ones(3, "float32")})
+    net.load_state({**state, "order": np.array([1, 2, 0])})
+    assert net.order.tolist() == [1, 2, 0]
+    with pytest.raises(ValueError, match="dtype is 'int64'; expected one of floating-point"):
+        net.astype("int64")
+
+
+def test_what_is_shared_is_converted_once_and_stays_shared():
+    a, b = nn.BatchNorm(3), nn.BatchNorm(3)
+    b.weight, b.running_var = a.weight, a.running_var
+    tables, moved = [np.ones(2), (np.ones(3), {"x": a.running_var})], []
+    net = Holder(a=a, b=b, tables=tables, pair=Pair(np.ones(1), None))
+    names = list(net.state())
+    net.convert(lambda array: moved.append(array) or array + 1)
+    assert a.weight is b.weight and a.running_var is b.running_var is tables[1][1]["x"]
+    assert len(moved) == len(names) and list(net.state()) == names
+    assert all((array == (1 if "bias" in name or "mean" in name else 2)).all()
+               for name, array in net.state().items())
+    assert net.tables is tables and type(net.pair) is Pair and net.pair.norm is None
+
+
+def test_what_describes_a_network_is_no_part_of_it():
+    net = Holder(config={"mean": np.ones(2)}, metadata={"net": nn.ReLU()}, norm=nn.BatchNorm(1))
+    inner = Holder(net=net)
+    assert {name.split(".")[1] for name, _ in inner.named() if "." in name} == {"norm"}
+    assert net.astype("float32").config["mean"].dtype == "float64"
+
+
+def test_changes_in_place_are_counted():
+    net = Net()
+    net.load_state(net.state())
+    net.load_state({"scale": np.zeros(1)}, strict=False)
+    assert {name: p.version for name, p in net.named_parameters()} == {
+        name: 1 + (name == "scale") for name in PARAMETERS}
+    assert all(p.version == 2 + (p is net.scale) for p in net.astype("float64").parameters())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bool", "int32", "float16", "float64"])
+def test_a_plain_array_takes_the_type_of_the_network(dtype):
+    net, image = Net().eval(), rng().integers(0, 2, (1, 4, 5, 2)).astype(dtype)
+    y = net(image)
+    assert y.dtype == "float32" and (y.data == net(image.astype("float32")).data).all()
+    assert net.astype("float64")(image).dtype == "float64"
+    assert nn.Identity()(image).dtype == dtype  # no parameters, no type
+    assert net.astype("float32")(Tensor(image.astype("float64"))).dtype == "float64"
 
 
 def statistics(net):
@@ -246,6 +384,66 @@ def test_layers_are_their_operations():
     same(nn.Sequential(), x, Tensor(x))
 
 
+def test_a_seed_stands_for_its_generator():
+    for make in (lambda rng: nn.Conv(2, 3, (3, 2), rng=rng), lambda rng: nn.Linear(4, 5, rng=rng)):
+        assert (make(7).weight.data == make(rng(7)).weight.data).all()
+        assert (make(7).weight.data != make(8).weight.data).all()
+    generator = rng(7)  # goes on from layer to layer
+    twice = [nn.Linear(2, 2, rng=generator).weight.data for _ in range(2)]
+    assert (twice[0] != twice[1]).all()
+
+
+def test_a_standard_deviation_of_numpy_leaves_weights_float32():
+    assert nn.Conv(2, 3, (3,), std=np.sqrt(0.5), rng=0).weight.dtype == "float32"
+
+
+@pytest.mark.parametrize("layer, shape, channels", [
+    (nn.BatchNorm(1), (2, 3, 3, 2), 1), (nn.BatchNorm(1).eval(), (1, 3, 3, 2), 1),
+    (nn.BatchNorm(3), (2, 3, 2), 3), (nn.BatchNorm(3), (), 3),
+    (nn.GroupNorm(1, 1), (1, 2, 2, 4), 1), (nn.GroupNorm(4, 2), (1, 2, 2, 2), 4),
+    (nn.Linear(3, 2, rng=0), (5, 4), 3),
+])
+def test_layers_refuse_other_numbers_of_channels(layer, shape, channels):
+    with pytest.raises(ValueError, match=rf"{type(layer).__name__}: input \({shape and shape[0]}.*"
+                       f"expected {channels} channels"):
+        layer(np.ones(shape, "float32"))
+
+
+def test_a_sequence_has_a_length_items_and_slices():
+    layers = [nn.Linear(1, 1, rng=i) for i in range(12)]
+    net = nn.Sequential(*layers)
+    assert len(net) == 12 and list(net) == layers and net[10] is layers[10]
+    assert net[-1] is layers[11] and layers[3] in net
+    for part in (slice(2, 5), slice(None, None, -1), slice(-3, None), slice(5, 2)):
+        assert isinstance(net[part], nn.Sequential) and list(net[part]) == layers[part]
+    with pytest.raises(IndexError):
+        net[12]
+    x = np.ones((1, 1), "float32")
+    assert (net(x).data == net[6:](net[:6](x)).data).all() and len(nn.Sequential()) == 0
+    first = vars(net).pop("0")
+    vars(net)["0"] = first  # the numbers tell the order
+    assert list(net) == layers
+
+
+def test_a_network_shows_its_layers():
+    net = Net()
+    text = repr(net)
+    lines = text.split("\n")
+    assert lines[0].startswith("Net(scale (1,), name 'net', number 3") and lines[-1] == ")"
+    for name, layer in net.named(nn.Module):
+        own = next(i for i, line in enumerate(lines) if type(layer).__name__ in line
+                   and line.split(":")[0].strip() in name)
+        lines[own] = ""  # each has its own line
+    assert sum(map(bool, lines)) == 3  # the first, the last and what closes the inner sequence
+    assert "  stem: Conv(kernel (3, 2), padding ((1, 1), (0, 1)), edge (True, True), " \
+           "weight (3, 2, 2, 3), bias (3,))" in text
+    assert "  bn: BatchNorm(weight (3,), bias (3,), eps 1e-05, momentum 0.1)" in text
+    assert "  heads.a: Sequential(\n    0: ReLU()\n" in text
+    assert repr(net.eval()) == text
+    net.parent = net
+    assert "parent: ..." in repr(net)
+
+
 def test_batch_norm_updates_its_arrays_in_place():
     layer, x = nn.BatchNorm(2, eps=0.1, momentum=0.5), images()
     mean, var = layer.running_mean, layer.running_var
@@ -268,8 +466,41 @@ def test_starting_weights():
     wide = nn.Conv(24, 32, (3, 3), std=0.5, rng=rng())
     assert wide.weight.data.std() == pytest.approx(0.5, rel=0.05)
     linear = nn.Linear(100, 90, rng=rng())
-    assert linear.weight.data.std() == pytest.approx(0.01, rel=0.06)
+    assert linear.weight.data.std() == pytest.approx((2 / 100) ** 0.5, rel=0.06)
     assert (linear.bias.data == 0).all()
+    head = nn.Linear(100, 90, std=0.01, rng=rng())
+    assert head.weight.data.std() == pytest.approx(0.01, rel=0.06)
+
+
+def test_linear_layers_of_any_width_keep_the_size_of_what_passes():
+    """E[relu(w x)^2] = E[x^2] at std² = 2 / C_in: He et al. 2015, eq. 10."""
+    x, generator, widths = rng(1).standard_normal((500, 300), "float32"), rng(2), (300, 900, 200)
+    for c_in, c_out in zip(widths, widths[1:], strict=False):
+        before = (x * x).mean()
+        x = np.maximum(nn.Linear(c_in, c_out, rng=generator)(x).data, 0)
+        assert (x * x).mean() == pytest.approx(before, rel=0.1)
+
+
+def test_three_linear_layers_separate_two_moons():
+    angle = np.linspace(0, np.pi, 100)
+    moons = np.stack([np.stack([np.cos(angle), np.sin(angle)], 1),
+                      np.stack([1 - np.cos(angle), 0.5 - np.sin(angle)], 1)])
+    points = (moons + 0.05 * rng().standard_normal(moons.shape)).reshape(-1, 2).astype("float32")
+    labels, generator = np.repeat([0, 1], 100), rng(3)
+
+    def right(net):
+        optimizer = optim.AdamW(net.parameters(), 0.01, weight_decay=0)
+        for _ in range(150):
+            optimizer.zero_grad()
+            losses.cross_entropy(net(points), labels).backward()
+            optimizer.step()
+        with no_grad():
+            return (net(points).data.argmax(axis=1) == labels).mean()
+
+    assert right(nn.Linear(2, 2, rng=generator)) < 0.93  # no straight line does
+    assert right(nn.Sequential(
+        nn.Linear(2, 16, rng=generator), nn.ReLU(), nn.Linear(16, 16, rng=generator), nn.ReLU(),
+        nn.Linear(16, 2, rng=generator))) == 1
 
 
 def test_wrong_layers_are_refused_when_made():
@@ -279,3 +510,13 @@ def test_wrong_layers_are_refused_when_made():
         nn.Conv(2, 3, (3, 3), padding_mode="reflect", rng=rng())
     with pytest.raises(ValueError, match="^padding"):
         nn.MaxPool((2, 2), padding=-1)
+    for make in (lambda k: nn.Conv(1, 2, k, rng=0), nn.MaxPool):
+        for kernel in (3, np.int64(3)):
+            with pytest.raises(ValueError, match=r"^kernel is .*3.*\(3, 3\) for images"):
+                make(kernel)
+        assert make([np.int64(3), 2]).window.kernel == (3, 2)
+        with pytest.raises(ValueError, match="^kernel"):
+            make((3, 0))
+    for groups in (0, -1, 3, 1.0, None):
+        with pytest.raises(ValueError, match="^groups is .*divides the 4 channels"):
+            nn.GroupNorm(4, groups)

@@ -156,7 +156,7 @@ class Residual(Module):
                                          BatchNorm(self.c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y, shortcut = x, self.downsample(x) if self.downsample else x
+        y, shortcut = x, x if self.downsample is None else self.downsample(x)
         for i in range(1, self.layers + 1):
             y = getattr(self, f"conv{i}")(y)
             y = getattr(self, f"bn{i}")(y, shortcut if i == self.layers else None, relu=True)
@@ -210,7 +210,7 @@ class Classifier(ResNet):
     def __init__(self, build: Builder, classes: int, **trunk: Any):
         super().__init__(build, **trunk)
         _check_classes(classes)
-        self.fc = Linear(self.channels, classes, rng=build.rng)
+        self.fc = Linear(self.channels, classes, std=0.01, rng=build.rng)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(GlobalAverage()(self.features(x)))

@@ -92,7 +92,7 @@ class Tensor:
     the shape of `data`; it is kept for leaves (tensors that no operation made) only.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "node", "__weakref__")
+    __slots__ = ("data", "grad", "requires_grad", "node", "version", "__weakref__")
     __array_ufunc__ = None  # array + tensor asks the tensor
 
     def __init__(self, array: Array, requires_grad: bool = False):
@@ -102,6 +102,7 @@ class Tensor:
         self.grad: Array | None = None
         self.requires_grad = requires_grad
         self.node: Node | None = None
+        self.version = 0  # how often the array has been changed in place
 
     def _vertex(self) -> Node | Tensor | None:
         return self.node or (self if self.requires_grad else None)
