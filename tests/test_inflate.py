@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import tinyseg as ts
 from tinyseg.inflate import PROFILES, depth_profile, dirichlet, gaussian
 from tinyseg.models import Builder, Depth, Residual
-from tinyseg.nn import BatchNorm, Conv, MaxPool, ReLU, Sequential
+from tinyseg.nn import BatchNorm, Conv, MaxPool, Module, ReLU, Sequential
 
 
 def normal(*shape, seed=0):
@@ -292,6 +292,72 @@ def test_a_layer_that_stands_twice_is_inflated_once():
     assert same_on_every_slice(net, ts.inflate(net), normal(1, 5, 6, 2), 4)
 
 
+def tied():
+    """A stem, two layers between, and one more with the stem's kernel."""
+    rng = np.random.default_rng(0)
+    net = Sequential(*(Conv(2, 2, k, padding=1, rng=rng) for k in [(3, 3), (3, 1), (3, 1), (3, 3)]))
+    net[2].weight, net[3].weight = net[1].weight, net[0].weight
+    return net.astype("float64")
+
+
+@pytest.mark.parametrize("profile", [*PROFILES, {"0": [0.1, 0.2, 0.3, 0.4], "1": [0.5, 0.5]}])
+def test_tied_weights_stay_tied(profile):
+    net = tied()
+    net[0].weight.requires_grad = False
+    deep = ts.inflate(net, (4, 2), profile, seed=3)
+    assert deep[3].weight is deep[0].weight and deep[2].weight is deep[1].weight
+    assert deep[0].weight.shape == (4, 3, 3, 2, 2) and deep[1].weight.shape == (2, 3, 1, 2, 2)
+    assert [layer.window.kernel[0] for layer in deep] == [4, 2, 2, 4]
+    assert list(deep.state()) == list(net.state())
+    assert [p.requires_grad for p in deep.parameters()] == [p.requires_grad
+                                                            for p in net.parameters()]
+    if not isinstance(profile, str) or PROFILES[profile].exact:
+        assert same_on_every_slice(net, deep, normal(1, 5, 6, 2), 3)
+    assert net[0].weight.shape == (3, 3, 2, 2)
+
+
+def test_a_mapping_names_the_first_of_tied_convolutions():
+    with pytest.raises(ValueError, match=r"must name the convolutions \['0', '1'\]"):
+        ts.inflate(tied(), 2, {str(i): [0.5, 0.5] for i in range(4)})
+
+
+def test_gradients_of_the_original_are_left_behind():
+    net = tied()
+    net(normal(1, 5, 6, 2)).sum().backward()
+    assert all(p.grad is None for p in (ts.inflate(net)[0].weight, ts.inflate(net)[1].weight))
+    assert net[0].weight.grad.shape == net[0].weight.shape
+
+
+class Branches(Module):
+    """Convolutions in a tuple, and a `config` that is not what rebuilds a network."""
+
+    def __init__(self):
+        self.branches = (Conv(2, 3, (3, 3), padding=1, rng=0), MaxPool((3, 3), 1, 1))
+        self.config = ("lr", 0.1)
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = branch(x)
+        return x
+
+
+def test_modules_in_a_tuple_are_inflated_and_another_config_stays():
+    net = Branches().astype("float64")
+    deep = ts.inflate(net)
+    assert deep.branches[0].weight.shape == (3, 3, 3, 2, 3) and deep.config == net.config
+    assert same_on_every_slice(net, deep, normal(1, 5, 6, 2), 4)
+
+
+def test_integers_of_numpy_are_integers():
+    net = pair()
+    options = {"depth": (3, 2), "profile": "zero", "slot": 1, "depth_dilation": 1}
+    deep = ts.inflate(net, (np.int64(3), np.uint8(2)), "zero", slot=np.int64(1),
+                      depth_dilation=np.int32(1))
+    expected = ts.inflate(net, **options)
+    assert all((a == deep.state()[name]).all() for name, a in expected.state().items())
+    assert [m.window for _, m in deep.named(Conv)] == [m.window for _, m in expected.named(Conv)]
+
+
 @given(st.integers(1, 9))
 def test_profiles_by_name(slots):
     np.testing.assert_allclose(depth_profile("average", slots), [1 / slots] * slots)
@@ -441,6 +507,14 @@ THIRD = [1 / 3] * 3
     ({"profile": "zero", "slot": -1}, "slot is -1"),
     ({"profile": "zero", "slot": "last"}, "slot is 'last'"),
     ({"profile": "zero", "slot": 2, "depth": (3, 2)}, r"^2\.0: slot is 2.*0 to 1"),
+    ({"profile": "zero", "slot": 1.0}, "^0: slot is 1.0"), ({"slot": None}, "^0: slot is None"),
+    ({"profile": "zero", "slot": True}, "^0: slot is True"),
+    ({"profile": "dirichlet", "slot": 3}, "^0: slot is 3"),
+    ({"profile": THIRD, "slot": 99}, "^0: slot is 99; it goes with a profile's name"),
+    ({"profile": "scale", "alpha": THIRD, "slot": "first"}, "^0: slot is 'first'; it goes"),
+    ({"profile": gaussian(1), "slot": 0}, "^0: slot is 0; it goes"),
+    ({"depth": True}, "depth is True"), ({"depth": (3, False)}, "depth is"),
+    ({"depth_dilation": True}, "depth_dilation is True"), ({"depth_stride": 1.0}, "depth_stride"),
     ({"depth": 0}, "depth is 0"), ({"depth": (3, 3, 3)}, "depth is"), ({"depth": 1.5}, "depth is"),
     ({"depth_stride": 2}, "depth_stride"), ({"depth_dilation": 0}, "depth_dilation"),
     ({"depth_padding": "wrap"}, "depth_padding"),

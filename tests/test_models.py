@@ -234,6 +234,8 @@ def test_a_config_rebuilds_the_network(make, options):
     {"depth": 3, "rank": 2}, {"depth_padding": "edge", "rank": 2}, {"pool_depth": 1, "rank": 1},
     {"depth": 0}, {"depth": "all"}, {"depth": (3,)}, {"depth": (3, 3, 3)}, {"depth": (3, 0)},
     {"depth": 2.5}, {"depth_stride": 2}, {"depth_dilation": 2}, {"depth_dilation": "zero"},
+    {"rank": True}, {"classes": True}, {"in_channels": True}, {"depth": True}, {"rank": 3.0},
+    {"depth_dilation": True}, {"pool_depth": True}, {"depth_stride": 1.0}, {"classes": 3.0},
     {"depth_padding": "reflect"}, {"pool_depth": 0}, {"pool_depth": -1}, {"pool_depth": 1.5},
 ])
 def test_wrong_arguments(options):

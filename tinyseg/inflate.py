@@ -19,7 +19,6 @@ import numpy as np
 from .backend import Array, array_module
 from .models import Depth
 from .nn import Conv, MaxPool, Module, Network
-from .tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,19 @@ def depth_profile(profile: str | Callable[[int], Array] | Array, slots: int,
 
     A name in PROFILES; a callable, called with `slots`; or an array, which stands for itself
     ("scaling"). slot: "center" (slots // 2), "first" or a number, for the names that have a c.
-    Raises ValueError where the length is not `slots` or the sum is not one.
+    Raises ValueError where the length is not `slots` or the sum is not one, and for another slot
+    with numbers of your own, which have no c.
     """
     if isinstance(profile, str):
         at = {"center": slots // 2, "first": 0}.get(slot, -1) if isinstance(slot, str) else slot
-        if not 0 <= at < slots:
+        if isinstance(at, bool) or not isinstance(at, int | np.integer) or not 0 <= at < slots:
             raise ValueError(f"slot is {slot!r}; expected center, first or 0 to {slots - 1}")
         if profile not in PROFILES:
             raise ValueError(f"profile is {profile!r}; expected one of {', '.join(PROFILES)}, "
                              "scale, a callable or an array")
         return PROFILES[profile].alpha(slots, at)
+    if slot != "center":
+        raise ValueError(f"slot is {slot!r}; it goes with a profile's name, an alpha has its own")
     alpha = np.asarray(profile(slots) if callable(profile) else profile, dtype=float)
     if alpha.shape != (slots,) or not abs(alpha.sum() - 1) < 1e-6:
         raise ValueError(f"alpha has shape {alpha.shape} and sum {alpha.sum():.6g}; expected "
@@ -100,15 +102,15 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
             slot: str | int = "center", alpha: Array | Mapping[str, Array] | None = None,
             depth_stride: str | int = "plane", depth_dilation: str | int = 1,
             depth_padding: str = "edge", stem: str = "profile", seed: int = 0) -> Network:
-    """A rank-3 network made of a rank-2 one; the original is untouched.
+    """A rank-3 network made of a rank-2 one; the original is untouched, tied weights stay tied.
 
     depth: slots of every kernel larger than one, or (stem, rest). profile, slot: see
     `depth_profile`; "scale" takes its numbers from `alpha`, and a mapping {layer name: alpha}
-    gives each convolution with a kernel larger than one its own. depth_stride, depth_dilation,
-    depth_padding: see `models.Depth`. stem="colour": the first kernel's colour axis becomes its
-    depth, so that a network of RGB images sees three neighbouring slices of one channel instead
-    (AH-Net, Liu et al. 2018). seed: of the profile "dirichlet", another draw for every layer, and
-    of the noise.
+    gives each convolution with a kernel larger than one its own (the first of tied ones).
+    depth_stride, depth_dilation, depth_padding: see `models.Depth`. stem="colour": the first
+    kernel's colour axis becomes its depth, so that a network of RGB images sees three neighbouring
+    slices of one channel instead (AH-Net, Liu et al. 2018). seed: of the profile "dirichlet",
+    another draw for every layer, and of the noise.
 
     With depth_padding="edge" the result equals the original on inputs constant along depth, for
     every exact profile; with "zero", only for profile="zero" at the centre. That profile at depth
@@ -125,11 +127,12 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
         raise ValueError('alpha goes with profile="scale"')
     if stem not in ("profile", "colour"):
         raise ValueError(f'stem is {stem!r}; expected "profile" or "colour"')
-    if isinstance(profile, str) and profile == "dirichlet":
-        profile = dirichlet(seed)
+    draw = dirichlet(seed) if isinstance(profile, str) and profile == "dirichlet" else None
     out, rng = net.copy(), np.random.default_rng(seed)
     kernels = {name: m for name, m in [("", out), *out.named(Module)] if isinstance(m, Conv)}
-    wide = [name for name, conv in kernels.items() if max(conv.window.kernel) > 1]
+    first = {id(conv.weight): name for name, conv in reversed(kernels.items())}  # tied or not
+    wide = [name for name, conv in kernels.items()
+            if max(conv.window.kernel) > 1 and first[id(conv.weight)] == name]
     wrong = [name for name, conv in kernels.items() if len(conv.window.kernel) != 2]
     if wrong or not kernels:
         raise ValueError("inflate needs a network of rank-2 convolutions, found "
@@ -138,7 +141,9 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
         raise ValueError(f"alpha must name the convolutions {sorted(wide)}, found "
                          f"{sorted(set(profile))}")
     for name, conv in kernels.items():
-        conv.window = along.conv(conv.window, stem=name in wide[:1])
+        conv.window = along.conv(conv.window, stem=first[id(conv.weight)] in wide[:1])
+        if first[id(conv.weight)] != name:
+            continue
         w, slots = conv.weight.data, conv.window.kernel[0]
         if stem == "colour" and name in wide[:1]:
             w3 = _colour_to_depth(w, slots, name)
@@ -148,6 +153,7 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
                 if name in wide:
                     each = profile[name] if isinstance(profile, Mapping) else profile
                     numbers = depth_profile(each, slots, slot)
+                    numbers = draw(slots) if draw else numbers
             except ValueError as error:
                 raise ValueError(f"{name or 'the convolution'}: {error}") from None
             numbers = array_module(w).asarray(numbers, dtype=w.dtype).reshape(-1, *(1,) * w.ndim)
@@ -156,11 +162,11 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
             if noise:
                 drawn = array_module(w).asarray(rng.standard_normal(w3.shape), dtype=w.dtype)
                 w3 += noise * w.std() * drawn * (numbers == 0)
-        conv.weight = Tensor(w3, requires_grad=conv.weight.requires_grad)
+        conv.weight.data, conv.weight.grad = w3, None
     for module in out.modules():
         if isinstance(module, MaxPool):
             module.window = along.pool(module.window)
-        if hasattr(module, "config"):
+        if isinstance(getattr(module, "config", None), dict):
             channels = {"in_channels": 1} if stem == "colour" else {}
             module.config = {**module.config, **channels, "rank": 3, **asdict(along)}
     return out

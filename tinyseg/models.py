@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,14 @@ STRIDES = {8: ((1, 2, 1, 1), (1, 1, 2, 4)),  # output stride: strides and dilati
 
 
 def _positive(n: Any) -> bool:
-    return isinstance(n, int) and n >= 1
+    return isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1
+
+
+def _plain(n: Any) -> Any:
+    """NumPy's integers as Python's, and a list, as JSON has it, as a tuple."""
+    if isinstance(n, list | tuple):
+        return tuple(map(_plain, n))
+    return int(n) if isinstance(n, np.integer) else n
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,14 @@ class Depth:
     pool_depth: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.depth, list):  # as JSON has it
-            object.__setattr__(self, "depth", tuple(self.depth))
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
         if self.pool_depth is not None and not _positive(self.pool_depth):
             raise ValueError(f"pool_depth is {self.pool_depth!r}; expected a positive int or None")
         for name in ("depth_stride", "depth_dilation"):
-            if getattr(self, name) not in ("plane", 1):
-                raise ValueError(f'{name} is {getattr(self, name)!r}; expected "plane" or 1')
+            value = getattr(self, name)
+            if value != "plane" and not (_positive(value) and value == 1):
+                raise ValueError(f'{name} is {value!r}; expected "plane" or 1')
         if self.depth_padding not in ("zero", "edge"):
             raise ValueError(f'depth_padding is {self.depth_padding!r}; expected "zero" or "edge"')
         pair = self._pair()
@@ -103,7 +112,7 @@ class Builder:
     """Makes convolutions and pools of one rank from one generator; the first wide is the stem."""
 
     def __init__(self, rank: int, depth: Depth, seed: int):
-        if rank not in (1, 2, 3):
+        if not _positive(rank) or rank > 3:
             raise ValueError(f"rank is {rank!r}; expected 1, 2 or 3 spatial axes")
         if rank != 3 and depth != Depth():
             raise ValueError(f"the depth arguments are for rank 3; rank is {rank}")
