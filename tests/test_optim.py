@@ -50,9 +50,9 @@ def test_adamw(decay, betas, eps):
 
 
 def test_the_defaults():
-    adam = optim.AdamW([Tensor(np.ones(2))], 1e-3)
+    adam = optim.AdamW([Tensor(np.ones(2), requires_grad=True)], 1e-3)
     assert (adam.betas, adam.eps, adam.weight_decay) == ((0.9, 0.999), 1e-8, 0.01)
-    sgd = optim.SGD([Tensor(np.ones(2))], 1e-3)
+    sgd = optim.SGD([Tensor(np.ones(2), requires_grad=True)], 1e-3)
     assert (sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0, False, 0)
 
 
@@ -115,7 +115,30 @@ def test_a_state_that_does_not_fit_is_refused(make):
     for shape in [(3, 2), (5,), (1, 3), (1,), ()]:  # the last three would broadcast
         with pytest.raises(ValueError):
             optimizer.load_state({**state, first: np.ones(shape, "float32")})
+    for dtype in ("complex64", "<U3"):
+        with pytest.raises(ValueError, match=f"{first} holds"):
+            optimizer.load_state({**state, first: state[first].astype(dtype)})
+    with pytest.raises(ValueError, match="steps holds float64, expected numbers that int64"):
+        optimizer.load_state({**state, first: state[first] + 1, "steps": np.array(3.0)})
     assert all((array == 0).all() for array in optimizer.state().values())
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_state_of_other_parameters_is_refused(make):
+    three, two = make(parameters()), make(parameters()[:2])
+    last = list(three.state())[-2]
+    assert last.endswith(".2")
+    before = two.state()
+    walk(three.parameters, three, 2, seed=1)
+    with pytest.raises(ValueError, match=f"this optimiser:(.|\n)*{last} is unexpected"):
+        two.load_state(three.state())
+    assert all((array == before[name]).all() for name, array in two.state().items())
+    with pytest.raises(ValueError, match=f"{last} is missing"):
+        three.load_state(before)
+    other = MAKERS[make is MAKERS[0]](parameters())
+    with pytest.raises(ValueError, match=r"mean\.0 is (missing|unexpected)"):
+        three.load_state(other.state())
+    assert int(three.state()["steps"]) == 2
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -149,6 +172,83 @@ def test_wrong_optimisers():
         optim.SGD([], 0.1)
     with pytest.raises(ValueError, match="nesterov"):
         optim.SGD(parameters(), 0.1, nesterov=True)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_an_optimiser_takes_different_leaf_tensors(make):
+    one, two, three = parameters()
+    for wrong, message in [
+        (one, "single tensor; expected a list"), ([one, two * 2, three], r"1, of shape \(4,\), was"
+         " made by an operation; expected a leaf"), ([one, two, three, two], r"3, of shape \(4,\), "
+         "was given before"), ([one, two.data], "1 is a ndarray, expected a Tensor"),
+        (enumerate([one]), "0 is a tuple"), ({"one": one}, "0 is a str.*net.parameters"),
+        ([Tensor(np.ones(2))], "no parameters that require a gradient"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(wrong)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_frozen_parameter_rests(make):
+    moving, frozen = parameters()[:2]
+    frozen.requires_grad, before = False, frozen.data.copy()
+    optimizer = make([moving, frozen])
+    (moving * moving).sum().backward()
+    optimizer.step()
+    assert (frozen.data == before).all() and (moving.version, frozen.version) == (1, 0)
+
+
+WRONG = [{"lr": -1e-3}, {"lr": float("nan")}, {"lr": math.inf}, {"lr": "1e-3"}, {"lr": None},
+         {"lr": True}, {"lr": [0.1]}, {"lr": np.ones(1)}, {"weight_decay": -1},
+         {"weight_decay": math.nan}]
+
+
+@pytest.mark.parametrize("kind, options", [
+    *((optim.SGD, options) for options in [*WRONG, {"momentum": 1}, {"momentum": -0.1}]),
+    *((optim.AdamW, options) for options in [
+        *WRONG, {"eps": -1e-8}, {"eps": "small"}, {"betas": (1, 1)}, {"betas": (0.9, -0.1)},
+        {"betas": (0.9,)}, {"betas": 0.9}, {"betas": (0.9, 0.99, 0.999)}, {"betas": "ab"},
+        {"betas": (0.9, math.nan)}]),
+])
+def test_a_setting_out_of_range_is_refused_whenever_it_is_set(kind, options):
+    (name, value), = options.items()
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        kind(parameters(), **{"lr": 0.1, **options})
+    optimizer = kind(parameters(), 0.1)
+    before = getattr(optimizer, name)
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) == before
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32])
+@pytest.mark.parametrize("kind, options", [
+    (optim.SGD, {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1}),
+    (optim.AdamW, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1})])
+def test_numbers_of_numpy_step_as_those_of_python(kind, options, number):
+    """A NumPy float64 would turn a float32 step into float64, and round it once less."""
+    def moved(change):
+        tensors = parameters()
+        optimizer = kind(tensors, **{
+            name: tuple(map(change, x)) if isinstance(x, tuple) else change(x)
+            for name, x in options.items()})
+        walk(tensors, optimizer, 3, seed=4)
+        assert type(optimizer.lr) is float
+        return [p.data for p in tensors]
+
+    for a, b in zip(moved(number), moved(lambda x: float(number(x))), strict=True):
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_step_counts_as_a_change_of_what_it_moves(make):
+    tensors = parameters()
+    optimizer = make(tensors)
+    walk(tensors, optimizer, 3, seed=1)
+    optimizer.zero_grad()
+    tensors[1].grad = np.ones(4, "float32")
+    optimizer.step()
+    assert [p.version for p in tensors] == [3, 4, 3]
 
 
 def test_a_generator_of_parameters():

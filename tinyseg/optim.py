@@ -6,33 +6,44 @@ Both keep PyTorch's conventions, so that published settings carry over.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import cos, pi, sqrt
+from math import cos, inf, pi, sqrt
+from typing import Any
 
 import numpy as np
 
 from . import cuda, parallel
-from .backend import Array, array_module, to_library
+from .backend import Array, array_module
+from .module import overwrite
 from .tensor import Tensor
+
+LIMITS = {"lr": inf, "weight_decay": inf, "eps": inf, "momentum": 1, "betas": 1}
 
 
 class Optimizer:
-    """Parameters, a learning rate `lr` that may be set at any time, and arrays beside them."""
+    """Parameters, a learning rate `lr` that may be set at any time, and arrays beside them.
+
+    Parameters are different leaf tensors; frozen ones among them rest. Every setting is a number
+    from 0 to below its limit in LIMITS, whenever it is set. Raises ValueError for anything else.
+    """
 
     slots: tuple[str, ...] = ()  # names of the running arrays, one per parameter each
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float):
-        self.parameters = list(parameters)
+        self.parameters = _leaves(parameters)
         self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
-        if not self.parameters:
-            raise ValueError("the optimiser got no parameters")
         self.running = {
             name: [array_module(p.data).zeros_like(p.data) for p in self.parameters]
             for name in self.slots
         }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _setting(name, value) if name in LIMITS else value)
+
     def step(self) -> None:
         """Move every parameter that has a gradient, in place."""
         self.steps += 1
+        for p in self.parameters:
+            p.version += p.grad is not None
         rows = [(p.data, p.grad, *(self.running[name][i] for name in self.slots))
                 for i, p in enumerate(self.parameters) if p.grad is not None]
         if rows and cuda.serves(*(array for row in rows for array in row)):
@@ -60,16 +71,45 @@ class Optimizer:
         return {**arrays, "steps": array_module(0).asarray(self.steps)}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
-        """The inverse of `state`; KeyError or ValueError where it does not fit."""
-        steps = int(state["steps"])
-        pairs = [(f"{name}.{i}", array) for name in self.slots
-                 for i, array in enumerate(self.running[name])]
-        for name, array in pairs:
-            if state[name].shape != array.shape:
-                raise ValueError(f"{name} has shape {state[name].shape}, expected {array.shape}")
-        for name, array in pairs:
-            array[...] = to_library(state[name], array_module(array))
-        self.steps = steps
+        """The inverse of `state`; ValueError naming all that does not fit, and then nothing is
+        written."""
+        mine = {"steps": np.asarray(self.steps), **{
+            f"{name}.{i}": a for name in self.slots for i, a in enumerate(self.running[name])}}
+        overwrite(mine, state, "optimiser")
+        self.steps = int(mine["steps"])
+
+
+def _leaves(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters as a list, if they are what an optimiser can move."""
+    if isinstance(parameters, Tensor):
+        raise ValueError("parameters is a single tensor; expected a list, [tensor]")
+    found, seen = list(parameters), set()
+    for i, p in enumerate(found):
+        if not isinstance(p, Tensor):
+            raise ValueError(f"parameter {i} is a {type(p).__name__}, expected a Tensor; "
+                             "net.parameters() lists those of a network")
+        if p.node is not None:
+            raise ValueError(f"parameter {i}, of shape {p.shape}, was made by an operation; "
+                             "expected a leaf, Tensor(array, requires_grad=True)")
+        if id(p) in seen:
+            raise ValueError(f"parameter {i}, of shape {p.shape}, was given before and would "
+                             "move twice a step")
+        seen.add(id(p))
+    if not any(p.requires_grad for p in found):
+        raise ValueError("the optimiser got no parameters that require a gradient")
+    return found
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A number (of betas, two) as Python's own: NumPy's would turn float32 arrays into float64."""
+    numbers = tuple(value) if name == "betas" and isinstance(value, list | tuple) else (value,)
+    count, limit = 2 if name == "betas" else 1, LIMITS[name]
+    if len(numbers) != count or not all(
+            isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+            and 0 <= x < limit for x in numbers):
+        raise ValueError(f"{name} is {value!r}; expected {'two numbers' if count == 2 else 'one'} "
+                         f"from 0 to below {limit}")
+    return tuple(map(float, numbers)) if count == 2 else float(value)
 
 
 def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
