@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,117 @@ def test_a_network_comes_back(tmp_path, kind):
     assert not again.training and not again.layer1.training
     assert all(p.requires_grad for p in again.parameters())
     assert os.listdir(tmp_path) == ["net.npz"]
+
+
+@pytest.mark.parametrize("name, edit", [
+    ("maxpool", lambda net: setattr(net, "maxpool", ts.nn.Identity())),
+    ("conv1.window", lambda net: setattr(net.conv1, "window",
+                                         ts.windows.Window.of((7, 7), 1, 3))),
+    ("layer2.0.bn1.eps", lambda net: setattr(net.layer2[0].bn1, "eps", 0.1)),
+    ("bn1.momentum", lambda net: setattr(net.bn1, "momentum", 0.2)),
+    ("align_corners", lambda net: setattr(net, "align_corners", True)),
+    ("fc", lambda net: setattr(net, "fc", ts.nn.Sequential(net.fc))),
+    ("fc.weight", lambda net: setattr(net, "fc", ts.nn.Conv(512, 5, (1, 1), rng=0))),
+    ("bn1", lambda net: setattr(net, "bn1", ts.nn.GroupNorm(64))),
+    ("extra", lambda net: setattr(net, "extra", ts.nn.Conv(3, 3, (1, 1), rng=0))),
+    ("layer2.0.downsample", lambda net: setattr(net.layer2[0], "downsample", None)),
+    ("layer3.2", lambda net: setattr(net, "layer3", ts.nn.Sequential(*net.layer3,
+                                                                     ts.nn.Identity()))),
+    ("layer1.0.conv2.weight", lambda net: setattr(net.layer1[0].conv2, "weight",
+                                                  net.layer1[0].conv1.weight)),
+    ("layer1.1.bn1.running_mean", lambda net: setattr(net.layer1[1].bn1, "running_mean",
+                                                      net.layer1[0].bn1.running_mean)),
+    ("bn1.running_mean", lambda net: setattr(net.bn1, "running_mean",
+                                             ts.Tensor(net.bn1.running_mean))),
+    ("forward", lambda net: setattr(net, "forward", net.features)),
+    ("the network", lambda net: setattr(net, "__class__", type("Own", (type(net),), {}))),
+])
+def test_what_would_be_read_back_otherwise_is_not_saved(tmp_path, name, edit):
+    net = make("rank 2")
+    edit(net)
+    with pytest.raises(ValueError, match=f"would not be read back as it is: {name} is "):
+        ts.save(tmp_path / "net.npz", net)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_network_of_mixed_types_is_not_saved(tmp_path):
+    net = make("rank 2")
+    net.fc.astype("float64")
+    with pytest.raises(ValueError, match="mixes float32 and float64; .*net.astype"):
+        ts.save(tmp_path / "net.npz", net)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_stands_beside_a_network_does_not_keep_it_from_being_saved(tmp_path):
+    net = make("rank 2").train(statistics="running")
+    net.last = net(np.ones((1, 9, 9, 2)))  # an activation
+    net.layer1 = net.layer1[:]  # other objects alike
+    net.metadata = {"note": "a"}
+    ts.save(tmp_path / "net.npz", net)
+    assert ts.load(tmp_path / "net.npz").metadata == {"note": "a"}
+
+
+def test_frozen_parameters_come_back_frozen(tmp_path):
+    net, path = make("inflated"), tmp_path / "net.npz"
+    frozen = [f"layer1.{name}" for name, _ in net.layer1.named_parameters()] + ["conv1.weight"]
+    for name, p in net.named_parameters():
+        p.requires_grad = name not in frozen
+    ts.save(path, net)
+    ts.save(path, ts.load(path))
+    again = ts.load(path)
+    assert {name: p.requires_grad for name, p in again.named_parameters()} == {
+        name: p.requires_grad for name, p in net.named_parameters()}
+    arrays, description = checkpoint.read(path)
+    for wrong in (["conv1"], "conv1.weight", 3, None, [[]]):
+        checkpoint.write(path, arrays, {**description, "frozen": wrong})
+        refused(path, ts.load)
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    """They did not say what was frozen."""
+    net, path = make("inflated"), tmp_path / "net.npz"
+    checkpoint.write(path, net.state(), {"architecture": net.config, "metadata": {"a": 1}})
+    again = ts.load(path)
+    assert again.metadata == {"a": 1} and all(p.requires_grad for p in again.parameters())
+    assert all((array == net.state()[name]).all() for name, array in again.state().items())
+
+
+def test_numbers_of_numpy_come_back_as_those_of_python(tmp_path):
+    path = tmp_path / "net.npz"
+    net = ts.models.resnet_seg(rank=np.int64(3), in_channels=np.int32(1), classes=np.uint8(3),
+                               output_stride=np.int64(16), align_corners=np.bool_(False),
+                               depth=(np.int64(3), 2), depth_stride=np.int64(1),
+                               pool_depth=np.int16(2))
+    ts.save(path, net, loss=np.float32(0.1), best=[np.int64(3), (np.bool_(True), np.float64(0.5))],
+            name=np.str_("a"), none=None)
+    again = ts.load(path)
+    assert again.metadata == {"loss": float(np.float32(0.1)), "best": [3, [True, 0.5]],
+                              "name": "a", "none": None}
+    assert {type(x) for x in again.config.values()} == {str, int, bool, tuple}
+    assert [(n, m.window) for n, m in again.named(ts.nn.Conv)] == [
+        (n, m.window) for n, m in net.named(ts.nn.Conv)]
+    ts.save(path, again)  # JSON's lists describe it as tuples did
+
+
+@pytest.mark.parametrize("metadata, message", [
+    ({"labels": {0: "a"}}, "metadata labels has the key 0, expected text, '0'"),
+    ({"a": [{"b": {None: 1}}]}, "metadata a 0 b has the key None"),
+    ({"spacing": np.ones(3)}, "metadata spacing is a ndarray, expected .*tolist"),
+    ({"where": [os]}, "metadata where 0 is a module"),
+    ({"x": 1j}, "metadata x is a complex"), ({"x": {1, 2}}, "metadata x is a set"),
+])
+def test_metadata_that_would_come_back_changed_is_refused(tmp_path, metadata, message):
+    with pytest.raises(TypeError, match=message):
+        ts.save(tmp_path / "net.npz", make("rank 2"), **metadata)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpoint_of_training_is_told_from_a_network(tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    checkpoint.write(path, {f"net/{name}": a for name, a in STATE.items()},
+                     {"settings": {}, "stage": "3d", "step": 3, "history": []})
+    message = refused(path, ts.load)
+    assert "checkpoint of training (stage 3d)" in message and "model_3d.npz" in message
 
 
 def test_metadata_is_kept_and_renewed(tmp_path):
@@ -331,8 +443,14 @@ def test_the_disk_has_the_content_before_the_name_and_the_name_before_write_ends
 
 def test_what_cannot_be_saved(tmp_path):
     path = tmp_path / "net.npz"
-    with pytest.raises(ValueError, match="ReLU has no config"):
-        ts.save(path, ts.nn.ReLU())
+    own = ts.nn.ReLU()
+    own.config = SimpleNamespace(lr=1)
+    for net in (ts.nn.ReLU(), own):
+        with pytest.raises(ValueError, match="ReLU has no config"):
+            ts.save(path, net)
+    own.config = {"lr": 1}
+    with pytest.raises(ValueError, match="model is None; expected one of resnet_seg, resnet"):
+        ts.save(path, own)
     with pytest.raises(TypeError):
         ts.save(path, make("rank 2"), spacing=np.ones(3))
     with pytest.raises(FileNotFoundError):

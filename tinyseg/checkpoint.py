@@ -17,7 +17,8 @@ import numpy as np
 from . import models
 from .backend import Array, to_numpy
 from .files import whole
-from .nn import Module
+from .module import Module, held, is_state
+from .tensor import Tensor
 
 FORMAT = "tinyseg 1"
 TEXT = "__description__"  # the JSON text among the arrays, as bytes
@@ -75,14 +76,76 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def save(path: str | Path, net: Module, **metadata: Any) -> None:
-    """Write a network that has a `config` (a `resnet_seg` or `resnet`, inflated or not).
+    """Write a network that `net.config` rebuilds (a `resnet_seg` or `resnet`, inflated or not).
 
-    `metadata` is JSON-able; with `net.metadata` it comes back as `load(path).metadata`.
+    With `net.metadata`, `metadata` comes back as `load(path).metadata`: text, numbers (NumPy's as
+    Python's), None, and dicts with text keys, lists and tuples (as lists) of these. Frozen
+    parameters come back frozen. Raises ValueError naming what `load` would not rebuild, TypeError
+    naming what JSON does not keep; nothing is written then.
     """
-    if not hasattr(net, "config"):
+    config = getattr(net, "config", None)
+    if not isinstance(config, dict):
         raise ValueError(f"{type(net).__name__} has no config to rebuild it from")
-    kept = {**getattr(net, "metadata", {}), **metadata}
-    write(path, net.state(), {"architecture": net.config, "metadata": kept})
+    description = {"architecture": _plain(config, "config"),
+                   "metadata": _plain({**getattr(net, "metadata", {}), **metadata}, "metadata"),
+                   "frozen": [n for n, p in net.named_parameters() if not p.requires_grad]}
+    mine, made = _structure(net), _structure(_outline(config))
+    for name in {**made, **mine}:
+        found, expected = mine.get(name, "nothing"), made.get(name, "nothing")
+        if found != expected:
+            raise ValueError(f"{type(net).__name__} would not be read back as it is: {name} is "
+                             f"{found}, and its config makes it {expected}")
+    state = net.state()
+    if len(dtypes := {str(a.dtype) for a in state.values()}) > 1:
+        raise ValueError(f"{type(net).__name__} mixes {' and '.join(sorted(dtypes))}; expected "
+                         "one type, as net.astype makes it")
+    write(path, state, description)
+
+
+def _plain(x: Any, name: str) -> Any:
+    """`x` as JSON gives it back; TypeError naming the part of it that JSON would change or drop."""
+    x = x.item() if isinstance(x, np.generic) else x
+    if isinstance(x, dict):
+        if wrong := [key for key in x if not isinstance(key, str)]:
+            raise TypeError(f"{name} has the key {wrong[0]!r}, expected text, {str(wrong[0])!r}")
+        return {key: _plain(value, f"{name} {key}") for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value, f"{name} {i}") for i, value in enumerate(x)]
+    if x is None or isinstance(x, str | int | float):
+        return x
+    raise TypeError(f"{name} is a {type(x).__name__}, expected text, numbers, lists or dicts; "
+                    "array.tolist() makes a list")
+
+
+class _Zeros(np.random.Generator):
+    """Draws zeros, in no time: the weights of a network that is not trained from them."""
+
+    def standard_normal(self, size: Any = None, dtype: Any = float, out: Any = None) -> Any:
+        return np.zeros(size, dtype)
+
+
+def _outline(config: dict) -> Module:
+    """The network of a config with all kernels zero."""
+    return models.build({**config, "seed": _Zeros(np.random.default_rng(0).bit_generator)})
+
+
+def _structure(net: Module) -> dict[str, Any]:
+    """{name: what stands there} for all that decides what a network computes, but for the numbers
+    in its arrays: classes, shapes, options, and what is shared with which name."""
+    found: dict[str, Any] = {"the network": type(net)}
+    first = {id(net): "the network"}
+    for prefix, module in [("", net), *((f"{name}.", m) for name, m in net.named(Module))]:
+        for name, thing in held(module, prefix):
+            part = isinstance(thing, Module)
+            if (part or is_state(thing)) and first.setdefault(id(thing), name) != name:
+                found[name] = "shared with", first[id(thing)]
+            elif part:
+                found[name] = type(thing)
+            elif is_state(thing):
+                found[name] = "tensor" if isinstance(thing, Tensor) else "array", thing.shape
+            else:
+                found[name] = thing
+    return found
 
 
 def load(path: str | Path) -> Module:
@@ -91,20 +154,27 @@ def load(path: str | Path) -> Module:
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     arrays, description = read(path)
+    if {"settings", "stage"} <= description.keys():
+        raise ValueError(f"{path}: a checkpoint of training (stage {description['stage']}), which "
+                         "--resume goes on from; expected a network, as the main job writes it "
+                         "at the end of a stage: model_2d.npz or model_3d.npz")
     try:
         config = description["architecture"]
         claimed = config["in_channels"], config["classes"]
         last = "fc.bias" if "fc.bias" in arrays else "classifier.4.bias"
-        held = arrays["conv1.weight"].shape[-2], len(arrays[last])
-        if claimed != held:  # before a network of the claimed size is made
-            raise ValueError(f"{claimed} input channels and classes are claimed, {held} found")
+        found = arrays["conv1.weight"].shape[-2], len(arrays[last])
+        if claimed != found:  # before a network of the claimed size is made
+            raise ValueError(f"{claimed} input channels and classes are claimed, {found} found")
         dtypes = {a.dtype for a in arrays.values()}
         if any(d.kind != "f" for d in dtypes):
             raise ValueError(f"expected arrays of floating-point numbers, found {dtypes}")
-        net = models.build(config)
+        net = _outline(config)
         if len(dtypes) == 1:
             net.astype(str(dtypes.pop()))
         net.load_state(arrays)
+        parameters, frozen = dict(net.named_parameters()), description.get("frozen", [])
+        for name in frozen:  # none in the files of earlier versions
+            parameters[name].requires_grad = False
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: holds no network that can be rebuilt ({error})") from None
     net.metadata = description.get("metadata", {})
