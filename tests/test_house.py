@@ -112,6 +112,14 @@ def test_nothing_happens_at_import():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_public_names_are_there():
+    assert all(hasattr(tinyseg, public) for public in tinyseg.__all__)
+    assert tinyseg.report.COLOURS and tinyseg.PROFILES["average"].formula == "1/T"
+    assert {"Window", "explain"} <= set(tinyseg.windows.__all__)
+    with pytest.raises(AttributeError, match="'tinyseg' has no attribute 'reports'"):
+        tinyseg.reports  # noqa: B018
+
+
 def attributes(tree):
     """Dotted names that are used, as written: np.random.seed, os.environ."""
     for node in ast.walk(tree):
