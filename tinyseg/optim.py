@@ -107,8 +107,8 @@ def _setting(name: str, value: Any) -> Any:
     if len(numbers) != count or not all(
             isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
             and 0 <= x < limit for x in numbers):
-        raise ValueError(f"{name} is {value!r}; expected {'two numbers' if count == 2 else 'one'} "
-                         f"from 0 to below {limit}")
+        raise ValueError(f"{name} is {value!r}; expected {('a number', 'two numbers')[count - 1]} "
+                         f"of at least 0 and below {limit}")
     return tuple(map(float, numbers)) if count == 2 else float(value)
 
 
