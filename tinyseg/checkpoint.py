@@ -95,11 +95,11 @@ def save(path: str | Path, net: Module, **metadata: Any) -> None:
         if found != expected:
             raise ValueError(f"{type(net).__name__} would not be read back as it is: {name} is "
                              f"{found}, and its config makes it {expected}")
-    state = net.state()
-    if len(dtypes := {str(a.dtype) for a in state.values()}) > 1:
+    arrays = net._arrays()  # no copies
+    if len(dtypes := {str(a.dtype) for a in arrays.values()}) > 1:
         raise ValueError(f"{type(net).__name__} mixes {' and '.join(sorted(dtypes))}; expected "
                          "one type, as net.astype makes it")
-    write(path, state, description)
+    write(path, arrays, description)
 
 
 def _plain(x: Any, name: str) -> Any:
