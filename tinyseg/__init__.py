@@ -1,7 +1,5 @@
 """tinyseg: 2D residual networks inflated to segment volumes, from scratch on NumPy and CuPy."""
 
-from typing import TYPE_CHECKING, Any
-
 from . import checkpoint as checkpoint
 from . import (
     cuda,
@@ -14,6 +12,7 @@ from . import (
     optim,
     parallel,
     pretrained,
+    report,
     train,
     windows,
 )
@@ -24,18 +23,7 @@ from .inflate import PROFILES, inflate
 from .nn import to_device
 from .tensor import Tensor, no_grad, op
 
-if TYPE_CHECKING:
-    from . import report as report
-
 __version__ = "0.1.0"
 __all__ = ["PROFILES", "Tensor", "checkpoint", "cuda", "data", "device", "infer", "inflate",
            "load", "losses", "metrics", "models", "nn", "no_grad", "op", "ops", "optim",
            "parallel", "pretrained", "report", "save", "to_device", "to_numpy", "train", "windows"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "report":  # on first use: it imports matplotlib
-        from importlib import import_module
-
-        return import_module(".report", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
