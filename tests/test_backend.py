@@ -16,7 +16,18 @@ import strictarray
 from strictarray import FUNCTIONS, METHODS, PROPERTIES, ndarray
 
 import tinyseg as ts
-from tinyseg import backend, losses, models, nn, ops, optim, tensor, windows
+from tinyseg import (
+    backend,
+    graph,
+    losses,
+    models,
+    nn,
+    normalisation,
+    ops,
+    optim,
+    tensor,
+    windows,
+)
 from tinyseg.windows import reference
 
 
@@ -92,6 +103,13 @@ def normal(*shape, seed=1):
     lambda lib, x, y: lib.asarray(np.ones((2, 3, 4), "float32")) * x + y,
     lambda _, x, y: ops.concatenate(ops.softmax(x), ops.relu(y), axis=1),
     lambda _, x, y: ops.exp(x) - ops.log(y * y + 1),
+    lambda _, x, y: abs(x) * y.max(axis=[0, 2], keepdims=True),
+    lambda _, x, y: ops.maximum(x, y) + ops.maximum(0.5, x) - ops.clip(y, low=-1, high=0.5),
+    lambda _, x, y: ops.where(x < y, ops.tanh(x), 0) + ops.sigmoid(y) * ops.sqrt(x * x),
+    lambda _, x, y: ops.stack(x, y, axis=2)[:, :, 0] * ops.dropout(
+        x[0], p=0.5, rng=np.random.default_rng(1)),
+    lambda _, x, y: ops.pad(x, padding=1, padding_mode="edge") + ops.avg_pool(y, kernel=1)[0, 0],
+    lambda _, x, y: ops.avg_pool(x, kernel=2, padding=1) * y.max(),
 ])
 def test_arithmetic(strict, f):
     both(strict, f, normal(2, 3, 4), normal(2, 3, 4, seed=2))
@@ -157,7 +175,7 @@ def test_a_network_trains_on_it(strict, backbone, rank, size, make, options):
     assert all(np.asarray(ours[name]).any() for name in ours if "gradient" in name)
 
 
-@pytest.mark.parametrize("module", [ops, losses, reference, tensor, optim],
+@pytest.mark.parametrize("module", [ops, normalisation, losses, reference, tensor, graph, optim],
                          ids=lambda m: m.__name__)
 def test_a_stray_numpy_call_fails_on_it(strict, backbone, monkeypatch, module):
     monkeypatch.setattr(module, "array_module", lambda _: np)

@@ -15,9 +15,9 @@ import tinyseg
 HOUSE = Path(tinyseg.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-ORDER = ["backend", "parallel", "files", "cuda", "windows", "tensor", "ops", "losses", "module",
-         "nn", "models", "inflate", "checkpoint", "pretrained", "optim", "train", "infer", "report",
-         "__main__"]
+ORDER = ["backend", "parallel", "files", "cuda", "windows", "graph", "arithmetic", "tensor",
+         "normalisation", "ops", "losses", "module", "nn", "models", "inflate", "checkpoint", "pretrained",
+         "optim", "train", "infer", "report", "__main__"]
 ARRAYS_ONLY = {"data", "metrics"}
 MAY_USE_DATA = set(ORDER[ORDER.index("checkpoint") :])
 DATA_MAY_USE = {"files"}
@@ -197,7 +197,7 @@ def test_code_lines_counts_code():
 
 
 @pytest.mark.parametrize("files, limit", [
-    (["tensor.py"], 225),
+    (["graph.py", "tensor.py"], 280),
     (["windows/geometry.py", "windows/reference.py"], 200),
     (["inflate.py"], 119),  # the table of profiles is data
 ])

@@ -1,6 +1,8 @@
 """Each operation against naive loops, and its gradients against differences."""
 
+import math
 from functools import partial
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -49,6 +51,116 @@ def test_exp_and_log():
     check(ops.log, leaf, abs(x) + 0.5)
 
 
+@pytest.mark.parametrize("f, scalar", [
+    (ops.sqrt, math.sqrt), (ops.tanh, math.tanh), (ops.sigmoid, lambda v: 1 / (1 + math.exp(-v)))])
+def test_functions_of_single_numbers(f, scalar):
+    x = abs(normal(3, 4)) + 0.5 if f is ops.sqrt else 3 * normal(3, 4)
+    close(f(Tensor(x)).data, np.reshape([scalar(v) for v in x.flat], x.shape))
+    check(f, leaf, x)
+
+
+def test_sigmoid_of_large_numbers():
+    """sigmoid(-x) = exp(-x) / (1 + exp(-x)) to the last digits, and nothing overflows."""
+    x = np.array([-700.0, -40, 0, 40, 1e30, -1e30, np.inf, -np.inf])
+    y = ops.sigmoid(Tensor(x)).data
+    np.testing.assert_allclose(y, [math.exp(-700), math.exp(-40), 0.5, 1, 1, 0, 1, 0], rtol=1e-14)
+    single = leaf(np.float32([-200, 200, 3]))
+    ops.sigmoid(single).sum().backward()
+    assert np.isfinite(single.grad).all() and np.isnan(ops.sigmoid(Tensor(np.nan)).item())
+
+
+@pytest.mark.parametrize("a, b", [((3, 4), (3, 4)), ((3, 1), (4,)), ((4,), (2, 3, 4))])
+def test_maximum(a, b):
+    x, y = apart(*a), apart(*b, seed=2) + 0.3
+    expected = [u if u > v else v for u, v in np.broadcast(x, y)]
+    close(ops.maximum(Tensor(x), Tensor(y)).data, np.reshape(expected, np.broadcast(x, y).shape))
+    check(ops.maximum, leaf, x, y)
+
+
+def test_equals_share_the_gradient_of_their_maximum():
+    x, y = leaf(np.array([2.0, 1, 3])), leaf(np.array([2.0, 4, -3]))
+    ops.maximum(x, y).backward(np.array([6.0, 5, 7]))
+    assert x.grad.tolist() == [3, 0, 7] and y.grad.tolist() == [3, 5, 0]
+    for f in (lambda x: ops.maximum(x, 2.5), lambda x: ops.maximum(2.5, x)):
+        x = leaf(np.float32([2, 3, 2.5]))
+        z = f(x)
+        z.sum().backward()
+        assert z.data.tolist() == [2.5, 3, 2.5] and x.grad.tolist() == [0, 1, 0.5]
+        assert z.dtype == x.grad.dtype == "float32"
+
+
+def test_where():
+    x, y = normal(3, 4), normal(4, seed=2)
+    condition = normal(2, 3, 1, seed=3) > 0
+    expected = [u if c else v for c, u, v in np.broadcast(condition, x, y)]
+    close(ops.where(condition, Tensor(x), Tensor(y)).data, np.reshape(expected, (2, 3, 4)))
+    check(lambda x, y: ops.where(condition, x, y), leaf, x, y)
+    z = leaf(x)
+    check(lambda z: ops.where(z > 0.1, z * z, -1.0), leaf, apart(3, 4))
+    assert ops.where(z > 0, z.detach(), 0).requires_grad is False
+
+
+def test_what_was_not_chosen_has_no_part_in_the_gradient():
+    x = leaf(np.array([4.0, 0.0]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ops.where(x > 0, ops.sqrt(x), x).backward(np.array([1.0, np.nan]))
+    assert x.grad[0] == 0.25  # the NaN stays where it came in
+    g = np.array([np.inf, 2.0])
+    x, y = leaf(np.ones(2)), leaf(np.ones(2))
+    ops.where(np.array([True, False]), x, y).backward(g)
+    assert x.grad.tolist() == [np.inf, 0] and y.grad.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("low, high", [(-3, 4), (None, 2.1), (-2, None), (None, None), (1.2, 1.2)])
+def test_clip(low, high):
+    x = apart(3, 4)
+    expected = [min(max(v, -math.inf if low is None else low), math.inf if high is None else high)
+                for v in x.flat]
+    close(ops.clip(Tensor(x), low=low, high=high).data, np.reshape(expected, x.shape))
+    check(lambda x: ops.clip(x, low=low, high=high), leaf, x)
+
+
+def test_clip_lets_the_gradient_of_its_bounds_through():
+    x = leaf(np.array([-3.0, -2, 0, 1, 2]))
+    ops.clip(x, low=-2, high=1).backward(np.arange(1.0, 6))
+    assert x.grad.tolist() == [0, 2, 3, 4, 0]
+    with pytest.raises(ValueError, match="low is 2, above high"):
+        ops.clip(x, low=2, high=1)
+
+
+def test_dropout():
+    """What stays is scaled, a share 1 - p stays, and the gradient goes where the value went."""
+    x, p = leaf(1 + np.random.default_rng(1).random((200, 300))), 0.3
+    y = ops.dropout(x, p=p, rng=np.random.default_rng(2))
+    kept = y.data != 0
+    close(y.data[kept], x.data[kept] / 0.7)
+    assert abs(kept.mean() - 0.7) < 4 * math.sqrt(0.3 * 0.7 / kept.size)
+    g = normal(200, 300)
+    y.backward(g)
+    close(x.grad, g * kept / 0.7)
+    rng = np.random.default_rng(2)
+    draws = [ops.dropout(x, p=p, rng=rng).data for _ in range(2)]
+    assert (draws[0] == y.data).all() and (draws[1] != y.data).any()  # the generator moves on
+    check(lambda x: ops.dropout(x, p=0.5, rng=np.random.default_rng(3)), leaf, normal(3, 4))
+    assert (ops.dropout(x, p=0, rng=rng).data == x.data).all()
+    for wrong in (1, -0.1, 1.5):
+        with pytest.raises(ValueError, match="probability"):
+            ops.dropout(x, p=wrong, rng=rng)
+    with pytest.raises(TypeError, match=r"default_rng\(seed\)"):
+        ops.dropout(x, p=0.5, rng=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
+def test_stack(axis):
+    parts = [normal(2, 3, seed=n) for n in range(4)]
+    y = ops.stack(*map(Tensor, parts), axis=axis).data
+    for i, part in enumerate(parts):
+        assert (np.moveaxis(y, axis, 0)[i] == part).all()
+    check(lambda *xs: ops.stack(*xs, axis=axis), leaf, *parts)
+    with pytest.raises(ValueError):
+        ops.stack(Tensor(normal(2, 3)), Tensor(normal(3, 2)))
+
+
 @pytest.mark.parametrize("axis", [-1, 0, 1, -2])
 def test_softmax(axis):
     x = normal(3, 4, 5)
@@ -66,6 +178,14 @@ def test_softmax_of_huge_numbers():
     close(y.data, np.array([[1, 0, 0], [1 / 3] * 3], "float32"))
     y.backward(np.array([[1, 2, 3], [4, 5, 6]], "float32"))
     assert np.isfinite(x.grad).all() and x.grad.dtype == "float32"
+
+
+def test_softmax_of_what_is_masked_or_further_apart_than_the_largest_number():
+    x = leaf(np.array([[3e38, -3e38, 0], [1, -np.inf, 1]], "float32"))
+    y = ops.softmax(x)
+    assert y.data.tolist() == [[1, 0, 0], [0.5, 0, 0.5]]
+    y.backward(np.array([[1, 2, 3], [4, 5, 6]], "float32"))
+    assert x.grad.tolist() == [[0, 0, 0], [-0.5, 0, 0.5]]
 
 
 @pytest.mark.parametrize("axis", [-1, 0, 1])
@@ -110,6 +230,9 @@ def test_conv_refuses_what_does_not_fit():
         ops.conv(x, Tensor(normal(3, 7, 3, 2)))
     with pytest.raises(ValueError, match="^stride"):
         ops.conv(x, Tensor(normal(3, 3, 3, 2)), stride=(1, 1, 1))
+    for f in (lambda x: ops.conv(x, Tensor(normal(3, 3, 3, 2))), partial(ops.max_pool, kernel=2)):
+        with pytest.raises(ValueError, match=r"grid \(0, 5, 6\).* empty"):
+            f(Tensor(normal(0, 5, 6, 3)))
 
 
 def test_the_first_layer_never_asks_for_the_gradient_of_its_image(monkeypatch):
@@ -139,6 +262,63 @@ def test_max_pool(size, options):
                                      edge=window.edge)
     close(ops.max_pool(Tensor(x), **options).data, expected)
     check(lambda x: ops.max_pool(x, **options), leaf, x)
+
+
+def padded(x, padding, edge):
+    """(N, *S, C) extended, number by number."""
+    y = np.zeros((len(x), *(n + sum(p) for n, p in zip(x.shape[1:-1], padding, strict=True)),
+                  x.shape[-1]))
+    for at in np.ndindex(*y.shape[1:-1]):
+        point = [i - before for i, (before, _) in zip(at, padding, strict=True)]
+        point = [min(max(i, 0), n - 1) if e else i
+                 for i, n, e in zip(point, x.shape[1:-1], edge, strict=True)]
+        if all(0 <= i < n for i, n in zip(point, x.shape[1:-1], strict=True)):
+            y[(slice(None), *at)] = x[(slice(None), *point)]
+    return y
+
+
+@pytest.mark.parametrize("size, padding, mode", [
+    ((4,), ((2, 1),), "zero"), ((3, 4), ((0, 2), (1, 0)), ("edge", "zero")),
+    ((2, 3, 4), ((1, 2), (0, 0), (3, 1)), "edge"), ((3, 2), 1, "edge"), ((2, 2), 0, "zero"),
+])
+def test_pad(size, padding, mode):
+    x = normal(2, *size, 3)
+    pairs = ((padding, padding),) * len(size) if isinstance(padding, int) else padding
+    modes = (mode,) * len(size) if isinstance(mode, str) else mode
+    pad = partial(ops.pad, padding=padding, padding_mode=mode)
+    close(pad(Tensor(x)).data, padded(x, pairs, [m == "edge" for m in modes]))
+    check(pad, leaf, x)
+    with pytest.raises(ValueError, match="padding"):
+        ops.pad(Tensor(x), padding=(1,) * (len(size) + 1))
+
+
+@pytest.mark.parametrize("size, options", [
+    ((7,), {"kernel": (3,), "stride": (2,), "padding": ((1, 0),)}),
+    ((5, 6), {"kernel": (2, 3), "stride": 1, "padding": (0, 1), "dilation": (2, 1)}),
+    ((4, 5, 6), {"kernel": (2, 1, 3)}), ((4, 6), {"kernel": 2}),
+])
+def test_avg_pool(size, options):
+    x = normal(2, *size, 3)
+    kernel = options["kernel"]
+    kernel = (kernel,) * len(size) if isinstance(kernel, int) else kernel
+    window = windows.Window.of(kernel, options.get("stride", kernel), options.get("padding", 0),
+                               options.get("dilation", 1))
+    expected = np.zeros((2, *window.positions(size), 3))
+    for p, _, s in oracle.visits(size, window.kernel, window.stride, window.padding,
+                                 window.dilation, window.edge):
+        if s is not None:
+            for n, c in product(range(2), range(3)):
+                expected[(n, *p, c)] += x[(n, *s, c)] / prod(kernel)
+    close(ops.avg_pool(Tensor(x), **options).data, expected)
+    check(lambda x: ops.avg_pool(x, **options), leaf, x)
+
+
+def test_a_number_is_a_kernel_along_all_axes():
+    x = Tensor(normal(2, 4, 6, 8, 3))
+    for pool in (ops.max_pool, ops.avg_pool):
+        for options in ({}, {"stride": 1, "padding": 1}):
+            ours = pool(x, kernel=2, **options).data
+            assert (ours == pool(x, kernel=(2, 2, 2), **options).data).all()
 
 
 # Normalisation
@@ -224,8 +404,21 @@ def test_group_norm(size, groups):
 
 
 def test_group_norm_refuses_groups_that_do_not_divide():
-    with pytest.raises(ValueError, match="6 channels.*4 groups"):
-        ops.group_norm(Tensor(normal(2, 3, 6)), np.ones(6), np.zeros(6), groups=4)
+    for groups in (4, 0, -2):
+        with pytest.raises(ValueError, match=f"6 channels.*{groups} groups"):
+            ops.group_norm(Tensor(normal(2, 3, 6)), np.ones(6), np.zeros(6), groups=groups)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_norms_refuse_another_number_of_channels(channels):
+    x, right, wrong = Tensor(normal(4, 3, 2)), np.ones(2), np.ones(channels)
+    for i in range(4):
+        arrays = [wrong if i == k else right for k in range(4)]
+        with pytest.raises(ValueError, match=rf"\({channels},\) does not fit .*\(4, 3, 2\)"):
+            ops.batch_norm(x, *arrays[:2], running_mean=arrays[2], running_var=arrays[3])
+        if i < 2:
+            with pytest.raises(ValueError, match="group_norm: (gamma|beta) .* does not fit"):
+                ops.group_norm(x, *arrays[:2], groups=1)
 
 
 # Interpolation
@@ -271,6 +464,11 @@ def test_upsample_to_the_same_size_keeps_the_gradient_apart():
 
 @pytest.mark.parametrize("f", [
     ops.relu, ops.exp, ops.softmax, lambda x: ops.log(x * x + 1), lambda x: ops.concatenate(x, x),
+    lambda x: ops.sqrt(x * x + 1), ops.tanh, ops.sigmoid, lambda x: ops.maximum(x, 0.5 - x),
+    lambda x: ops.where(x > 0, x, 0), lambda x: ops.clip(x, low=-np.float64(1), high=0.5),
+    lambda x: ops.dropout(x, p=np.float64(0.5), rng=np.random.default_rng(1)), abs, Tensor.max,
+    lambda x: ops.stack(x, x), lambda x: ops.pad(x, padding=1, padding_mode="edge"),
+    lambda x: ops.avg_pool(x, kernel=2, padding=1),
     lambda x: ops.conv(x, Tensor(np.ones((2, 2, 4, 3), "float32")), padding_mode="edge"),
     lambda x: ops.max_pool(x, kernel=(2, 2)), lambda x: ops.upsample(x, (5, 2), align_corners=True),
     lambda x: ops.group_norm(x, np.ones(4, "float32"), np.zeros(4, "float32"), groups=2),

@@ -54,14 +54,76 @@ POSITIVE = np.exp(normal(3, 4))
 @pytest.mark.parametrize("f", [
     lambda x, y: x + y, lambda x, y: x - y, lambda x, y: x * y, lambda x, y: x / y,
     lambda x, y: 2 - x * 3 + y, lambda x, y: 1.5 / y + -x, lambda x, y: (x - 1) * (y + 2) * x / 4,
+    lambda x, y: abs(x) - abs(y * x), lambda x, y: x * y**0 + y**1, lambda x, y: x + x * x * y - x,
 ])
 def test_arithmetic_broadcasts(f):
     check(f, f, A, B)
 
 
-@pytest.mark.parametrize("exponent", [3, 2, 0.5, -1.5])
+@pytest.mark.parametrize("exponent", [3, 2, 1, 0, 0.0, 0.5, -1.5])
 def test_power(exponent):
     check(lambda x: x**exponent, lambda x: x**exponent, POSITIVE)
+    if exponent in (0, 1, 2, 3):
+        check(lambda x: x**exponent, lambda x: x**exponent, np.array([0.0, -2, 0, 3]))
+
+
+WITH_TIES = np.array([[0.0, 1, -1], [1, 1, -0.5], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("x, y", [(A, B), (WITH_TIES, WITH_TIES.T)])
+def test_choices(x, y):
+    """The derivative at a kink too."""
+    check(ts.ops.maximum, torch.maximum, x, y)
+    check(lambda x, y: ts.ops.where(x > y, x * y, y),
+          lambda x, y: torch.where(x > y, x * y, y), x, y)
+    check(lambda x: ts.ops.clip(x, low=-0.5, high=1), lambda x: x.clamp(-0.5, 1), x)
+    check(lambda x: ts.ops.clip(x, low=0), lambda x: x.clamp(min=0), x)
+    check(abs, abs, x)
+    check(ts.ops.relu, torch.relu, x)
+    for axis in (0, -1, (0, 1), None):
+        axes = tuple(range(x.ndim)) if axis is None else axis
+        check(lambda x, axis=axis: x.max(axis=axis), lambda x, axes=axes: x.amax(axes), x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_stack(axis):
+    check(lambda *xs: ts.ops.stack(*xs, axis=axis), lambda *xs: torch.stack(xs, axis),
+          *(normal(3, 4, seed=i) for i in range(3)))
+
+
+@pytest.mark.parametrize("kernel, options", [
+    (2, {}), (3, {"stride": 2, "padding": 1}), ((2, 3), {"stride": (1, 2), "padding": (1, 0)})])
+def test_avg_pool(kernel, options):
+    check(lambda x: ts.ops.avg_pool(x, kernel=kernel, **options),
+          lambda x: channels_last(F.avg_pool2d(channels_first(x), kernel, **options)),
+          normal(2, 7, 6, 3))
+
+
+@pytest.mark.parametrize("edge", [(False, False), (True, True), (True, False)])
+def test_pad(edge):
+    padding, modes = ((2, 1), (0, 3)), tuple("edge" if e else "zero" for e in edge)
+    check(lambda x: ts.ops.pad(x, padding=padding, padding_mode=modes),
+          lambda x: channels_last(padded(channels_first(x), padding, edge)), normal(2, 4, 5, 3))
+
+
+@pytest.mark.parametrize("f, g", [
+    (lambda x, y: (x @ y).sum(axis=0) / (x * x + 1).mean(), lambda x, y: (x @ y).sum(0) / (
+        x * x + 1).mean()),
+    (lambda x, y: ts.ops.log(ts.ops.exp(x).sum(axis=1, keepdims=True)) - x.mean(axis=0) @ y[:, :1],
+     lambda x, y: x.logsumexp(1, keepdim=True) - x.mean(0) @ y[:, :1]),
+    (lambda x, y: ts.ops.relu(x @ y + 1).transpose() @ x[:, ::2] - 3,
+     lambda x, y: torch.relu(x @ y + 1).T @ x[:, ::2] - 3),
+    (lambda x, y: ts.ops.sigmoid(x @ y) * ts.ops.tanh(x[:, :2]) + x.reshape(2, -1)[1, :3].sum(),
+     lambda x, y: torch.sigmoid(x @ y) * torch.tanh(x[:, :2]) + x.reshape(2, -1)[1, :3].sum()),
+    (lambda x, y: ((x - x.mean(axis=1, keepdims=True)) ** 2).mean(axis=1) ** 0.5 + y.max(),
+     lambda x, y: x.std(1, correction=0) + y.max()),
+    (lambda x, y: ts.ops.concatenate(x, x * 2, axis=0)[[0, 4, 4, 7]] @ y / 3 + y[2],
+     lambda x, y: torch.cat([x, x * 2])[[0, 4, 4, 7]] @ y / 3 + y[2]),
+    (lambda x, y: ts.ops.softmax(x, axis=0) @ ts.ops.stack(y, y * y)[1] - abs(x[:, 1:3]),
+     lambda x, y: x.softmax(0) @ torch.stack([y, y * y])[1] - x[:, 1:3].abs()),
+])
+def test_expressions(f, g):
+    check(f, g, normal(4, 6), normal(6, 2, seed=2))
 
 
 @pytest.mark.parametrize("x, y", [
@@ -105,6 +167,8 @@ def test_concatenate(axis):
 
 @pytest.mark.parametrize("ours, theirs, x", [
     (ts.ops.relu, torch.relu, A), (ts.ops.exp, torch.exp, A), (ts.ops.log, torch.log, POSITIVE),
+    (ts.ops.sqrt, torch.sqrt, POSITIVE), (ts.ops.tanh, torch.tanh, 3 * A),
+    (ts.ops.sigmoid, torch.sigmoid, 30 * A), (ts.ops.sigmoid, torch.sigmoid, WITH_TIES),
     (ts.ops.softmax, lambda x: x.softmax(-1), 50 * A),
     (lambda x: ts.ops.softmax(x, axis=0), lambda x: x.softmax(0), A),
     (lambda x: x.reshape(-1, 10), lambda x: x.reshape(-1, 10), A),

@@ -1,6 +1,9 @@
 """Values and gradients of the arithmetic, and what the graph promises about work and memory."""
 
+import contextvars
 import gc
+import operator
+import threading
 import weakref
 from functools import partial
 
@@ -100,6 +103,55 @@ def test_float32_stays_through_reductions_and_numbers():
     assert x.grad.dtype == "float32"
 
 
+@pytest.mark.parametrize("exponent, slopes", [
+    (0, [0, 0, 0]), (0.0, [0, 0, 0]), (1, [1, 1, 1]), (2, [0, 4, -6]), (3, [0, 12, 27]),
+    (np.array([0, 1, 2]), [0, 1, -6]),
+])
+def test_a_zero_power_has_derivative_zero(exponent, slopes):
+    """And the others their own, at 0 too: of x = 0, 2 and -3."""
+    x = leaf(np.array([0.0, 2, -3]))
+    y = x**exponent
+    assert (y.data == x.data**exponent).all()
+    y.backward(np.ones(3))
+    assert x.grad.tolist() == slopes
+
+
+NUMBERS = [np.float64(2.5), np.sqrt(2), np.mean([1, 2]), np.int64(3), np.array(1.5), np.array(2)]
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, n: x + n, lambda x, n: n - x, lambda x, n: x * n, lambda x, n: n * x,
+    lambda x, n: x / n, lambda x, n: n / (x * x + n), lambda x, n: (x * x + 1) ** n,
+    lambda x, n: (x * n).sum(axis=np.int64(0)) * x.mean(),
+])
+def test_a_number_of_numpy_does_not_widen_a_tensor(f):
+    for number in NUMBERS:
+        x = leaf(normal(3, 4).astype("float32"))
+        y = f(x, number)
+        y.backward(np.ones(y.shape))
+        assert y.dtype == x.grad.dtype == "float32"
+        np.testing.assert_array_equal(y.data, f(x, number.item()).data)
+        assert f(Tensor(x.data.astype(float)), number).dtype == "float64"
+
+
+def test_integers_keep_the_types_of_numpy():
+    x = np.array([1, 200], "uint8")
+    for n in (np.int64(128), np.float32(2)):
+        expected = x - n
+        y = Tensor(x) - n
+        assert y.dtype == expected.dtype and (y.data == expected).all()
+
+
+def test_an_array_of_float64_is_meant():
+    """It widens the result, and the gradient of what was narrow is narrow again."""
+    x, a = leaf(normal(3).astype("float32")), normal(2, 3, seed=2)
+    y = x * a
+    assert y.dtype == "float64"
+    y.backward(np.ones((2, 3)))
+    assert x.grad.dtype == "float32"
+    np.testing.assert_allclose(x.grad, a.sum(axis=0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("a, b", [
     ((3,), (3,)), ((3,), (3, 4)), ((2, 3), (3,)), ((2, 3), (3, 4)), ((5, 2, 3), (3,)),
     ((3,), (5, 3, 4)), ((5, 2, 3), (3, 4)), ((2, 3), (5, 3, 4)), ((5, 2, 3), (5, 3, 4)),
@@ -136,6 +188,52 @@ def test_sum_and_mean(axis, keepdims):
 def test_sum_refuses_an_axis_that_is_not_there(axis):
     with pytest.raises(ValueError):
         Tensor(normal(2, 3)).sum(axis=axis)
+
+
+def test_axes_may_be_a_list():
+    x = normal(2, 3, 4)
+    for name in ("sum", "mean", "max"):
+        for axis in ([0], [2, 0], [], [-1, 1]):
+            ours = getattr(Tensor(x), name)(axis=axis).data
+            np.testing.assert_allclose(ours, getattr(x, name)(axis=tuple(axis)), rtol=1e-13)
+
+
+def test_a_mean_of_no_numbers_is_refused():
+    x = leaf(np.zeros((0, 3)))
+    for axis in (None, 0, (0, 1)):
+        with pytest.raises(ValueError, match=r"no numbers: shape \(0, 3\)"):
+            x.mean(axis=axis)
+    assert x.mean(axis=1).shape == (0,) and x.sum().item() == 0
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (1, -1, 0)])
+def test_maximum_over_axes(axis, keepdims):
+    x = np.random.default_rng(1).permutation(24).reshape(2, 3, 4) + 0.25
+    for array in (x, -x):
+        y = Tensor(array).max(axis=axis, keepdims=keepdims).data
+        np.testing.assert_array_equal(y, array.max(axis=axis, keepdims=keepdims))
+        check(lambda x: x.max(axis=axis, keepdims=keepdims), leaf, array)
+
+
+def test_equal_maxima_share_the_gradient():
+    x = leaf(np.array([[3.0, 3, 1, 3], [2, 0, 2, -1]]))
+    x.max(axis=1).backward(np.array([6.0, 5]))
+    assert x.grad.tolist() == [[2, 2, 0, 2], [2.5, 0, 2.5, 0]]
+    single = leaf(x.data.astype("float32"))
+    single.max().backward()
+    assert single.grad.dtype == "float32" and single.grad.sum() == pytest.approx(1)
+    with pytest.raises(ValueError):
+        Tensor(np.zeros((0, 3))).max()
+
+
+def test_absolute():
+    x = normal(3, 4)
+    assert (abs(Tensor(x)).data == np.abs(x)).all()
+    check(abs, leaf, x)
+    zero = leaf(np.array([0.0, -0.0, -2]))
+    abs(zero).backward(np.array([3.0, 5, 7]))
+    assert zero.grad.tolist() == [0, 0, -7]
 
 
 @pytest.mark.parametrize("f", [
@@ -180,11 +278,25 @@ def test_indexing(key):
     np.testing.assert_allclose(variable.grad.ravel(), expected, rtol=1e-13)
 
 
+@pytest.mark.parametrize("make", [np.array, list])
+def test_an_index_is_that_of_the_forward_pass(make):
+    x, rows = leaf(normal(3, 2)), make([0, 0])
+    y = x[rows, make([1, 0])] if make is list else x[rows]
+    rows[0] = rows[1] = 2
+    y.sum().backward()
+    assert x.grad[0].any() and not x.grad[1:].any()
+
+
 def test_rows_can_be_walked():
     x = leaf(normal(3, 2))
     assert len(x) == 3 and len(list(x)) == 3
+    for i, row in enumerate(x):
+        row.sum().backward()
+        assert (x.grad[: i + 1] == 1).all() and (x.grad[i + 1 :] == 0).all()
     with pytest.raises(IndexError):
         x[3]
+    with pytest.raises(TypeError, match="iteration"):
+        list(Tensor(1.0))
 
 
 def test_an_array_on_the_left():
@@ -204,6 +316,93 @@ def test_making_tensors():
     same = Tensor(x.data)
     assert same.data is x.data and not same.requires_grad and x.grad is None
     assert "requires_grad" in repr(x) and "requires_grad" not in repr(same)
+
+
+def test_only_floats_have_gradients():
+    for array in (np.array([1, 2]), np.array(3), np.array([True]), [1, 2], np.uint8([7])):
+        with pytest.raises(TypeError, match="floats"):
+            leaf(array)
+        x = Tensor(array)
+        with pytest.raises(TypeError, match="floats"):
+            x.requires_grad = True
+        assert not x.requires_grad and x.grad is None
+    x = Tensor(np.ones(2, "float16"))
+    x.requires_grad = True
+    (x * 2).sum().backward()
+    assert x.grad.dtype == "float16" and (x.grad == 2).all()
+
+    @op
+    def rounded(x):
+        return np.rint(x).astype(int), (lambda g: g,)
+
+    assert not rounded(leaf(normal(3))).requires_grad  # through integers no gradient comes
+
+
+def test_tensors_as_arrays_and_numbers():
+    x = leaf(normal(2, 3).astype("float32"))
+    assert np.asarray(x) is x.data and np.array(x) is not x.data
+    assert np.asarray(x, "float64").dtype == "float64"
+    assert (np.array([x, x]) == np.array([x.data, x.data])).all()
+    same = (x * 1).detach()
+    assert not same.requires_grad and same.node is None
+    assert x.detach().data is x.data
+    for shape in ((), (1,), (1, 1)):
+        t = Tensor(np.full(shape, 2.75, "float32"))
+        assert t.item() == float(t) == 2.75 and type(t.item()) is float and int(t) == 2
+        assert bool(t) and not Tensor(np.zeros(shape))
+    for convert in (float, int, bool, Tensor.item):
+        with pytest.raises(ValueError):
+            convert(x)
+    assert Tensor(np.float32(3)).data.flags.writeable  # a scalar becomes an array
+
+
+def test_numpy_is_told_to_ask_the_array():
+    x = leaf(normal(2, 3))
+    for f in (np.mean, np.sum, np.max, np.argmax, np.transpose, lambda x: np.stack([x, x])):
+        with pytest.raises(TypeError, match=r"np\.\w+ of a tensor .* t\.data"):
+            f(x)
+    with pytest.raises(TypeError, match="ufunc"):
+        np.exp(x)
+
+
+@pytest.mark.parametrize("name", ["lt", "le", "gt", "ge", "eq", "ne"])
+def test_comparisons_are_arrays_of_bool(name):
+    compare = getattr(operator, name)
+    x, y = np.array([[1.0, 2, 3]]), np.array([[2.0], [3.0]])
+    for a, b in ((leaf(x), Tensor(y)), (leaf(x), y), (x, leaf(y)), (leaf(x), 2), (2.0, leaf(x)),
+                 (leaf(x), np.float64(2))):
+        plain = (t.data if isinstance(t, Tensor) else t for t in (a, b))
+        ours, expected = compare(a, b), compare(*plain)
+        assert type(ours) is np.ndarray and ours.dtype == bool and (ours == expected).all()
+
+
+def test_tensors_are_keys_by_identity():
+    x, y = leaf(np.ones(2)), leaf(np.ones(2))
+    assert len({x, y, x}) == 2 and {x: 1, y: 2}[x] == 1 and (x == y).all()
+    z = x * y + x
+    z.backward(np.ones(2))
+    assert (x.grad == 2).all() and (y.grad == 1).all()
+
+
+def test_operations_say_what_they_take():
+    x = leaf(normal(2, 3))
+    for wrong in ([1, 2, 3], (1, 2, 3), "x"):
+        for f in (lambda x, w=wrong: x + w, lambda x, w=wrong: w * x):
+            with pytest.raises(TypeError, match=f"is a {type(wrong).__name__}; expected a tensor"):
+                f(x)
+
+    @op
+    def scaled(x, *, by=2):
+        return x * by, (lambda g: g * by,)
+
+    with pytest.raises(TypeError, match="scaled: x is a tensor given by name"):
+        scaled(x=x)
+    with pytest.raises(TypeError, match="scaled: by is a tensor given by name"):
+        scaled(x, by=x)
+    with pytest.raises(TypeError, match="scaled: an input is a list"):
+        scaled([1, 2])
+    with pytest.raises(TypeError, match="power returned .* input 1 needs one"):
+        abs(x) ** x
 
 
 # The walk
@@ -308,6 +507,143 @@ def test_backward_refuses():
     assert (x.grad == 1).all()
 
 
+def test_g_is_taken_in_the_type_of_the_tensor():
+    counted = np.arange(1, 7).reshape(2, 3)
+    for g in (counted, counted.tolist(), counted.astype(float)):
+        x = leaf(normal(2, 3).astype("float32"))
+        (x * 2).backward(g)
+        assert x.grad.dtype == "float32" and x.grad.ravel().tolist() == [2, 4, 6, 8, 10, 12]
+
+
+def ones(*shape, dtype=float):
+    return np.ones(shape, dtype)
+
+
+@pytest.mark.parametrize("answer, words", [
+    (lambda g: g[0], r"shape \(4,\); expected \(3, 4\)"),
+    (lambda g: g[:1], r"shape \(1, 4\); expected \(3, 4\)"),
+    (lambda g: g.T, r"shape \(4, 3\); expected \(3, 4\)"),
+    (lambda g: ones(2, 5, 4), r"shape \(2, 5, 4\); expected \(3, 4\)"),
+    (lambda g: g.sum(), r"shape \(\); expected \(3, 4\)"),
+    (lambda g: 1.0, r"is 1\.0; expected an array of floats of shape \(3, 4\)"),
+    (lambda g: None, r"is None; expected an array"),
+    (lambda g: [g], r"is 1 gradients; expected an array"),
+    (lambda g: ones(3, 4, dtype=int), r"is an array of int64 of shape \(3, 4\)"),
+    (lambda g: g > 0, r"array of bool"),
+])
+def test_the_answer_of_a_pull_back_is_checked(answer, words):
+    """By position or all together, to a leaf or to the result of another operation."""
+    @op
+    def apart(x, y):
+        return x + y, (lambda g: g, answer)
+
+    @op
+    def together(x, y):
+        return x + y, lambda g, wanted: (g, answer(g))
+
+    for wrong in (apart, together):
+        for inner in (lambda y: y, lambda y: y * 1):
+            x, y = leaf(normal(3, 4)), leaf(normal(3, 4))
+            with pytest.raises((TypeError, ValueError), match="gradient in input 1.*" + words) as e:
+                wrong(x, inner(y)).backward(ones(3, 4))
+            assert wrong.__name__ in str(e.value) and y.grad is None
+
+
+def test_what_broadcasting_repeats_may_be_answered_whole():
+    @op
+    def product(x, y):
+        return x * y, (lambda g: g * y, lambda g: (g * x).sum(axis=0, keepdims=True))
+
+    check(product, leaf, normal(3, 4), normal(4))
+    check(product, leaf, normal(2, 1, 4), normal(3, 1))
+
+
+@pytest.mark.parametrize("returned, words", [
+    (lambda x: x, "wrong returned no pair"),
+    (lambda x: (x, (lambda g: g), 0), "wrong returned no pair"),
+    (lambda x: (x, (lambda g: g)), r"wrong: .* a tuple: \(pull,\)"),
+    (lambda x: (x, lambda: x), r"wrong: .* a tuple: \(pull,\)"),
+    (lambda x: (x, ()), "wrong returned .* input 0 needs one"),
+    (lambda x: (x, (None,)), "wrong returned .* input 0 needs one"),
+    (lambda x: (x, (lambda g: g, lambda g: g)), "wrong returned 2 pull-backs for 1 inputs"),
+    (lambda x: (x, (x,)), "wrong returned .* input 0 needs one"),
+    (lambda x: (x, x), "wrong returned 1 pull-backs for 1 inputs; input 0"),
+])
+def test_an_operation_returns_a_value_and_its_pull_backs(returned, words):
+    @op
+    def wrong(x):
+        return returned(x)
+
+    with pytest.raises(TypeError, match=words):
+        wrong(leaf(normal(1, 4)))
+
+
+def test_a_joint_pull_back_answers_for_every_input():
+    for few in (lambda g: (g,), lambda g: g, lambda g: None):
+        @op
+        def joint(x, y, few=few):
+            return x + y, lambda g, wanted: few(g)
+
+        x, y = leaf(normal(3)), leaf(normal(3))
+        with pytest.raises(TypeError, match="joint: its pull-back returned .* each input"):
+            joint(x, y).sum().backward()
+        assert x.grad is None and y.grad is None
+
+
+def change(x):
+    x.data += 1
+    x.version += 1
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, w: x * w, lambda x, w: w @ x, lambda x, w: x / w, lambda x, w: (x * w) * 2,
+])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_change_between_forward_and_backward_is_noticed(f, trained):
+    """Whether the changed tensor is trained or frozen; no gradient has been written by then."""
+    x, w = leaf(normal(3, 3)), Tensor(normal(3, 3, seed=2) + 3, requires_grad=trained)
+    other = leaf(normal(3))
+    for changed in (w, x):
+        loss = other.sum() + f(x, w).sum() + (other * 2).sum()
+        change(changed)
+        with pytest.raises(RuntimeError, match=r"(multiply|matmul|divide): .*\(3, 3\).* forward"):
+            loss.backward()
+        assert x.grad is None and w.grad is None and other.grad is None
+
+
+def test_a_change_at_any_other_time_is_fine():
+    x, w = Tensor(normal(3)), leaf(normal(3))
+    for _ in range(3):  # two passes add up, then a step
+        for _ in range(2):
+            (x * w).sum().backward()
+        assert (w.grad == 2 * x.data).all()
+        change(w)
+        w.grad = None
+        with no_grad():
+            assert not (x * w).requires_grad
+    first = w * 2
+    del first  # never pulled back
+    change(w)
+    y = (w * w).sum()
+    y.backward(ready=change)  # complete when told: nobody reads it again in this walk
+    assert w.version == 5
+
+
+def test_what_an_operation_read_is_not_kept_alive():
+    array = normal(3)
+    seen = weakref.ref(array)
+    gc.disable()
+    try:
+        w = leaf(normal(3))
+        y = w + Tensor(array)  # the sum captures neither
+        del array
+        assert seen() is None
+        y.sum().backward()
+        assert (w.grad == 1).all()
+    finally:
+        gc.enable()
+
+
 def test_no_grad():
     x = leaf(normal(3))
     with no_grad():
@@ -321,6 +657,43 @@ def test_no_grad():
     with pytest.raises(KeyError), no_grad():
         raise KeyError
     assert (x * 2).requires_grad
+
+
+def pausing():
+    with no_grad():
+        yield
+
+
+def recording():
+    return (leaf(normal(1)) * 1).requires_grad
+
+
+def test_generators_may_leave_no_grad_in_any_order():
+    for first, second in ((0, 1), (1, 0)):
+        pair = pausing(), pausing()
+        for generator in pair:
+            next(generator)
+            assert not recording()
+        pair[first].close()
+        assert not recording()
+        pair[second].close()
+        assert recording()
+
+
+def test_no_grad_left_from_another_thread_changes_nothing_there():
+    generator, seen = pausing(), []
+    contextvars.copy_context().run(next, generator)
+
+    def leave():
+        generator.close()
+        seen.append(recording())
+        with no_grad():
+            seen.append(recording())
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join()
+    assert seen == [True, False]
 
 
 def test_unwanted_gradients_are_never_computed():

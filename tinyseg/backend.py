@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +24,22 @@ def array_module(x: Array) -> ModuleType:
     """The library that `x` belongs to: the top-level package that defines its type."""
     if isinstance(x, (np.ndarray, np.generic, int, float)):
         return np
-    return sys.modules[type(x).__module__.partition(".")[0]]
+    library = sys.modules[type(x).__module__.partition(".")[0]]
+    if not hasattr(library, "ndarray"):
+        raise TypeError(f"found a {type(x).__name__}; expected an array of NumPy or CuPy")
+    return library
+
+
+@contextmanager
+def within(contexts: ContextVar[frozenset]) -> Iterator[None]:
+    """One more of the contexts that are open. Generators may leave theirs in any order, and from
+    another thread: none takes more with it than its own."""
+    mine = object()
+    contexts.set(contexts.get() | {mine})
+    try:
+        yield
+    finally:
+        contexts.set(contexts.get() - {mine})
 
 
 def device(name: str) -> ModuleType:

@@ -1,7 +1,8 @@
 """Differentiable operations on tensors, channels last: (N, *S, C) at any rank.
 
 Each function stands beside its pull-back; `tensor.op` explains the form. Arithmetic, matmul,
-reductions, reshape, transpose and indexing are methods of `Tensor`.
+reductions, reshape, transpose and indexing are methods of `Tensor`. What is said of the derivative
+at a kink is PyTorch's choice too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import numpy as np
 
 from . import cuda, parallel, windows
 from .backend import array_module
-from .tensor import op
-from .windows import Window
+from .normalisation import batch_norm, group_norm
+from .tensor import Tensor, op
+from .windows import Window, reference
 
-__all__ = ["batch_norm", "concatenate", "conv", "exp", "group_norm", "log", "max_pool", "relu",
-           "softmax", "upsample"]
+__all__ = ["avg_pool", "batch_norm", "clip", "concatenate", "conv", "dropout", "exp", "group_norm",
+           "log", "max_pool", "maximum", "pad", "relu", "sigmoid", "softmax", "sqrt", "stack",
+           "tanh", "upsample", "where"]
 
 
 @op
@@ -41,6 +44,85 @@ def log(x):
 
 
 @op
+def sqrt(x):
+    """The square root; its derivative at 0 is infinite."""
+    y = array_module(x).sqrt(x)
+    return y, (lambda g: g / (2 * y),)
+
+
+@op
+def tanh(x):
+    """The hyperbolic tangent."""
+    y = array_module(x).tanh(x)
+    return y, (lambda g: g * (1 - y * y),)
+
+
+@op
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without exp of a large number."""
+    library = array_module(x)
+    e = library.exp(-abs(x))
+    y = library.where(x < 0, e, 1) / (1 + e)
+    return y, (lambda g: g * (y * (1 - y)),)
+
+
+@op
+def maximum(x, y):
+    """The larger of x and y, broadcast; where they are equal each gets half the gradient."""
+    library = array_module(x if hasattr(x, "shape") else y)  # the other may be a number
+
+    def part(mine, other):
+        return lambda g: library.where(mine == other, g / 2, g * (mine > other))
+
+    return library.maximum(x, y), (part(x, y), part(y, x))
+
+
+@op
+def where(condition, x, y):
+    """x where the condition holds, else y, broadcast; what is not chosen has no part in it."""
+    library = array_module(condition)
+    return library.where(condition, x, y), (
+        None, lambda g: library.where(condition, g, 0), lambda g: library.where(condition, 0, g))
+
+
+@op
+def clip(x, *, low: float | None = None, high: float | None = None):
+    """x cut to [low, high], on one side only where the other is None; outside the derivative is 0.
+    Raises ValueError where low is above high."""
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"clip: low is {low}, above high, which is {high}")
+    library, y = array_module(x), x
+    y = y if low is None else library.maximum(y, low)
+    y = y if high is None else library.minimum(y, high)
+    return y, (lambda g: g * (x == y),)
+
+
+@op
+def dropout(x, *, p: float, rng: np.random.Generator):
+    """x / (1 - p) with probability 1 - p, else 0, for each number alone (Srivastava et al. 2014):
+    for training; in evaluation x itself is its mean. `rng` draws, one array a call."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p is {p}; expected a probability from 0 to below 1")
+    if not hasattr(rng, "random"):
+        raise TypeError(f"dropout: rng is {rng!r}; expected a generator, np.random.default_rng("
+                        "seed), made once: a seed would draw the same in every call")
+    kept = array_module(x).asarray(rng.random(x.shape, "float32") >= p)
+    factor = kept.astype(x.dtype) / (1 - p)
+    return x * factor, (lambda g: g * factor,)
+
+
+@op
+def stack(*xs, axis: int = 0):
+    """Arrays of one shape joined along a new axis."""
+    library = array_module(xs[0])
+
+    def part(i):
+        return lambda g: library.moveaxis(g, axis, 0)[i]
+
+    return library.stack(xs, axis=axis), [part(i) for i in range(len(xs))]
+
+
+@op
 def concatenate(*xs, axis: int = -1):
     """Arrays joined along an existing axis (the channels, unless told otherwise)."""
     ends = list(accumulate(x.shape[axis] for x in xs))
@@ -60,7 +142,9 @@ def softmax(x, *, axis: int = -1):
 
 
 def _softmax(x, axis=-1):
-    e = array_module(x).exp(x - x.max(axis=axis, keepdims=True))
+    with np.errstate(over="ignore"):  # a difference beyond the largest number is as good as -inf
+        e = x - x.max(axis=axis, keepdims=True)
+    e = array_module(x).exp(e)
     e /= e.sum(axis=axis, keepdims=True)
     return e
 
@@ -88,168 +172,54 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
     )
 
 
+def _pooling(x, kernel, stride, padding, dilation) -> Window:
+    """The window of a pooling: an int stands for all axes, and the stride is by default the kernel.
+    """
+    kernel = (kernel,) * (x.ndim - 2) if isinstance(kernel, int) else tuple(kernel)
+    return Window.of(kernel, stride or kernel, padding, dilation)
+
+
 @op
 def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
     """The maximum over each window, per channel: (N, *S, C) -> (N, *P, C).
 
-    `kernel` is a tuple of length rank; `stride` defaults to it. Padding never wins.
+    `kernel` is a number or a tuple of length rank; `stride` defaults to it. Padding never wins.
     """
-    window, size = Window.of(kernel, stride or kernel, padding, dilation), x.shape[1:-1]
+    window, size = _pooling(x, kernel, stride, padding, dilation), x.shape[1:-1]
     y, winner = windows.maximum(x, window)
     return y, (lambda g: windows.maximum_adjoint(g, winner, size, window),)
 
 
-def _slabs(rows) -> list[slice]:
-    """Rows (M, C) cut so that what is computed of a slab stays in cache, on all cores; uncut
-    where the array is not NumPy's."""
-    size = max(1, parallel.SLAB // rows.shape[-1]) if array_module(rows) is np else len(rows)
-    return parallel.parts(len(rows), size)
+@op
+def avg_pool(x, *, kernel, stride=None, padding=0, dilation=1):
+    """The mean over each window, per channel: (N, *S, C) -> (N, *P, C).
 
-
-def _moments(rows):
-    """Mean and biased variance of each column: (M, C) -> (C,), (C,); those of slabs, each in cache
-    for both, put together (Chan, Golub and LeVeque 1983)."""
-    slabs, library = _slabs(rows), array_module(rows)
-    means, squares = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
-
-    def add(i):
-        slab = rows[slabs[i]]
-        ones = library.ones(len(slab), rows.dtype)
-        means[i] = ones @ slab / len(slab)  # thrice as fast as slab.mean(axis=0)
-        away = slab - means[i]
-        squares[i] = library.einsum("ij,ij->j", away, away)
-
-    parallel.run(add, range(len(slabs)))
-    share = library.asarray([[len(rows[slab]) / len(rows)] for slab in slabs], rows.dtype)
-    mean = (share * means).sum(axis=0)
-    return mean, squares.sum(axis=0) / len(rows) + (share * (means - mean) ** 2).sum(axis=0)
-
-
-def _normalize(rows, mean, scale, gamma, beta, residual, relu):
-    """(rows - mean) scale gamma + beta [+ residual], then max(., 0) where asked."""
-    library, factor = array_module(rows), scale * gamma
-    y = library.empty_like(rows)
-
-    def normalize(slab):
-        part = y[slab]
-        library.subtract(rows[slab], mean, out=part)
-        part *= factor
-        part += beta
-        if residual is not None:
-            part += residual[slab]
-        if relu:
-            library.maximum(part, 0, out=part)
-
-    parallel.run(normalize, _slabs(rows))
-    return y
-
-
-def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual):
-    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on rows.
-
-    A body may recompute y from beta where no residual was added; this one reads it.
+    Options as in max_pool. Padding counts as zeros.
     """
-    library, slabs = array_module(rows), _slabs(rows)
-    passed = library.empty_like(rows) if relu else g  # the gradient behind the ReLU
-    sums = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
+    window = _pooling(x, kernel, stride, padding, dilation)
+    missing, edge = ((0, 0), *window.padding), (False, *window.edge)
+    grown = reference.pad(x, missing, edge)
+    seen = [(slice(None), *points) for _, points in window.taps(window.positions(x.shape[1:-1]))]
+    y = grown[seen[0]] / len(seen)
+    for points in seen[1:]:
+        y += grown[points] / len(seen)
 
-    def add(i):
-        slab = slabs[i]
-        part = passed[slab]
-        if relu:
-            library.multiply(g[slab], y[slab] > 0, out=part)
-        sums[0, i] = library.ones(len(part), rows.dtype) @ part
-        sums[1, i] = library.einsum("ij,ij->j", rows[slab] - mean, part)
+    def pull(g):
+        back, part = array_module(g).zeros(grown.shape, g.dtype), g / len(seen)
+        for points in seen:
+            back[points] += part
+        return reference.pad_adjoint(back, missing, edge)
 
-    parallel.run(add, range(len(slabs)))
-    dbeta, dgamma = sums[0].sum(axis=0), sums[1].sum(axis=0) * scale
-    dx, factor = library.empty_like(rows), gamma * scale
-    if train:
-        constant, slope = dbeta / len(rows), dgamma * scale / -len(rows)
-
-    def differentiate(slab):
-        part = dx[slab]
-        if train:
-            library.subtract(rows[slab], mean, out=part)
-            part *= slope
-            part += passed[slab]
-            part -= constant
-            part *= factor
-        else:
-            library.multiply(passed[slab], factor, out=part)
-
-    parallel.run(differentiate, slabs)
-    return dx, dgamma, dbeta, passed
+    return y, (pull,)
 
 
 @op
-def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, train: bool = False,
-               momentum: float = 0.1, eps: float = 1e-5, relu: bool = False):
-    """gamma (x - mean) / sqrt(var + eps) + beta per channel (Ioffe and Szegedy 2015).
-
-    x (N, *S, C); gamma, beta, running_mean, running_var (C,). In train mode mean and biased
-    variance are those of `x`, and the running arrays are updated in place: they move by
-    `momentum` towards the mean and the unbiased variance. Otherwise the running arrays are used
-    and left alone. What follows the normalisation in a residual block can be part of it, in the
-    same passes over memory: `residual`, in the shape of x, is added, and `relu` cuts at 0.
-    Raises ValueError for a single value per channel in train mode.
-    """
-    shape, rows = x.shape, x.reshape(-1, x.shape[-1])
-    if residual is not None:
-        if residual.shape != shape:
-            raise ValueError(f"batch_norm: residual {residual.shape} does not fit input {shape}")
-        residual = residual.reshape(rows.shape)
-    added = residual is not None
-    moments, normalize, adjoint = (
-        (cuda.norm.moments, cuda.norm.normalize, cuda.norm.normalize_adjoint)
-        if cuda.serves(x, gamma, beta, residual) else (_moments, _normalize, _normalize_adjoint))
-    if train:
-        n = len(rows)
-        if n < 2:
-            raise ValueError(f"batch_norm in train mode needs more than one value per channel, "
-                             f"found input {shape}; use a larger batch or running statistics")
-        mean, var = moments(rows)
-        running_mean += momentum * (mean - running_mean)
-        running_var += momentum * (var * (n / (n - 1)) - running_var)
-    else:
-        mean, var = running_mean.copy(), running_var
-    scale = 1 / array_module(x).sqrt(var + eps)
-    y = normalize(rows, mean, scale, gamma, beta, residual, relu)
-
-    def pull(g, wanted):
-        dx, dgamma, dbeta, passed = adjoint(g.reshape(y.shape), rows, y, mean, scale, gamma, beta,
-                                            train=train, relu=relu, residual=added)
-        return dx.reshape(shape), dgamma, dbeta, passed.reshape(shape) if added else None
-
-    return y.reshape(shape), pull
-
-
-@op
-def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-5):
-    """Like batch_norm, over the positions and channels of one group in one sample (Wu and He 2018).
-
-    x (N, *S, C) with C divisible by `groups`; gamma, beta (C,).
-    """
-    shape = x.shape
-    if shape[-1] % groups:
-        raise ValueError(f"group_norm: {shape[-1]} channels do not divide into {groups} groups")
-    grouped, axes = (shape[0], -1, groups, shape[-1] // groups), (1, 3)
-    xhat = x.reshape(grouped)
-    xhat = xhat - xhat.mean(axis=axes, keepdims=True)
-    scale = 1 / array_module(x).sqrt((xhat * xhat).mean(axis=axes, keepdims=True) + eps)
-    xhat *= scale
-    flat = xhat.reshape(-1, shape[-1])
-
-    def dx(g):
-        g = (g * gamma).reshape(grouped)
-        along = (g * xhat).mean(axis=axes, keepdims=True)
-        return (scale * (g - g.mean(axis=axes, keepdims=True) - xhat * along)).reshape(shape)
-
-    return (flat * gamma + beta).reshape(shape), (
-        dx,
-        lambda g: (g.reshape(flat.shape) * flat).sum(axis=0),
-        lambda g: g.reshape(flat.shape).sum(axis=0),
-    )
+def pad(x, *, padding, padding_mode="zero"):
+    """x extended along its spatial axes, as `conv` does it: (N, *S, C) -> (N, *(S + before +
+    after), C). A padding entry is an int or (before, after), a mode "zero" or "edge"."""
+    window = Window.of((1,) * (x.ndim - 2), padding=padding, padding_mode=padding_mode)
+    missing, edge = ((0, 0), *window.padding), (False, *window.edge)
+    return reference.pad(x, missing, edge), (lambda g: reference.pad_adjoint(g, missing, edge),)
 
 
 def interpolation(n: int, m: int, align_corners: bool) -> np.ndarray:
@@ -261,12 +231,16 @@ def interpolation(n: int, m: int, align_corners: bool) -> np.ndarray:
     return matrix
 
 
-@op
-def upsample(x, size, *, align_corners: bool):
+def upsample(x: Tensor, size: tuple[int, ...], *, align_corners: bool) -> Tensor:
     """Linear interpolation along each spatial axis to `size`: (N, *S, C) -> (N, *size, C).
 
     One small matrix product per axis (see `interpolation`), last axis first.
     """
+    return _upsample(x, size=tuple(size), align_corners=align_corners)
+
+
+@op
+def _upsample(x, *, size, align_corners):
     library, shape = array_module(x), x.shape
     if len(size) != x.ndim - 2:
         raise ValueError(f"upsample: size {size} does not fit the spatial axes of {shape}")

@@ -8,8 +8,7 @@ passed by value. CuPy compiles a source at its first use and keeps the binary on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, array_module
+from ..backend import Array, array_module, within
 
 _HERE = Path(__file__).resolve()
 FOLDER = next(f for f in (_HERE.parents[1] / "kernels", _HERE.parents[2] / "kernels")
@@ -28,26 +27,21 @@ POINTERS = {"float": "float32", "double": "float64", "int": "int32", "short": "i
 NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
 GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block, H100
 
-_exact: ContextVar[bool] = ContextVar("exact", default=False)
+_exact: ContextVar[frozenset] = ContextVar("exact", default=frozenset())
 
 
-@contextmanager
-def exact() -> Iterator[None]:
+def exact() -> AbstractContextManager:
     """Convolutions inside this context multiply in full float32.
 
     Otherwise they round their factors to TF32 (10 bits of mantissa) for the tensor cores and sum
     in float32, as PyTorch's convolutions do; an output then differs by about 3e-4 of its scale.
     """
-    token = _exact.set(True)
-    try:
-        yield
-    finally:
-        _exact.reset(token)
+    return within(_exact)
 
 
 def is_exact() -> bool:
     """Whether `exact` is in force."""
-    return _exact.get()
+    return bool(_exact.get())
 
 
 def serves(*arrays: Array | None) -> bool:

@@ -80,9 +80,9 @@ class Window:
             for n, p, span, s in zip(size, self.padding, self.span, self.stride, strict=True)
         )
         if min(counts) < 1 or min(size) < 1:
-            raise ValueError(f"no window fits: grid {size} with padding {self.padding} is smaller "
-                             f"than the span {self.span} of kernel {self.kernel} at dilation "
-                             f"{self.dilation}")
+            raise ValueError(f"no window fits: grid {size} with padding {self.padding} is empty or "
+                             f"smaller than the span {self.span} of kernel {self.kernel} at "
+                             f"dilation {self.dilation}")
         return counts
 
     def over_batch(self) -> Window:

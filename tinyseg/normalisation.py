@@ -1,0 +1,173 @@
+"""Batch and group normalisation, channels last: (N, *S, C) at any rank; `ops` offers them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import cuda, parallel
+from .backend import array_module
+from .tensor import op
+
+
+def _slabs(rows) -> list[slice]:
+    """Rows (M, C) cut so that what is computed of a slab stays in cache, on all cores; uncut
+    where the array is not NumPy's."""
+    size = max(1, parallel.SLAB // rows.shape[-1]) if array_module(rows) is np else len(rows)
+    return parallel.parts(len(rows), size)
+
+
+def _moments(rows):
+    """Mean and biased variance of each column: (M, C) -> (C,), (C,); those of slabs, each in cache
+    for both, put together (Chan, Golub and LeVeque 1983)."""
+    slabs, library = _slabs(rows), array_module(rows)
+    means, squares = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
+
+    def add(i):
+        slab = rows[slabs[i]]
+        ones = library.ones(len(slab), rows.dtype)
+        means[i] = ones @ slab / len(slab)  # thrice as fast as slab.mean(axis=0)
+        away = slab - means[i]
+        squares[i] = library.einsum("ij,ij->j", away, away)
+
+    parallel.run(add, range(len(slabs)))
+    share = library.asarray([[len(rows[slab]) / len(rows)] for slab in slabs], rows.dtype)
+    mean = (share * means).sum(axis=0)
+    return mean, squares.sum(axis=0) / len(rows) + (share * (means - mean) ** 2).sum(axis=0)
+
+
+def _normalize(rows, mean, scale, gamma, beta, residual, relu):
+    """(rows - mean) scale gamma + beta [+ residual], then max(., 0) where asked."""
+    library, factor = array_module(rows), scale * gamma
+    y = library.empty_like(rows)
+
+    def normalize(slab):
+        part = y[slab]
+        library.subtract(rows[slab], mean, out=part)
+        part *= factor
+        part += beta
+        if residual is not None:
+            part += residual[slab]
+        if relu:
+            library.maximum(part, 0, out=part)
+
+    parallel.run(normalize, _slabs(rows))
+    return y
+
+
+def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual):
+    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on rows.
+
+    A body may recompute y from beta where no residual was added; this one reads it.
+    """
+    library, slabs = array_module(rows), _slabs(rows)
+    passed = library.empty_like(rows) if relu else g  # the gradient behind the ReLU
+    sums = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
+
+    def add(i):
+        slab = slabs[i]
+        part = passed[slab]
+        if relu:
+            library.multiply(g[slab], y[slab] > 0, out=part)
+        sums[0, i] = library.ones(len(part), rows.dtype) @ part
+        sums[1, i] = library.einsum("ij,ij->j", rows[slab] - mean, part)
+
+    parallel.run(add, range(len(slabs)))
+    dbeta, dgamma = sums[0].sum(axis=0), sums[1].sum(axis=0) * scale
+    dx, factor = library.empty_like(rows), gamma * scale
+    if train:
+        constant, slope = dbeta / len(rows), dgamma * scale / -len(rows)
+
+    def differentiate(slab):
+        part = dx[slab]
+        if train:
+            library.subtract(rows[slab], mean, out=part)
+            part *= slope
+            part += passed[slab]
+            part -= constant
+            part *= factor
+        else:
+            library.multiply(passed[slab], factor, out=part)
+
+    parallel.run(differentiate, slabs)
+    return dx, dgamma, dbeta, passed
+
+
+def _check(name, x, **arrays) -> None:
+    """Raise ValueError unless each of the arrays has one number for each channel of x."""
+    for what, array in arrays.items():
+        if array.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: {what} {array.shape} does not fit the channels of input "
+                             f"{x.shape}")
+
+
+@op
+def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, train: bool = False,
+               momentum: float = 0.1, eps: float = 1e-5, relu: bool = False):
+    """gamma (x - mean) / sqrt(var + eps) + beta per channel (Ioffe and Szegedy 2015).
+
+    x (N, *S, C); gamma, beta, running_mean, running_var (C,). In train mode mean and biased
+    variance are those of `x`, and the running arrays are updated in place: they move by
+    `momentum` towards the mean and the unbiased variance. Otherwise the running arrays are used
+    and left alone. What follows the normalisation in a residual block can be part of it, in the
+    same passes over memory: `residual`, in the shape of x, is added, and `relu` cuts at 0.
+    Raises ValueError for a single value per channel in train mode.
+    """
+    _check("batch_norm", x, gamma=gamma, beta=beta, running_mean=running_mean,
+           running_var=running_var)
+    shape, rows = x.shape, x.reshape(-1, x.shape[-1])
+    if residual is not None:
+        if residual.shape != shape:
+            raise ValueError(f"batch_norm: residual {residual.shape} does not fit input {shape}")
+        residual = residual.reshape(rows.shape)
+    added = residual is not None
+    moments, normalize, adjoint = (
+        (cuda.norm.moments, cuda.norm.normalize, cuda.norm.normalize_adjoint)
+        if cuda.serves(x, gamma, beta, residual) else (_moments, _normalize, _normalize_adjoint))
+    if train:
+        n = len(rows)
+        if n < 2:
+            raise ValueError(f"batch_norm in train mode needs more than one value per channel, "
+                             f"found input {shape}; use a larger batch or running statistics")
+        mean, var = moments(rows)
+        running_mean += momentum * (mean - running_mean)
+        running_var += momentum * (var * (n / (n - 1)) - running_var)
+    else:
+        mean, var = running_mean.copy(), running_var
+    scale = 1 / array_module(x).sqrt(var + eps)
+    y = normalize(rows, mean, scale, gamma, beta, residual, relu)
+
+    def pull(g, wanted):
+        dx, dgamma, dbeta, passed = adjoint(g.reshape(y.shape), rows, y, mean, scale, gamma, beta,
+                                            train=train, relu=relu, residual=added)
+        return dx.reshape(shape), dgamma, dbeta, passed.reshape(shape) if added else None
+
+    return y.reshape(shape), pull
+
+
+@op
+def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-5):
+    """Like batch_norm, over the positions and channels of one group in one sample (Wu and He 2018).
+
+    x (N, *S, C) with C divisible by `groups`; gamma, beta (C,).
+    """
+    _check("group_norm", x, gamma=gamma, beta=beta)
+    shape = x.shape
+    if groups < 1 or shape[-1] % groups:
+        raise ValueError(f"group_norm: {shape[-1]} channels do not divide into {groups} groups")
+    grouped, axes = (shape[0], -1, groups, shape[-1] // groups), (1, 3)
+    xhat = x.reshape(grouped)
+    xhat = xhat - xhat.mean(axis=axes, keepdims=True)
+    scale = 1 / array_module(x).sqrt((xhat * xhat).mean(axis=axes, keepdims=True) + eps)
+    xhat *= scale
+    flat = xhat.reshape(-1, shape[-1])
+
+    def dx(g):
+        g = (g * gamma).reshape(grouped)
+        along = (g * xhat).mean(axis=axes, keepdims=True)
+        return (scale * (g - g.mean(axis=axes, keepdims=True) - xhat * along)).reshape(shape)
+
+    return (flat * gamma + beta).reshape(shape), (
+        dx,
+        lambda g: (g.reshape(flat.shape) * flat).sum(axis=0),
+        lambda g: g.reshape(flat.shape).sum(axis=0),
+    )
