@@ -1,6 +1,7 @@
 """The fast bodies on a CPU against the specification, and the threads that they run on."""
 
 import multiprocessing
+import os
 import platform
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from convolutions import arrays, placed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tinyseg import losses, models, optim, parallel, train, windows
 from tinyseg.data import phantom
@@ -364,6 +365,73 @@ def test_run(threads):
     assert len(names) == threads - 1 and all(name.startswith("tinyseg") for name in names)
     assert blas == {1}
     assert [i["num_threads"] for i in threadpool_info()] == [i["num_threads"] for i in before]
+
+
+def blas_threads():
+    return [i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"]
+
+
+@pytest.mark.parametrize("first_out", ["first in", "last in"])
+def test_blas_has_one_thread_while_anyone_is_inside(first_out):
+    """Two threads overlap in either way; who limited BLAS need not be the last to leave."""
+    with threadpool_limits(2, "blas"):
+        before = blas_threads()
+        if max(before) < 2:
+            pytest.skip("this BLAS has one thread only")
+        a_inside, b_inside, one_left, seen = (*(threading.Event() for _ in range(3)), [])
+
+        def a():
+            parallel.run(lambda _: (a_inside.set(), b_inside.wait(60), wait_if("last in")), [0])
+            one_left.set()
+
+        def b():
+            a_inside.wait(60)
+            parallel.run(lambda _: (b_inside.set(), wait_if("first in")), [0])
+            one_left.set()
+
+        def wait_if(first):
+            if first == first_out:
+                one_left.wait(60)
+                seen.append(blas_threads())
+
+        threads = [threading.Thread(target=target) for target in (a, b)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen == [[1] * len(before)] and blas_threads() == before
+        for _ in range(2):  # and later, from here
+            parallel.run(lambda _: seen.append(blas_threads()), [0])
+            assert seen[-1] == [1] * len(before) and blas_threads() == before
+
+
+def test_blas_is_given_back_after_an_error():
+    before = blas_threads()
+    with pytest.raises(ZeroDivisionError):
+        parallel.run(lambda n: 1 / n, [0])
+    assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_process_forked_meanwhile_gets_its_blas_back():
+    """Its parent's other thread was inside, and held the lock for all that it can tell."""
+    with threadpool_limits(2, "blas"):
+        before, inside, done = blas_threads(), threading.Event(), threading.Event()
+        thread = threading.Thread(target=parallel.run, args=(
+            lambda _: (inside.set(), done.wait(60)), [0]))
+        thread.start()
+        inside.wait(60)
+        with parallel._one_blas_thread.lock:
+            child = os.fork()
+            if not child:
+                threading.Timer(30, os._exit, [2]).start()  # if it hangs
+                parallel.run(abs, [1])
+                os._exit(blas_threads() != before)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        done.set()
+        thread.join()
+        assert blas_threads() == before
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc",

@@ -3,7 +3,8 @@
 NumPy lets go of the interpreter inside products and elementwise functions, so that threads that
 each work on a slab of an array run side by side, elementwise work included. BLAS is held to one
 thread meanwhile: its own would contend with these, and keep a core busy for a while after a product
-(a training step took 20 % longer where single products had BLAS's threads).
+(a training step took 20 % longer where single products had BLAS's threads). Apple's Accelerate,
+which has no such setting, is left to itself.
 
 Freed memory is kept for the next arrays. glibc would give it back to the system and have it paged
 in anew, 100 MiB in every step of a small 3D network, which took 4 to 10 % longer. The first run
@@ -22,11 +23,12 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import cache
 from math import ceil, prod
 from typing import Any
 
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 SLAB = 2**18  # numbers: few enough for the cache, enough that threads seldom meet in Python
 
@@ -72,13 +74,54 @@ def _pool(process: int, number: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(number, "tinyseg")
 
 
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
+class _OneBlasThread:
+    """BLAS held to one thread from the first who comes in to the last who leaves, in whatever
+    order their threads do; then it has again as many as before the first."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.libraries: ThreadpoolController | None = None
+        self.held: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.libraries is None:
+                self.libraries = ThreadpoolController().select(user_api="blas")
+                if hasattr(os, "register_at_fork"):
+                    os.register_at_fork(after_in_child=self._alone)
+            self.inside += 1
+            if self.held is None:
+                self._take_control()
+                self.held = ExitStack()
+                self.held.enter_context(self.libraries.limit(limits=1))
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside and self.held is not None:
+                self._take_control()
+                self.held.close()
+                self.held = None
+
+    @staticmethod
+    def _take_control() -> None:
+        """threadpoolctl, from 3.8 on, lets only one thread change OpenBLAS's number of threads, and
+        passes over the others: who limits it is not always who is the last to leave."""
+        release = getattr(OpenBLASController, "clear_controlling_thread", None)
+        if release is not None:
+            release(force=True)
+
+    def _alone(self) -> None:
+        # A forked process has none of the other threads, who may have been inside.
+        self.lock, self.inside = threading.Lock(), 0
+
+
+_one_blas_thread = _OneBlasThread()
 
 
 @cache
 def _keep_memory() -> None:
+    # musl's C library has no mallopt, other systems than Linux neither.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its highest
@@ -106,7 +149,7 @@ def run(job: Callable[[Any], Any], items: Sequence) -> list:
         finally:
             _here.busy = False
 
-    with _blas().limit(limits=1, user_api="blas"):
+    with _one_blas_thread:
         others = [_pool(os.getpid(), number - 1).submit(work) for _ in range(number - 1)]
         try:
             work()
