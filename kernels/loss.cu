@@ -104,7 +104,8 @@ merge(const float* __restrict__ partials, int blocks, const float* __restrict__ 
   double mass = 0, surprises = 0, mean = 0;
   for (int c = 0; c < CLASSES; c++) {
     mass += (weight ? weight[c] : 1) * t[c];
-    surprises += (weight ? weight[c] : 1) * surprise[c];
+    if (!weight || weight[c] != 0)  // a label of minus infinity may be weighed by nothing
+      surprises += (weight ? weight[c] : 1) * surprise[c];
   }
   if (mass == 0) mass = 1;  // nothing counts: the sum above it is zero too
   for (int c = 0; c < CLASSES; c++) {

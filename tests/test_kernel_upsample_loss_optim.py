@@ -167,6 +167,38 @@ def test_loss_of_huge_logits(cuda):
     check_loss(cuda, logits, np.zeros_like(labels))
 
 
+@pytest.mark.parametrize("terms", [(1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_loss_of_voxels_and_classes_that_do_not_count(cuda, value, terms):
+    """Anything in ignored voxels, and minus infinity for a class that is no label."""
+    logits, labels = drawn((4, 70), 5, 9)
+    labels[labels == 3] = 1
+    logits[labels == 9], logits[..., 3] = value, -np.inf
+    logits[labels == 9, 0] = 1
+    check = partial(check_loss, cuda, entropy=bool(terms[0]), overlap=bool(terms[1]))
+    check(logits, labels, ignore=9)
+    check(logits, labels, ignore=9, weight=np.array([1, 2, 0.5, 3, 1]), background=True)
+
+
+def test_loss_of_logits_further_apart_than_the_largest_number(cuda):
+    logits = np.array([[3e38, -3e38, 0], [0, 1, 2]], "float32")
+    check_loss(cuda, logits, np.array([0, 2]))
+
+
+def test_loss_of_a_label_that_weighs_nothing(cuda):
+    logits, labels = drawn((3, 40), 3)
+    logits[labels == 1, 1] = -np.inf
+    check_loss(cuda, logits, labels, overlap=False, weight=np.array([1, 0, 2.0]))
+
+
+def test_labels_may_change_before_backward(cuda):
+    logits, labels = (cuda.asarray(a) for a in drawn((3, 40), 3, dtype="int32"))
+    value, pull = segmentation(logits, labels, entropy=True, overlap=True)
+    expected = pull(cuda.asarray(np.float32(1))).get()
+    labels[:] = 0
+    assert (pull(cuda.asarray(np.float32(1))).get() == expected).all()
+
+
 @pytest.mark.parametrize("dtype, wrong", [
     ("int64", -1), ("int64", 3), ("int64", 2**32 + 1), ("int64", -(2**40)), ("int32", 2**31 - 1),
     ("int32", -(2**31)), ("uint8", 255), ("uint64", 2**64 - 1), ("uint32", 2**32 - 1)])
@@ -312,6 +344,7 @@ adamw = partial(check_optimizer, kind=optim.AdamW, lr=0.1, shapes=[(300,), (7,)]
     ("loss", "  __syncthreads();\n  long long step", "  long long step", training),
     ("loss", "dx[v * CLASSES + c] = 0;", ";", training),
     ("loss", "if (mass == 0) mass = 1;", "", test_loss_where_nothing_counts),
+    ("loss", "!weight || weight[c] != 0", "true", test_loss_of_a_label_that_weighs_nothing),
     ("optim", "chunk[1] + threadIdx.x; i < chunk[2]; i += blockDim.x) {\n    float p",
      "chunk[1] + threadIdx.x; i <= chunk[2]; i += blockDim.x) {\n    float p", sgd),
     ("optim", "g + momentum * v : v", "v : v", sgd),

@@ -81,6 +81,67 @@ def test_ignored_voxels_count_nowhere(loss):
     np.testing.assert_allclose(x.grad, other.grad, atol=1e-15)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("loss", ALL)
+def test_whatever_an_ignored_voxel_holds_counts_nowhere(loss, value):
+    logits, labels = batch(ignore=7)
+    x, other = leaf(logits), leaf(np.where((labels == 7)[..., None], value, logits))
+    other.data[labels == 7, 0] = 3.0
+    values = [loss(t, labels, 7) for t in (x, other)]
+    for v in values:
+        v.backward()
+    assert values[0].item() == values[1].item() and (x.grad == other.grad).all()
+    assert (other.grad[labels == 7] == 0).all()
+    with np.errstate(invalid="ignore"):
+        kept = loss(other, np.where(labels == 7, 0, labels), 7)
+    assert value < 0 or np.isnan(kept.item())  # a NaN that counts is told
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("loss", ALL)
+def test_a_masked_class_is_as_if_it_were_not_there(loss, dtype):
+    """Minus infinity for a class that is no label: the loss of the others, and no gradient."""
+    logits, labels = batch()
+    wide = np.full((*labels.shape, 4), -np.inf, dtype)
+    wide[..., :3] = logits
+    x, y = leaf(logits.astype(dtype)), leaf(wide)
+    options = {} if loss is losses.cross_entropy else {"background": True, "smooth": 1e-9}
+    value, masked = loss(x, labels, **options), loss(y, labels, **options)
+    entropy = losses.cross_entropy(x, labels).item()
+    overlap = losses.dice(x, labels, smooth=1e-9, background=True).item()
+    absent = 1 - (3 * (1 - overlap) + 1) / 4  # of nothing predicted and nothing there the Dice is 1
+    expected = {losses.cross_entropy: entropy, losses.dice: absent}.get(loss, entropy + absent)
+    assert masked.item() == pytest.approx(expected, rel=1e-6)
+    masked.backward()
+    value.backward()
+    assert (y.grad[..., 3] == 0).all() and np.isfinite(y.grad).all()
+    if loss is losses.cross_entropy:
+        np.testing.assert_allclose(y.grad[..., :3], x.grad, rtol=1e-5)
+
+
+def test_where_the_exact_value_is_infinite_so_is_the_loss():
+    x = leaf(np.array([[-np.inf, 1.0, 2.0], [0, 0, 0]]))
+    value = losses.cross_entropy(x, np.array([0, 1]))
+    value.backward()
+    assert value.item() == np.inf and np.isfinite(x.grad).all()
+    weight = np.array([0, 1.0, 1])
+    x.grad = None
+    value = losses.cross_entropy(x, np.array([0, 1]), weight=weight)  # it weighs nothing
+    value.backward()
+    assert value.item() == pytest.approx(np.log(3)) and (x.grad[0] == 0).all()
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_logits_further_apart_than_the_largest_number(loss):
+    logits, labels = np.array([[3e38, -3e38, 0], [0, 1, 2]], "float32"), np.array([0, 2])
+    x, exact = leaf(logits), leaf(logits.astype(float))
+    values = [loss(t, labels) for t in (x, exact)]
+    for v in values:
+        v.backward()
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-6)
+    np.testing.assert_allclose(x.grad, exact.grad, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("loss", ALL)
 def test_a_batch_that_is_ignored_altogether(loss, dtype):
@@ -157,6 +218,18 @@ def test_wrong_labels(loss):
         with pytest.raises(ValueError, match=f"hold {value}; .* 77"):
             loss(x, stray, 77)
         assert np.isfinite(loss(x, stray, value).data)
+
+
+def test_lists_and_numbers_of_another_type():
+    logits, labels = batch()
+    for loss in ALL:
+        with pytest.raises(TypeError, match="is a list; expected .* an array"):
+            loss(Tensor(logits), labels.tolist())
+        with pytest.raises(ValueError, match="logits are int64; expected floats"):
+            loss(Tensor(logits.astype(int)), labels)
+    for loss in (losses.cross_entropy, losses.dice_cross_entropy):
+        weights = [1, 0.5, 2], np.array([1, 0.5, 2]), np.array([1, 0.5, 2], "float32")
+        assert len({loss(Tensor(logits), labels, weight=w).item() for w in weights}) == 1
 
 
 def test_wrong_options():

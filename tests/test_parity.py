@@ -299,6 +299,14 @@ def test_losses(size, ignore, weighted):
           lambda x: dice(x) + entropy(x), x)
 
 
+def test_cross_entropy_of_masked_classes():
+    x, labels = normal(2, 5, 6, 4), np.random.default_rng(1).integers(0, 3, (2, 5, 6))
+    x[..., 3] = -np.inf
+    x[0, 1:3, :, 1] = np.where(labels[0, 1:3] == 1, 0, -np.inf)
+    check(lambda x: ts.losses.cross_entropy(x, labels),
+          lambda x: F.cross_entropy(channels_first(x), torch.tensor(labels)), x)
+
+
 def network(make, backbone, dtype="float64", **options):
     """A network with random batch-norm parameters and statistics, and its PyTorch twin."""
     net = make(backbone, in_channels=2, classes=3, **options).astype(dtype)

@@ -1,10 +1,13 @@
 """Losses of segmentation: cross-entropy, soft Dice, and their sum.
 
-logits (N, *S, C) as a tensor, labels (N, *S) as an integer array -> a single number. Voxels
-labelled `ignore` count nowhere. One operation serves all three: they share the softmax.
+logits (N, *S, C) as a tensor of floats, labels (N, *S) as an integer array -> a single number.
+Voxels labelled `ignore` count nowhere, whatever their logits are (NaN too); a class may be masked
+by a logit of minus infinity. One operation serves all three: they share the softmax.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from . import cuda
 from .backend import Array, array_module
@@ -41,10 +44,13 @@ def dice_cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
 def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, weight=None,
                   smooth=1e-5, background=False):
     library, classes = array_module(logits), logits.shape[-1]
+    if logits.dtype.kind != "f":
+        raise ValueError(f"logits are {logits.dtype}; expected floats")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {labels.shape} do not fit logits {logits.shape}")
     if labels.dtype.kind not in "iu":
         raise ValueError(f"labels are {labels.dtype}; expected integers")
+    weight = None if weight is None else library.asarray(weight, dtype=logits.dtype)
     if weight is not None and weight.shape != (classes,):
         raise ValueError(f"weight {weight.shape} does not fit {classes} classes")
     if overlap and classes == 1 and not background:
@@ -63,7 +69,10 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"labels hold {int(labels[~known][0])}; expected 0 to {classes - 1}"
                          + ("" if ignore is None else f", or {ignore} to ignore"))
 
-    log_p = log_p - log_p.max(axis=0)
+    if ignore is not None:
+        log_p = library.where(counted, log_p, 0)  # a NaN there would pass through every product
+    with np.errstate(over="ignore"):  # a difference beyond the largest number is as good as -inf
+        log_p = log_p - log_p.max(axis=0)
     p = library.exp(log_p)
     mass = p.sum(axis=0)
     p /= mass
@@ -73,10 +82,11 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
     value, parts = library.zeros((), logits.dtype), []
 
     if entropy:
-        weighted = t if weight is None else t * weight.astype(logits.dtype)[:, None]
+        weighted = t if weight is None else t * weight[:, None]
         voxel = weighted.sum(axis=0)
         total = voxel.sum()
         total = total + (total == 0)  # nothing counts: the sum above it is zero too
+        log_p = library.where(weighted != 0, log_p, 0)  # not 0 times minus infinity
         value = value - (weighted * log_p).sum() / total
         parts.append(lambda: (p * voxel - weighted) / total)
 

@@ -15,13 +15,13 @@ _NOTHING = 2**31  # a label to ignore that no int32 equals
 
 
 def _narrow(labels: Array) -> Array:
-    """`labels` as int32; those that do not fit saturate, which leaves them out of range."""
+    """A copy of `labels` as int32; those that do not fit saturate, and are out of range still."""
     library, held, fits = array_module(labels), np.iinfo(labels.dtype), np.iinfo("int32")
     if held.max > fits.max:
         labels = library.minimum(labels, fits.max)
     if held.min < fits.min:
         labels = library.maximum(labels, fits.min)
-    return library.ascontiguousarray(labels, dtype="int32")
+    return library.array(labels, dtype="int32", order="C")
 
 
 def segmentation(logits: Array, labels: Array, *, entropy: bool = False, overlap: bool = False,
