@@ -44,8 +44,13 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const unsigned (&a)
 #endif
 
 // The nearest TF32 number (8 bits of exponent, 10 of mantissa) to a float32, ties away from zero.
-// The hardware ignores the low 13 bits, that is, it truncates; half a step is added before.
-__device__ __forceinline__ unsigned tf32(unsigned bits) { return bits + 0x1000u; }
+// The hardware ignores the low 13 bits, that is, it truncates; half a step is added before, which
+// carries what is nearer to 2^128 than to a finite number into infinity, and leaves infinity one. A
+// NaN is kept apart: of the GPU's own, 0x7fffffff, the sum would be minus zero, and of one with low
+// bits alone, 0x7f800001, infinity would be left.
+__device__ __forceinline__ unsigned tf32(unsigned bits) {
+  return isnan(__uint_as_float(bits)) ? 0x7fffffffu : bits + 0x1000u;
+}
 
 __device__ __forceinline__ float warp_sum(float v) {  // the same bits in every lane
   for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);

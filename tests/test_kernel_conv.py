@@ -96,6 +96,56 @@ def test_the_shapes_of_networks(cuda, full, size, channels, filters, kernel, opt
           Window.of(kernel, **options), full=full or not tensor_cores)
 
 
+# Infinities and NaNs in all their bits: the GPU's own, with either sign; quiet and signalling
+# ones of few bits; of the low thirteen alone, which the tensor cores do not see.
+NOT_FINITE = [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7F801000,
+              0x7FFFF000, 0x7F800000, 0xFF800000]
+
+
+@pytest.mark.parametrize("bits", NOT_FINITE, ids=hex)
+@pytest.mark.parametrize("full", [True, False], ids=["float32", "tf32"])
+def test_what_is_not_finite_stays_so(cuda, full, bits):
+    """One number of x, of w or of y: every number that it takes part in is NaN, or infinite."""
+    value, window = np.array([bits], "uint32").view("float32")[0], Window.of((3, 3), 1, 1)
+    wrong = np.isnan if np.isnan(value) else np.isinf
+    x, w = (abs(a) + 1 for a in arrays((5, 6), 1, 8, 16, (3, 3), 3))
+    g = np.ones((1, 5, 6, 16), "float32")
+    readings = [
+        (x, (0, 2, 3, 4), lambda a: windows.correlate(a, cuda.asarray(w), window),
+         (0, slice(1, 4), slice(2, 5))),
+        (w, (1, 1, 4, 9), lambda a: windows.correlate(cuda.asarray(x), a, window), (..., 9)),
+        (w, (1, 1, 4, 9), lambda a: windows.correlate_dx(cuda.asarray(g), a, (5, 6), window),
+         (..., 4)),
+        (g, (0, 2, 3, 9), lambda a: windows.correlate_dx(a, cuda.asarray(w), (5, 6), window),
+         (0, slice(1, 4), slice(2, 5))),
+        (x, (0, 2, 3, 4), lambda a: windows.correlate_dw(a, cuda.asarray(g), window),
+         (slice(None), slice(None), 4)),
+        (g, (0, 2, 3, 9), lambda a: windows.correlate_dw(cuda.asarray(x), a, window), (..., 9)),
+    ]
+    for array, at, read, touched in readings:
+        changed = array.copy()
+        changed.view("uint32")[at] = bits
+        with exact() if full else nullcontext():
+            y = read(cuda.asarray(changed)).get()
+        assert wrong(y[touched]).all(), at
+        y[touched] = 0
+        assert np.isfinite(y).all()
+
+
+def test_the_largest_numbers_round_as_all_do(cuda):
+    """To the nearest number of TF32, of which the largest is (2 - 2^-10) 2^127; above its middle to
+    2^128 that is infinity."""
+    largest = np.float32(2 - 2.0**-10) * np.float32(2.0**127)
+    w = np.zeros((1, 1, 8, 8), "float32")
+    w[0, 0, 0, 0] = 1
+    for bits, rounded in ((0x7F7FE000, largest), (0x7F7FEFFF, largest), (0x7F7FF000, np.inf),
+                          (0x7F7FFFFF, np.inf), (0xFF7FFFFF, -np.inf), (0x00000FFF, 0)):
+        x = np.zeros((1, 1, 1, 8), "float32")
+        x.view("uint32")[..., 0] = bits
+        y = windows.correlate(cuda.asarray(x), cuda.asarray(w), Window.of((1, 1), 1, 0)).get()
+        assert y[0, 0, 0, 0] == rounded, hex(bits)
+
+
 def test_every_order_gives_the_same_bits(cuda, monkeypatch):
     x, w = (cuda.asarray(a) for a in arrays((4, 9, 11), 2, 16, 24, (3, 3, 3), 2))
     window = Window.of((3, 3, 3), 1, 1)
