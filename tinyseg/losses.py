@@ -77,8 +77,8 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
     mass = p.sum(axis=0)
     p /= mass
     log_p -= library.log(mass)
-    t = (labels == library.arange(classes)[:, None]) & counted
-    t = t.astype(logits.dtype)
+    chosen = (labels == library.arange(classes)[:, None]) & counted
+    t = chosen.astype(logits.dtype)
     value, parts = library.zeros((), logits.dtype), []
 
     if entropy:
@@ -86,7 +86,8 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         voxel = weighted.sum(axis=0)
         total = voxel.sum()
         total = total + (total == 0)  # nothing counts: the sum above it is zero too
-        log_p = library.where(weighted != 0, log_p, 0)  # not 0 times minus infinity
+        chosen = chosen if weight is None else weighted != 0
+        log_p = library.where(chosen, log_p, 0)  # of the others it may be minus infinity
         value = value - (weighted * log_p).sum() / total
         parts.append(lambda: (p * voxel - weighted) / total)
 

@@ -23,7 +23,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from functools import cache
 from math import ceil, prod
 from typing import Any
@@ -80,36 +79,35 @@ class _OneBlasThread:
 
     def __init__(self) -> None:
         self.lock, self.inside = threading.Lock(), 0
-        self.libraries: ThreadpoolController | None = None
-        self.held: ExitStack | None = None
+        self.libraries: list | None = None
+        self.before: list[int] = []  # of each library, while they are held
 
     def __enter__(self) -> None:
         with self.lock:
             if self.libraries is None:
-                self.libraries = ThreadpoolController().select(user_api="blas")
+                self.libraries = ThreadpoolController().select(user_api="blas").lib_controllers
                 if hasattr(os, "register_at_fork"):
                     os.register_at_fork(after_in_child=self._alone)
             self.inside += 1
-            if self.held is None:
-                self._take_control()
-                self.held = ExitStack()
-                self.held.enter_context(self.libraries.limit(limits=1))
+            if not self.before:
+                self.before = [library.get_num_threads() for library in self.libraries]
+                self._set([1] * len(self.before))
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.inside -= 1
-            if not self.inside and self.held is not None:
-                self._take_control()
-                self.held.close()
-                self.held = None
+            if not self.inside:
+                self._set(self.before)
+                self.before = []
 
-    @staticmethod
-    def _take_control() -> None:
-        """threadpoolctl, from 3.8 on, lets only one thread change OpenBLAS's number of threads, and
-        passes over the others: who limits it is not always who is the last to leave."""
-        release = getattr(OpenBLASController, "clear_controlling_thread", None)
-        if release is not None:
-            release(force=True)
+    def _set(self, numbers: list[int]) -> None:
+        # threadpoolctl, from 3.8 on, lets only one thread change OpenBLAS until that thread gives
+        # it free, and passes over all others: here the last to leave may be another than the first.
+        release = getattr(OpenBLASController, "clear_controlling_thread", lambda force: None)
+        release(force=True)
+        for library, number in zip(self.libraries or (), numbers, strict=True):
+            library.set_num_threads(number)
+        release(force=True)
 
     def _alone(self) -> None:
         # A forked process has none of the other threads, who may have been inside.

@@ -47,7 +47,7 @@ def op(function: Callable) -> Callable:
     @functools.wraps(function)
     def apply(*inputs: Any, **options: Any) -> Tensor:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        floats = any(x.dtype.kind == "f" for x in tensors)
+        floats = any(x.data.dtype.kind == "f" for x in tensors)
         for key, x in options.items():
             if isinstance(x, Tensor):
                 raise TypeError(f"{name}: {key} is a tensor given by name; tensors are given by "
@@ -59,13 +59,13 @@ def op(function: Callable) -> Callable:
             raise TypeError(f"{name} returned no pair; an operation returns (value, pull-backs)")
         value, pull = answer
         result = Tensor(value)
-        if tensors and result.dtype.kind == "f" and not _pauses.get():
-            vertices = [x._vertex() if isinstance(x, Tensor) else None for x in inputs]
-            edges = [(v, i) for i, v in enumerate(vertices) if v is not None]
+        if tensors and result.data.dtype.kind == "f" and not _pauses.get():
+            edges = [(v, i) for i, x in enumerate(inputs)
+                     if isinstance(x, Tensor) and (v := x._vertex()) is not None]
             if edges:
                 result.node = Node(name, result.data, edges, pull, max(most, len(inputs)),
                                    [(ref(x), x.version) for x in tensors])
-                result.requires_grad = True
+                result._requires_grad = True
         return result
 
     return apply
@@ -137,7 +137,7 @@ class Tensor:
         self._requires_grad = wanted
 
     def _vertex(self) -> Node | Tensor | None:
-        return self.node or (self if self.requires_grad else None)
+        return self.node or (self if self._requires_grad else None)
 
     def backward(
         self, g: Array | None = None, ready: Callable[[Tensor], None] | None = None
