@@ -236,6 +236,9 @@ def test_an_activation_kept_is_no_state():
     assert list(net.state()) == list(state) and len(net.parameters()) == 2
     net.load_state(state)
     assert net.astype("float64").last.dtype == "float32" and "last" not in repr(net)
+    with no_grad():
+        net.last = net.conv(np.ones((1, 4, 1), "float32"))
+    assert list(net.state()) == list(state) and len(net.parameters()) == 2
 
 
 def test_a_frozen_tensor_is_a_parameter_and_a_number_of_numpy_an_option():

@@ -88,7 +88,7 @@ def _leaves(parameters: Iterable[Tensor]) -> list[Tensor]:
         if not isinstance(p, Tensor):
             raise ValueError(f"parameter {i} is a {type(p).__name__}, expected a Tensor; "
                              "net.parameters() lists those of a network")
-        if p.node is not None:
+        if p.node:
             raise ValueError(f"parameter {i}, of shape {p.shape}, was made by an operation; "
                              "expected a leaf, Tensor(array, requires_grad=True)")
         if id(p) in seen:

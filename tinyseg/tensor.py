@@ -19,7 +19,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 import numpy as np
@@ -59,6 +59,7 @@ def op(function: Callable) -> Callable:
             raise TypeError(f"{name} returned no pair; an operation returns (value, pull-backs)")
         value, pull = answer
         result = Tensor(value)
+        result.node = False  # no leaf, whether it is recorded or not
         if tensors and result.data.dtype.kind == "f" and not _pauses.get():
             edges = [(v, i) for i, x in enumerate(inputs)
                      if isinstance(x, Tensor) and (v := x._vertex()) is not None]
@@ -121,7 +122,7 @@ class Tensor:
         self.data: Array = array if is_array else np.asarray(array)
         self.grad: Array | None = None
         self.version = 0
-        self.node: Node | None = None
+        self.node: Node | Literal[False] | None = None  # a leaf's; False: made and not recorded
         self.requires_grad = requires_grad
 
     @property

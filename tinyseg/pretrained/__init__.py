@@ -58,4 +58,6 @@ def recalibrate(net: Module, batches: Iterable[Array]) -> None:
         scale = layer.weight.data / sqrt(layer.running_var + layer.eps)
         layer.bias.data += scale * (mean - layer.running_mean)
         layer.weight.data[...] = scale * sqrt(var + layer.eps)
+        for parameter in (layer.weight, layer.bias):
+            parameter.version += 1
         layer.running_mean[...], layer.running_var[...] = mean, var
