@@ -346,9 +346,11 @@ class Run:
                 for record in ts.train.fit(net, batch, loss, optimizer, steps, start=step):
                     self.history.append(self.row(stage, record))
                     step = record.step + 1
-                    bar.set_postfix_str(", ".join(
-                        f"{key} {x:.2f}" for key, x in self.history[-1].items()
-                        if key == "loss" or "dice" in key))
+                    told = self.history[-1].items()
+                    bar.set_postfix_str(f"loss {record.loss:.2f}" + "".join(
+                        f", {where} {np.mean(found):.2f}" for kind, where in (
+                            ("patch_dice", "Dice"), ("uniform_dice", "anywhere"))
+                        if (found := [x for key, x in told if key.startswith(kind)])))
                     bar.update()
                     if monotonic() - saved > SAVE_EVERY:
                         self.save(stage, step, net, optimizer)

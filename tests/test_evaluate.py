@@ -153,7 +153,8 @@ def test_the_table_is_printed_before_files_are_written_and_they_may_go_elsewhere
     monkeypatch.setattr(commands.report, "write_table", refuse)
     assert run(folder) == 1
     told = capsys.readouterr()
-    assert "class 1" in told.out and "0.330" in told.out and "metrics.csv" in told.err
+    assert "class 1" in told.out and "0.330" in told.out
+    assert "metrics.csv" in told.err and "--out names another place" in told.err
 
 
 def test_what_is_no_folder_of_label_maps_is_told_as_such(folder, tmp_path, capsys):

@@ -217,6 +217,14 @@ def test_a_folder_of_scans_that_is_not_there(models, tmp_path, capsys):
     assert f"{tmp_path / 'scnas'}: no such file or folder" in capsys.readouterr().err
 
 
+def test_a_scan_that_was_unpacked_into_a_folder_of_its_name_is_told(models, tmp_path, capsys):
+    (tmp_path / "scans" / "case.nii").mkdir(parents=True)
+    write_scan(tmp_path / "scans" / "case.nii" / "case.nii", 0)
+    assert predict(models / "a.npz", tmp_path / "scans", tmp_path / "out") == 1
+    assert "case.nii is a folder" in capsys.readouterr().err
+    assert predict(models / "a.npz", tmp_path / "scans" / "case.nii", tmp_path / "out") == 0
+
+
 def test_a_device_that_is_not_there(models, one, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     out = tmp_path / "out.nii.gz"

@@ -138,13 +138,17 @@ def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0, missing
     if absent:
         print(f"no prediction for {', '.join(absent)}", file=sys.stderr)
     out = predictions if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    report.write_table(out / "metrics.csv", [
-        {"case": case, "class": name, **measures}
-        for case, scores in cases.items() for name, measures in scores.items()])
-    report.write_json(out / "metrics.json", {
-        "tolerance_mm": tolerance, "cases": cases, "mean": means, "counts": counts,
-        "missing": absent})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        report.write_table(out / "metrics.csv", [
+            {"case": case, "class": name, **measures}
+            for case, scores in cases.items() for name, measures in scores.items()])
+        report.write_json(out / "metrics.json", {
+            "tolerance_mm": tolerance, "cases": cases, "mean": means, "counts": counts,
+            "missing": absent})
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; --out names another place",
+                      error.filename) from None
     print(f"every case stands in {out / 'metrics.csv'} and metrics.json")
     return int(bool(absent) and missing == "fail")
 
@@ -157,7 +161,9 @@ def _volumes(folder: Path) -> list[Path]:
     found = [path for path in sorted(folder.iterdir())
              if path.name.endswith(nifti.ENDINGS) and path.name[0] != "." and path.is_file()]
     if not found:
-        raise ValueError(f"{folder}: holds no .nii or .nii.gz file")
+        inner = [path.name for path in sorted(folder.glob("*.nii*")) if path.is_dir()]
+        told = f"; {inner[0]} is a folder, give that or move its files here" if inner else ""
+        raise ValueError(f"{folder}: holds no .nii or .nii.gz file{told}")
     return found
 
 

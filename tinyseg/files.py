@@ -61,7 +61,7 @@ def held(folder: Path) -> Iterator[None]:
 
     lock, holder = FileLock(folder / "run.lock"), folder / "run.holder"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # seconds, in which another one has said who it is
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise RuntimeError(f"{folder}: is in use by {who}; wait for its end, or take another "

@@ -106,10 +106,14 @@ def columns(header: Any, affine: np.ndarray, unit: float) -> np.ndarray:
     if np.sort(extents)[1] < BODY[0] or extents.max() > BODY[1]:  # a single slice may be thin
         raise ValueError(
             f"found a volume of {' x '.join(f'{x:.3g}' for x in extents)} mm, expected a body's,"
-            f" {BODY[0]:g} to {BODY[1]:g} mm (header: shape {shape}, spacing {columns.tolist()} in"
-            f" the affine, pixdim {pixdim.tolist()}, xyzt_units {code}: {UNITS[code][0]}); set"
+            f" {BODY[0]:g} to {BODY[1]:g} mm (header: shape {shape}, spacing {_plain(columns)} in"
+            f" the affine, pixdim {_plain(pixdim)}, xyzt_units {code}: {UNITS[code][0]}); set"
             " xyzt_units to the unit that the affine is in (1 metre, 2 mm, 3 micron), or mend it")
     return columns
+
+
+def _plain(lengths: np.ndarray) -> list[float]:
+    return lengths.astype(float).round(6).tolist()
 
 
 def doubts(header: Any, affine: np.ndarray, columns: np.ndarray, unit: float) -> Iterator[str]:
@@ -128,7 +132,7 @@ def doubts(header: Any, affine: np.ndarray, columns: np.ndarray, unit: float) ->
                    " does")
         return
     if not np.allclose(pixdim, columns, rtol=1e-3, atol=0):
-        yield (f"found spacing {columns.tolist()} in the sform and {pixdim.tolist()} in pixdim,"
+        yield (f"found spacing {_plain(columns)} in the sform and {_plain(pixdim)} in pixdim,"
                " expected the same; the sform counts here, pixdim in programs built on ITK")
     if header["qform_code"] > 0:
         corners = [*product(*((0, n - 1) for n in header.get_data_shape()[:3]), (1,))]
