@@ -97,7 +97,8 @@ def test_predict_command_repeats_the_evaluation(done, data, tmp_path, capsys):
     path = next((done / "predictions").iterdir())
     out = tmp_path / "out.nii.gz"
     scan = data / "imagesTr" / path.name
-    assert commands.main(["predict", str(done / "model_3d.npz"), str(scan), str(out)]) == 0
+    words = ["predict", "--mirror", str(done / "model_3d.npz"), str(scan), str(out)]
+    assert commands.main(words) == 0
     same = np.asarray(nib.load(out).dataobj) == np.asarray(nib.load(path).dataobj)
     assert same.all()
     assert commands.main(["inspect", str(done / "model_2d.npz")]) == 0

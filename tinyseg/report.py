@@ -167,12 +167,12 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def score_lines(means: Mapping[str, Mapping[str, Mapping[str, float]]], measure: str) -> str:
-    """{model: {class: {measure: mean}}} as a small text table, one line a model."""
+    """{model: {class: {measure: mean}}} as a small text table, one line a class."""
     classes = list(next(iter(means.values())))
-    width = max(10, *(len(c) + 2 for c in classes))
-    lines = [f"{'mean ' + measure:<12}" + "".join(f"{c:>{width}}" for c in classes)]
-    for model, scores in means.items():
-        lines.append(f"{model:<12}" + "".join(f"{scores[c][measure]:>{width}.3f}" for c in classes))
+    width = max(len(text) for text in (*classes, f"mean {measure}"))
+    lines = [f"{'mean ' + measure:{width}}" + "".join(f"{model:>8}" for model in means)]
+    lines += [f"{c:{width}}" + "".join(f"{scores[c][measure]:8.3f}" for scores in means.values())
+              for c in classes]
     return "\n".join(lines)
 
 
