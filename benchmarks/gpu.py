@@ -132,7 +132,7 @@ class Record:
 
     def __init__(self, path: Path, header: dict):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows, self.faults, self.file = [], [], path.open("w", newline="")
+        self.rows, self.faults, self.file = [], [], path.open("w", newline="", encoding="utf-8")
         self.file.writelines(f"# {name}: {value}\n" for name, value in header.items())
         self.writer = csv.DictWriter(self.file, FIELDS)
         self.writer.writeheader()

@@ -198,7 +198,8 @@ def _loaded(code, options):
     code = code.replace('extern "C" __global__', "__global__")  # may be named as in C's library
     text = (f'#include "emulator.hpp"\n{defines}namespace source {{\n#line 1 "kernel.cu"\n{code}\n'
             f"{kernels}}}\n")
-    key = hashlib.sha256("\0".join([text, HEADER.read_text(), *OPTIONS, _version()]).encode())
+    parts = [text, HEADER.read_text("utf-8"), *OPTIONS, _version()]
+    key = hashlib.sha256("\0".join(parts).encode())
     folder = Path(tempfile.gettempdir()) / f"tinyseg-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{key.hexdigest()[:32]}.so"
@@ -206,7 +207,7 @@ def _loaded(code, options):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch, "kernel.so")
             done = subprocess.run([COMPILER, *OPTIONS, f"-I{HEADER.parent}", "-xc++", "-",
-                                   "-o", built], input=text, capture_output=True, text=True)
+                                   "-o", built], input=text, capture_output=True, encoding="utf-8")
             if done.returncode:
                 raise Fault(f"{COMPILER} does not compile the source:\n{done.stderr[:4000]}")
             built.replace(path)  # whole or not at all, whoever builds the same

@@ -389,7 +389,7 @@ def test_the_hippocampus_task():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the official descriptions are not on this machine")
 def test_the_official_pancreas_description(tmp_path):
-    content = json.loads((SHARED / "msd_json/Task07_Pancreas_dataset.json").read_text())
+    content = json.loads((SHARED / "msd_json/Task07_Pancreas_dataset.json").read_text("utf-8"))
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     for entry in content["training"]:
         for path in entry.values():

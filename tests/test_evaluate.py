@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 def test_every_figure_is_that_of_the_functions(folder, capsys):
     assert run(folder, "--tolerance", "1.5") == 0
-    told = json.loads((folder / "out" / "metrics.json").read_text())
+    told = json.loads((folder / "out" / "metrics.json").read_text("utf-8"))
     with open(folder / "out" / "metrics.csv", newline="") as file:
         rows = {(row.pop("case"), row.pop("class")): row for row in csv.DictReader(file)}
     assert set(told) == {"tolerance_mm", "cases", "mean", "counts", "missing"}
@@ -77,13 +77,13 @@ def test_names_and_the_default_tolerance(folder, capsys):
     (folder / "dataset.json").write_text('{"labels": {"0": "background", "1": "pancreas",'
                                          ' "2": "cancer", "3": "duct"}}')
     assert run(folder) == 0
-    told = json.loads((folder / "out" / "metrics.json").read_text())
+    told = json.loads((folder / "out" / "metrics.json").read_text("utf-8"))
     assert told["tolerance_mm"] == 5.0
     assert list(told["mean"]) == ["pancreas", "cancer", "duct"]
     assert told["mean"]["duct"]["dice"] is None and told["counts"]["duct"]["cases"] == 3
     put(folder / "out" / "b.nii.gz", np.full((9, 8, 7), 9))
     assert run(folder) == 0
-    told = json.loads((folder / "out" / "metrics.json").read_text())
+    told = json.loads((folder / "out" / "metrics.json").read_text("utf-8"))
     assert told["cases"]["b.nii.gz"]["class 9"]["dice"] == 0
     assert told["cases"]["a.nii.gz"]["class 9"]["dice"] is None
     capsys.readouterr()
@@ -133,7 +133,7 @@ def test_references_without_a_prediction_are_named_and_counted(folder, capsys):
     assert run(folder) == 1
     told = capsys.readouterr()
     assert "2 of 3 references" in told.out and "b.nii.gz" in told.err
-    content = json.loads((folder / "out" / "metrics.json").read_text())
+    content = json.loads((folder / "out" / "metrics.json").read_text("utf-8"))
     assert content["missing"] == ["b.nii.gz"] and set(content["cases"]) == {"a.nii.gz", "c.nii.gz"}
     assert run(folder, "--missing", "ignore") == 0
     assert "b.nii.gz" in capsys.readouterr().err

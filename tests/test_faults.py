@@ -110,7 +110,7 @@ def results(out):
     """All that a run has to say, but for how long its steps took."""
     with open(out / "history.csv") as file:
         history = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text("utf-8"))
     arrays, told = checkpoint.read(out / "checkpoint.npz")
     assert [(row["stage"], row["step"]) for row in history] == [
         (stage, str(step)) for stage in ("2d", "3d") for step in range(3)]
@@ -355,7 +355,7 @@ def test_going_on_keeps_all_settings(copy, expected, capsys):
 
 def test_going_on_needs_the_same_cases(copy, capsys):
     source = copy / "phantom" / "dataset.json"
-    content = json.loads(source.read_text())
+    content = json.loads(source.read_text("utf-8"))
     content["training"].pop()
     source.write_text(json.dumps(content))
     fails(capsys, ["--resume", "--out", copy], "phantom", "cases")
@@ -383,7 +383,7 @@ def test_going_on_needs_the_checkpoint_of_this_run(copy, capsys):
 ])
 def test_an_edited_description_of_the_run_is_refused(copy, capsys, change):
     path = copy / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change))
     fails(capsys, ["--resume", "--out", copy], "run.json", code=1 if "plan" in change else 2)
 
 

@@ -130,7 +130,7 @@ def test_tables(record, tmp_path):
     for heading, rule in zip(*[iter(text.splitlines())] * 2, strict=False):
         if rule.startswith("|---"):
             assert heading.count("|") == rule.count("|")
-    lines = (tmp_path / "new/gpu.csv").read_text().splitlines()
+    lines = (tmp_path / "new/gpu.csv").read_text("utf-8").splitlines()
     assert lines[:2] == ["# card: none", "# commit: none"]
     rows = list(csv.DictReader(lines[2:]))
     assert len(rows) == 7 and rows[0]["ours"] == "4" and rows[3]["note"] == "not measured (time)"

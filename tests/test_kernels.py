@@ -28,7 +28,7 @@ VARIANTS = {  # {file: [constants of each way that the library compiles it]}; ot
 
 # The emulator
 
-COMMON = (loader.FOLDER / "common.cuh").read_text()
+COMMON = (loader.FOLDER / "common.cuh").read_text("utf-8")
 KERNELS = COMMON + r'''
 struct Line { float slope; int offset[2]; long long n; };
 

@@ -58,7 +58,7 @@ def test_a_run_leaves_what_it_promises(done, data):
     assert list(done.glob("overlay_*.png"))
     for picture in done.glob("*.png"):
         assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
-    metrics = json.loads((done / "metrics.json").read_text())
+    metrics = json.loads((done / "metrics.json").read_text("utf-8"))
     dataset = decathlon.load(data)
     _, held_out = decathlon.folds([c.id for c in dataset.cases], 2)[0]
     assert 0 <= metrics["equivalence"]["max_abs_difference"] < 1e-4
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises(done, data):
 
 
 def test_predictions_lie_on_the_scans_grid_and_score_as_told(done, data, capsys):
-    metrics = json.loads((done / "metrics.json").read_text())["models"]["3d"]["cases"]
+    metrics = json.loads((done / "metrics.json").read_text("utf-8"))["models"]["3d"]["cases"]
     for path in (done / "predictions").iterdir():
         scan, map_ = nib.load(data / "imagesTr" / path.name), nib.load(path)
         assert map_.shape == scan.shape and (map_.affine == scan.affine).all()
@@ -88,7 +88,7 @@ def test_predictions_lie_on_the_scans_grid_and_score_as_told(done, data, capsys)
     shutil.copytree(done / "predictions", done / "copy")
     words = ["evaluate", str(done / "copy"), str(data / "labelsTr"), "--missing", "ignore"]
     assert commands.main(words) == 0  # the other references were trained on
-    told = json.loads((done / "copy" / "metrics.json").read_text())["cases"]
+    told = json.loads((done / "copy" / "metrics.json").read_text("utf-8"))["cases"]
     for name, scores in metrics.items():
         assert told[f"{name}.nii.gz"]["pancreas"].items() >= scores["pancreas"].items()
 
@@ -133,7 +133,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(done, data, tmp_path, monk
     for name in ("model_2d.npz", "model_3d.npz"):
         ours, theirs = ts.load(out / name).state(), ts.load(done / name).state()
         assert all((ours[key] == theirs[key]).all() for key in theirs), name
-    mine, whole = (json.loads((o / "metrics.json").read_text())["models"] for o in (out, done))
+    mine, whole = (json.loads((o / "metrics.json").read_bytes())["models"] for o in (out, done))
     assert mine == whole
 
 
@@ -146,7 +146,7 @@ def test_sigint_exits_130_with_a_checkpoint(data, tmp_path):
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def read_some():
-        return (tmp_path / "told").read_text()
+        return (tmp_path / "told").read_text("utf-8")
 
     try:
         deadline = time.monotonic() + 60
@@ -260,7 +260,7 @@ def relabelled(folder, table, **description):
         image = nib.load(path)
         label = np.array(table, np.min_scalar_type(max(table)))[np.asarray(image.dataobj)]
         nib.save(nib.Nifti1Image(label, image.affine), path)
-    told = json.loads((folder / "dataset.json").read_text())
+    told = json.loads((folder / "dataset.json").read_text("utf-8"))
     (folder / "dataset.json").write_text(json.dumps(told | description))
     return folder
 
@@ -272,7 +272,7 @@ def test_label_numbers_with_gaps_are_those_of_the_predictions(undrawn, data, don
     folder = relabelled(copy_of(data, tmp_path), numbers, labels=labels)
     out = tmp_path / "run"
     assert job.main(["--data", str(folder), "--out", str(out), *SMALL]) == 0
-    one, other = (json.loads((o / "metrics.json").read_text()) for o in (out, done))
+    one, other = (json.loads((o / "metrics.json").read_text("utf-8")) for o in (out, done))
     assert one["models"] == other["models"]
     assert ts.load(out / "model_3d.npz").config["classes"] == 3
     for path in (out / "predictions").iterdir():
@@ -296,9 +296,9 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_p
         out = tmp_path / str(number)
         assert job.main(["--data", str(folder), "--out", str(out), *steps, *words]) == 0
         assert told.replace("\\n", "\n") in capsys.readouterr().out
-        model, run = out / "model_3d.npz", json.loads((out / "run.json").read_text())
+        model, run = out / "model_3d.npz", json.loads((out / "run.json").read_text("utf-8"))
         assert run["plan"]["mirror"] == ts.load(model).metadata["plan"]["mirror"] == plan
-        scoring = json.loads((out / "metrics.json").read_text())["scoring"]
+        scoring = json.loads((out / "metrics.json").read_text("utf-8"))["scoring"]
         assert scoring["mean_with_mirror_image"] == (plan is not None)
         assert scoring["exchanged_classes"] == (plan or [])
         scan = next((folder / "imagesTr").glob("[!.]*.gz"))
@@ -335,7 +335,7 @@ def test_a_network_learns_left_from_right(undrawn, tmp_path):
     out = tmp_path / "run"
     assert job.main(["--data", str(task), "--out", str(out), "--patch", "8", "24", "32",
                      "--steps-2d", "60", "--steps-3d", "0", "--batch", "1", "--folds", "4"]) == 0
-    scores = json.loads((out / "metrics.json").read_text())["models"]["2d"]["mean"]
+    scores = json.loads((out / "metrics.json").read_text("utf-8"))["models"]["2d"]["mean"]
     assert all(scores[name]["dice"] > 0.75 for name in ("left organ", "right organ")), scores
 
 
@@ -382,7 +382,8 @@ def test_a_scan_of_one_slice_is_scored_and_drawn(data, tmp_path):
         nib.save(image.slicer[:, :, 6:7], path)
     assert job.main(["--data", str(folder), "--out", str(out), *SMALL]) == 0
     assert (out / f"overlay_{held_out[0]}.png").stat().st_size > 10_000
-    assert held_out[0] in json.loads((out / "metrics.json").read_text())["models"]["3d"]["cases"]
+    scored = json.loads((out / "metrics.json").read_bytes())["models"]["3d"]["cases"]
+    assert held_out[0] in scored
 
 
 def test_a_picture_that_fails_ends_no_run(data, tmp_path, monkeypatch, capsys):
@@ -409,8 +410,8 @@ def test_going_on_after_training_evaluates_what_is_left(undrawn, data, done, tmp
     first, seen = seen, []
     assert job.main(["--resume", "--out", str(out)]) == 0
     assert len(seen) == 1 and not set(first) & set(seen)
-    assert json.loads((out / "metrics.json").read_text())["models"] == json.loads(
-        (done / "metrics.json").read_text())["models"]
+    assert json.loads((out / "metrics.json").read_text("utf-8"))["models"] == json.loads(
+        (done / "metrics.json").read_text("utf-8"))["models"]
 
 
 def test_pretrained_weights_are_read_before_any_work_is_done(undrawn, data, tmp_path, capsys):
@@ -449,11 +450,11 @@ def test_two_folders_or_nnu_nets_are_trained_on_as_they_are(undrawn, data, done,
     out = tmp_path / "pair"
     assert job.main([*words, "--modality", "CT", "--out", str(out), *steps]) == 0
     assert "left out: 1 (imagesTr/._phantom_000.nii.gz)" in capsys.readouterr().out
-    plans = [json.loads((o / "run.json").read_text())["plan"] for o in (out, done)]
+    plans = [json.loads((o / "run.json").read_text("utf-8"))["plan"] for o in (out, done)]
     assert plans[0] == plans[1]
     (out / "metrics.json").unlink()
     assert job.main(["--resume", "--out", str(out)]) == 0
-    assert set(json.loads((out / "metrics.json").read_text())["models"]["3d"]["mean"]) == {
+    assert set(json.loads((out / "metrics.json").read_text("utf-8"))["models"]["3d"]["mean"]) == {
         "class 1", "class 2"}
 
     folder = copy_of(data, tmp_path)
@@ -464,7 +465,7 @@ def test_two_folders_or_nnu_nets_are_trained_on_as_they_are(undrawn, data, done,
         "numTraining": 4, "file_ending": ".nii.gz"}))
     out = tmp_path / "nnunet"
     assert job.main(["--data", str(folder), "--out", str(out), *steps]) == 0
-    assert json.loads((out / "run.json").read_text())["plan"] == plans[1]
+    assert json.loads((out / "run.json").read_text("utf-8"))["plan"] == plans[1]
     assert commands.main(["evaluate", str(out / "predictions"), str(folder / "labelsTr"),
                           "--missing", "ignore"]) == 0
     assert "pancreas" in capsys.readouterr().out

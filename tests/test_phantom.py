@@ -13,7 +13,7 @@ SMALL = {"shape": (16, 40, 44), "spacing": (5.0, 3.6, 3.5)}
 
 def test_a_folder_is_a_task_in_many_orientations(tmp_path):
     folder = phantom.write(tmp_path / "new" / "task", cases=4, seed=3, **SMALL)
-    content = json.loads((folder / "dataset.json").read_text())
+    content = json.loads((folder / "dataset.json").read_text("utf-8"))
     assert "relase" in content and content["numTraining"] == 4
     assert (folder / "imagesTr/._phantom_000.nii.gz").read_bytes()[:4] == b"\x00\x05\x16\x07"
     dataset = decathlon.load(folder)

@@ -63,8 +63,8 @@ def source(file: str) -> str:
 
     CuPy's cache of binaries looks at the text alone: a header that changes must change the text.
     """
-    text = (FOLDER / f"{file}.cu").read_text()
-    return re.sub(r'^#include "(\w+\.cuh)"$', lambda m: (FOLDER / m[1]).read_text(), text,
+    text = (FOLDER / f"{file}.cu").read_text("utf-8")
+    return re.sub(r'^#include "(\w+\.cuh)"$', lambda m: (FOLDER / m[1]).read_text("utf-8"), text,
                   flags=re.MULTILINE)
 
 
