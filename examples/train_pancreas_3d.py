@@ -134,7 +134,8 @@ def arguments(argv: list[str] | None = None) -> tuple[Path, dict]:
         parser.error(f"--resume: there is no run to go on with in {out} ({told.name} is missing)")
     kept, keys = files.read_json(told), settings_of(args).keys()
     if missing := sorted(keys - kept.keys()):
-        raise ValueError(f"{told}: found no {', '.join(missing)}, which every run writes")
+        raise ValueError(f"{told}: found no {', '.join(missing)}, which every run writes today; "
+                         "begin again in another --out")
     # Anyone may have edited the file; as words it can ask for no more than a command line can.
     before = words_of({key: kept[key] for key in keys})
     begun = settings_of(parse(options(prog=str(told), usage=argparse.SUPPRESS), before))

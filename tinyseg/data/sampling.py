@@ -91,17 +91,22 @@ def changed(folder: str | Path, case: Any, plan: Plan) -> list[str]:
         return []
     told = read_json(path)
     wrong = [key for key, now in _told(case, plan).items() if told.get(key) != now]
-    for file, before in zip(case.files, told.get("files", []), strict=True):
-        now = _stamp(file)
-        if before["bytes"] != now["bytes"] or (
-                before["changed"] != now["changed"] and before["sha256"] != _digest(file)):
-            wrong.append(str(file))
-    return wrong
+    before = told.get("files", [])
+    if len(before) != len(case.files):
+        return [*wrong, *map(str, case.files)]
+    return wrong + [str(file) for file, then in zip(case.files, before, strict=True)
+                    if not _same(file, then)]
 
 
 def _told(case: Any, plan: Plan) -> dict:
     return {"plan": json.loads(json.dumps(asdict(plan))),
             "labels": {str(number): name for number, name in case.labels.items()}}
+
+
+def _same(path: Path, then: dict) -> bool:
+    now = _stamp(path)
+    return then.get("bytes") == now["bytes"] and (
+        then.get("changed") == now["changed"] or then.get("sha256") == _digest(path))
 
 
 def _stamp(path: Path) -> dict:
