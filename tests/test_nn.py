@@ -523,3 +523,23 @@ def test_wrong_layers_are_refused_when_made():
     for groups in (0, -1, 3, 1.0, None):
         with pytest.raises(ValueError, match="^groups is .*divides the 4 channels"):
             nn.GroupNorm(4, groups)
+
+
+def test_integers_given_to_a_network_may_be_indices():
+    class Embedding(nn.Module):
+        def __init__(self):
+            self.weight = Tensor(rng().standard_normal((5, 3), "float32"), requires_grad=True)
+
+        def forward(self, x):
+            return self.weight[x]
+
+    net = nn.Sequential(Embedding(), nn.Linear(3, 2, rng=0))
+    y = net(np.array([1, 4, 1]))
+    assert y.shape == (3, 2) and (y.data[0] == y.data[2]).all()
+
+
+@pytest.mark.parametrize("name", ["metadata", "config", "training"])
+def test_a_part_is_a_part_whatever_its_name(name):
+    net = Holder(**{name: nn.Linear(2, 3, rng=0)})
+    assert list(net.state()) == [f"{name}.weight", f"{name}.bias"]
+    assert net.astype("float64").state()[f"{name}.bias"].dtype == "float64"

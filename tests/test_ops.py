@@ -485,3 +485,18 @@ def test_float32_stays_and_inputs_are_left_alone(f):
     g.flags.writeable = False
     y.backward(g)
     assert y.dtype == x.grad.dtype == "float32" and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32"])
+def test_integers_have_the_exponentials_of_floats(dtype):
+    x = np.array([[3, 0, 100], [-128, 7, 1]]).astype(dtype)
+    for operation in (ops.sigmoid, ops.softmax):
+        np.testing.assert_allclose(operation(x).data, operation(x.astype("float64")).data)
+
+
+def test_the_condition_is_that_of_the_forward_pass():
+    x, condition = Tensor(np.arange(3.0), requires_grad=True), np.array([True, False, True])
+    y = ops.where(condition, x, 0.0).sum()
+    condition[:] = False
+    y.backward()
+    np.testing.assert_array_equal(x.grad, [1, 0, 1])

@@ -143,6 +143,17 @@ def test_two_that_fit_are_named_and_one_may_be_chosen(net, whole):
         pretrained.load(new, state, prefix="teachr.")
     with pytest.raises(ValueError, match="conv1.weight is missing"):
         pretrained.load(new, state, prefix="")
+    nested = {**behind("net.", whole), **behind("net.ema.", other)}
+    for head in ("keep", "drop", "fit"):  # the one inside the other is another one
+        with pytest.raises(ValueError, match=r'"net." and "net.ema."'):
+            pretrained.load(new, nested, head=head)
+        for prefix, wanted in (("net.", whole), ("net.ema.", other)):
+            assert pretrained.load(new, nested, head=head, prefix=prefix).prefix == prefix
+            assert np.array_equal(new.bn1.bias.data, wanted["bn1.bias"])
+    moments = {k: a for k, a in whole.items() if "running" not in k}
+    beside = {**behind("model.", whole), **behind("opt.exp_avg.", moments)}
+    assert pretrained.recognise(beside) == KEPT
+    assert pretrained.load(new, beside).prefix == "model."
     del state["teacher.bn1.bias"]  # then only one fits, though both have most names
     state["student.layer1.0.bn1.bias"] = W
     state["student.layer9"] = W

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import BroadcastableShapes, mutually_broadcastable_shapes
 
-from tinyseg import Tensor, no_grad
+from tinyseg import Tensor, nn, no_grad, optim
 from tinyseg.tensor import op
 
 leaf = partial(Tensor, requires_grad=True)
@@ -845,3 +845,42 @@ def test_backward_is_linear_in_g(n, m, seed):
 
     np.testing.assert_allclose(gradient(2 * a - 3 * b), 2 * gradient(a) - 3 * gradient(b),
                                atol=1e-12)
+
+
+def test_what_an_operation_made_may_be_told_to_be_a_leaf():
+    with no_grad():
+        w = Tensor(np.arange(3.0)) * 2
+    w.requires_grad = True
+    (w * w).sum().backward()
+    np.testing.assert_array_equal(w.grad, 2 * w.data)
+    net = nn.Sequential()
+    net.w = w
+    assert net.parameters() == [w] and optim.SGD([w], 0.1).parameters == [w]
+
+
+def test_a_detached_tensor_shares_the_changes_of_its_array():
+    p, q = (Tensor(np.arange(1.0, 4), requires_grad=True) for _ in range(2))
+    y = (p.detach() * q).sum()
+    p.version += 1
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.backward()
+
+
+def test_a_tensor_is_an_index_and_a_number_is_formatted():
+    t = Tensor(np.arange(6.0).reshape(2, 3), requires_grad=True)
+    t[Tensor(np.array([1, 1]))].sum().backward()
+    np.testing.assert_array_equal(t.grad, [[0, 0, 0], [2, 2, 2]])
+    assert f"{Tensor(2 / 3):.3f}" == "0.667" and f"{t}" == repr(t)
+
+
+def test_an_operation_may_be_any_callable():
+    def scaled(factor, x):
+        return x * factor, (None, lambda g: g * factor)
+
+    times = op(partial(scaled, 3.0))
+    with pytest.raises(TypeError, match="returned 2 pull-backs for 1 inputs"):
+        times(Tensor(np.ones(2), requires_grad=True))
+    twice = op(partial(lambda factor, x: (x * factor, (lambda g: g * factor,)), 2.0))
+    x = Tensor(np.ones(2), requires_grad=True)
+    twice(x).sum().backward()
+    np.testing.assert_array_equal(x.grad, [2, 2])

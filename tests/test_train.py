@@ -162,8 +162,10 @@ def test_an_optimiser_of_another_network_is_refused_before_a_step():
     with pytest.raises(ValueError, match="6 of the optimiser's 6 parameters"):
         next(fit(deep, batch, ts.losses.cross_entropy, SGD(flat.parameters(), 0.1), 3))
     assert equal(deep.state(), before)
-    head = SGD(flat.parameters()[-2:], 0.1)  # a part is a choice
-    assert next(fit(flat, batch, ts.losses.cross_entropy, head, 3)).step == 0
+    head = SGD(flat.parameters()[-2:], 0.1)  # a part is a choice, and so is a loss that learns
+    more = SGD([*flat.parameters(), ts.Tensor(np.ones(1), requires_grad=True)], 0.1)
+    for optimizer in (head, more):
+        assert next(fit(flat, batch, ts.losses.cross_entropy, optimizer, 3)).step == 0
 
 
 def poisoned(value):

@@ -94,7 +94,8 @@ def save(path: str | Path, net: Module, **metadata: Any) -> None:
         found, expected = mine.get(name, "nothing"), made.get(name, "nothing")
         if found != expected:
             raise ValueError(f"{type(net).__name__} would not be read back as it is: {name} is "
-                             f"{found}, and its config makes it {expected}")
+                             f"{found}, and its config makes it {expected}; what is no part of "
+                             "the network belongs into net.metadata")
     arrays = net._arrays()  # no copies
     if len(dtypes := {str(a.dtype) for a in arrays.values()}) > 1:
         raise ValueError(f"{type(net).__name__} mixes {' and '.join(sorted(dtypes))}; expected "

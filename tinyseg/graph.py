@@ -18,7 +18,7 @@ class Node:
     """The result of the operation `name`; `edges` are its wanted (parent, input number) pairs.
 
     `pull` is what the operation returned for its inputs, of which there are `inputs`; `read` are
-    (weak reference to a tensor, its version when the operation read it) pairs.
+    ([how often it has changed], how often when it was read, its shape) of all tensors among them.
     """
 
     __slots__ = ("name", "shape", "dtype", "edges", "pull", "read")
@@ -50,13 +50,12 @@ class Node:
             raise RuntimeError(f"{self.name}: backward ran through this graph before and freed "
                                "it; run the forward pass again (or add the losses and go backward "
                                "once)")
-        for reference, version in self.read:
-            tensor = reference()
-            if tensor is not None and tensor.version != version:
+        for changes, before, shape in self.read:
+            if changes[0] != before:
                 raise RuntimeError(
-                    f"{self.name}: a tensor of shape {tensor.shape} that it read was changed in "
-                    "place since (by an optimiser's step or load_state), so that its gradient may "
-                    "be wrong; go backward before, or run the forward pass again after the change")
+                    f"{self.name}: a tensor of shape {shape} that it read was changed in place "
+                    "since (by an optimiser's step or load_state), so that its gradient may be "
+                    "wrong; go backward before, or run the forward pass again after the change")
 
     def gradients(self, g: Array) -> Iterator[tuple[Any, Array]]:
         """(parent, gradient) pairs; the pull-backs, and all they captured, are let go."""

@@ -69,16 +69,15 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"labels hold {int(labels[~known][0])}; expected 0 to {classes - 1}"
                          + ("" if ignore is None else f", or {ignore} to ignore"))
 
-    if ignore is not None:
-        log_p = library.where(counted, log_p, 0)  # a NaN there would pass through every product
-    with np.errstate(over="ignore"):  # a difference beyond the largest number is as good as -inf
+    # A difference beyond the largest number is as good as -inf; an ignored voxel may hold anything.
+    with np.errstate(over="ignore", invalid="ignore"):
         log_p = log_p - log_p.max(axis=0)
     p = library.exp(log_p)
     mass = p.sum(axis=0)
     p /= mass
-    log_p -= library.log(mass)
-    chosen = (labels == library.arange(classes)[:, None]) & counted
-    t = chosen.astype(logits.dtype)
+    if ignore is not None:
+        p = library.where(counted, p, 0)  # a NaN would pass through every product
+    t = ((labels == library.arange(classes)[:, None]) & counted).astype(logits.dtype)
     value, parts = library.zeros((), logits.dtype), []
 
     if entropy:
@@ -86,16 +85,15 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         voxel = weighted.sum(axis=0)
         total = voxel.sum()
         total = total + (total == 0)  # nothing counts: the sum above it is zero too
-        chosen = chosen if weight is None else weighted != 0
-        log_p = library.where(chosen, log_p, 0)  # of the others it may be minus infinity
-        value = value - (weighted * log_p).sum() / total
+        found = log_p[library.where(counted, labels, 0), library.arange(len(labels))]
+        surprise = library.where(voxel > 0, library.log(mass) - found, 0)  # else it may be infinite
+        value = value + (voxel * surprise).sum() / total
         parts.append(lambda: (p * voxel - weighted) / total)
 
     if overlap:
         first = 0 if background else 1
-        inside = p * counted
-        both = 2 * (inside * t).sum(axis=1) + smooth
-        either = inside.sum(axis=1) + t.sum(axis=1) + smooth
+        both = 2 * (p * t).sum(axis=1) + smooth
+        either = p.sum(axis=1) + t.sum(axis=1) + smooth
         ratio = both / either
         value = value + 1 - ratio[first:].mean()
 

@@ -8,8 +8,9 @@ which they were set, those in lists, tuples and dicts among them. A name is the 
     an array          state that no gradient moves: running statistics, tables of numbers
     anything else     an option (a window, an eps); so is a NumPy scalar
 
-A tensor that an operation made, an activation kept for later, is none of these; neither are the
-mode, `training`, and `config` and `metadata`, which describe a network. What is held twice goes by
+A tensor that an operation made, an activation kept for later, is none of these (Tensor(t.data)
+makes a leaf of it); neither are the mode, `training`, and `config` and `metadata`, which describe a
+network. What is held twice goes by
 its first name and stays one thing; two things of one name are refused.
 """
 
@@ -45,10 +46,10 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def __call__(self, x: Tensor | Array, *more: Any, **options: Any) -> Tensor:
-        if not isinstance(x, Tensor):  # an image: float64 or integers would leave the fast path
+        if not isinstance(x, Tensor):  # float64 would leave the fast path; integers may be indices
             x = Tensor(x)
             mine = (p.dtype for _, p in self.named_parameters() if p.dtype.kind == "f")
-            if x.dtype.kind in "fiub" and (dtype := next(mine, x.dtype)) != x.dtype:
+            if x.dtype.kind == "f" and (dtype := next(mine, x.dtype)) != x.dtype:
                 x = Tensor(x.data.astype(dtype))
         return self.forward(x, *more, **options)
 
@@ -132,7 +133,7 @@ class Module:
             parameter.version += 1
         for module in self.modules():
             vars(module).update({key: _converted(thing, change, changed)
-                                 for key, thing in vars(module).items() if key not in APART})
+                                 for key, thing in vars(module).items() if not _apart(key, thing)})
         return self
 
     def astype(self, dtype: str) -> Self:
@@ -166,13 +167,18 @@ def held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     modules are not."""
     inside = vars(holder) if isinstance(holder, Module) else holder
     for key, thing in list(inside.items() if isinstance(inside, dict) else enumerate(inside)):
-        if inside is not holder and key in APART or (
-                isinstance(thing, Tensor) and thing.node is not None):
+        if isinstance(thing, Tensor) and thing.node is not None or (
+                inside is not holder and _apart(key, thing)):
             continue
         if isinstance(thing, list | tuple | dict):
             yield from held(thing, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", thing
+
+
+def _apart(key: str, thing: Any) -> bool:
+    """Whether an attribute of a module is no part of what it holds."""
+    return key in APART and not isinstance(thing, Module | Tensor)
 
 
 def is_state(thing: Any) -> bool:

@@ -33,11 +33,18 @@ def _per_axis(kernel: Any) -> tuple[int, ...]:
     return tuple(int(k) if isinstance(k, np.integer) else k for k in kernel)
 
 
-def _check_channels(layer: Any, x: Tensor) -> None:
+def _floats(x: Tensor, weight: Tensor) -> Tensor:
+    """`x`; an image of integers in the type of the weight, where others would make it float64."""
+    return Tensor(x.data.astype(weight.dtype)) if x.dtype.kind in "iub" else x
+
+
+def _fitting(x: Tensor, layer: Any) -> Tensor:
+    """`x` in floats; ValueError where it has other channels than the layer."""
     channels = layer.weight.shape[0]
     if x.shape[-1:] != (channels,):
         raise ValueError(f"{type(layer).__name__}: input {x.shape} does not fit weight "
                          f"{layer.weight.shape}; expected {channels} channels in the last axis")
+    return _floats(x, layer.weight)
 
 
 class Conv(Module):
@@ -58,7 +65,7 @@ class Conv(Module):
         self.bias = Tensor(np.zeros(c_out, "float32"), requires_grad=True) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv(x, self.weight, self.bias, **self.window.options)
+        return ops.conv(_floats(x, self.weight), self.weight, self.bias, **self.window.options)
 
 
 class Linear(Module):
@@ -75,8 +82,7 @@ class Linear(Module):
         self.bias = Tensor(np.zeros(c_out, "float32"), requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_channels(self, x)
-        return x @ self.weight + self.bias
+        return _fitting(x, self) @ self.weight + self.bias
 
 
 class BatchNorm(Module):
@@ -94,7 +100,7 @@ class BatchNorm(Module):
         self.eps, self.momentum = eps, momentum
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        _check_channels(self, x)
+        x = _fitting(x, self)
         return ops.batch_norm(x, self.weight, self.bias, residual, running_mean=self.running_mean,
                               running_var=self.running_var, train=self.training,
                               momentum=self.momentum, eps=self.eps, relu=relu)
@@ -112,7 +118,7 @@ class GroupNorm(Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_channels(self, x)
+        x = _fitting(x, self)
         return ops.group_norm(x, self.weight, self.bias, groups=self.groups, eps=self.eps)
 
 

@@ -61,7 +61,7 @@ def tanh(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)), without exp of a large number."""
     library = array_module(x)
-    e = library.exp(-abs(x))
+    e = library.exp(-abs(x if x.dtype.kind == "f" else x * 1.0))  # a byte has no negative
     y = library.where(x < 0, e, 1) / (1 + e)
     return y, (lambda g: g * (y * (1 - y)),)
 
@@ -80,7 +80,8 @@ def maximum(x, y):
 @op
 def where(condition, x, y):
     """x where the condition holds, else y, broadcast; what is not chosen has no part in it."""
-    library = array_module(condition)
+    library = array_module(next((a for a in (condition, x, y) if hasattr(a, "shape")), 0))
+    condition = condition.copy() if hasattr(condition, "shape") else condition  # it may change
     return library.where(condition, x, y), (
         None, lambda g: library.where(condition, g, 0), lambda g: library.where(condition, 0, g))
 
@@ -142,6 +143,7 @@ def softmax(x, *, axis: int = -1):
 
 
 def _softmax(x, axis=-1):
+    x = x if x.dtype.kind == "f" else x * 1.0  # a byte has no negative
     with np.errstate(over="ignore"):  # a difference beyond the largest number is as good as -inf
         e = x - x.max(axis=axis, keepdims=True)
     e = array_module(x).exp(e)

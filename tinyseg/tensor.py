@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Literal
-from weakref import ref
 
 import numpy as np
 
@@ -42,7 +41,8 @@ def op(function: Callable) -> Callable:
     Inputs are tensors, arrays or numbers; a NumPy number beside a tensor of floats is taken as
     Python's, so that it does not widen it. TypeError says what else was found.
     """
-    name, most = function.__name__.lstrip("_"), function.__code__.co_argcount
+    name = getattr(function, "__name__", type(function).__name__).lstrip("_")
+    most = getattr(getattr(function, "__code__", None), "co_argcount", 0)
 
     @functools.wraps(function)
     def apply(*inputs: Any, **options: Any) -> Tensor:
@@ -65,7 +65,7 @@ def op(function: Callable) -> Callable:
                      if isinstance(x, Tensor) and (v := x._vertex()) is not None]
             if edges:
                 result.node = Node(name, result.data, edges, pull, max(most, len(inputs)),
-                                   [(ref(x), x.version) for x in tensors])
+                                   [(x._changes, x.version, x.shape) for x in tensors])
                 result._requires_grad = True
         return result
 
@@ -111,7 +111,7 @@ class Tensor:
     equal as keys only to themselves.
     """
 
-    __slots__ = ("data", "grad", "version", "node", "_requires_grad", "__weakref__")
+    __slots__ = ("data", "grad", "node", "_changes", "_requires_grad", "__weakref__")
     __array_ufunc__ = None  # array + tensor asks the tensor
     __hash__ = object.__hash__
 
@@ -121,9 +121,18 @@ class Tensor:
         is_array = hasattr(array, "shape") and not isinstance(array, np.generic)
         self.data: Array = array if is_array else np.asarray(array)
         self.grad: Array | None = None
-        self.version = 0
+        self._changes = [0]  # shared with whoever shares the array
         self.node: Node | Literal[False] | None = None  # a leaf's; False: made and not recorded
         self.requires_grad = requires_grad
+
+    @property
+    def version(self) -> int:
+        """How often `data` has been changed in place."""
+        return self._changes[0]
+
+    @version.setter
+    def version(self, number: int) -> None:
+        self._changes[0] = number
 
     @property
     def requires_grad(self) -> bool:
@@ -135,6 +144,8 @@ class Tensor:
         if wanted and self.dtype.kind != "f":
             raise TypeError(f"a tensor of {self.dtype} has no gradient, which would be rounded; "
                             "make it of floats, array.astype('float32')")
+        if wanted and self.node is False:
+            self.node = None  # made by an operation, and told to be a leaf
         self._requires_grad = wanted
 
     def _vertex(self) -> Node | Tensor | None:
@@ -196,8 +207,10 @@ class Tensor:
         return self.data.item()
 
     def detach(self) -> Tensor:
-        """A tensor of the same array, outside the graph."""
-        return Tensor(self.data)
+        """A tensor of the same array, outside the graph; a change of the one is one of both."""
+        other = Tensor(self.data)
+        other._changes = self._changes
+        return other
 
     def __float__(self) -> float:
         return float(self.item())
@@ -207,6 +220,9 @@ class Tensor:
 
     def __bool__(self) -> bool:
         return bool(self.data)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else repr(self)
 
     __lt__, __le__, __gt__, __ge__, __eq__, __ne__ = map(_compared, (
         operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne))
@@ -247,7 +263,7 @@ class Tensor:
         return power(self, exponent)
 
     def __getitem__(self, key):
-        return index(self, key=key)
+        return index(self, key=key.data if isinstance(key, Tensor) else key)
 
     def sum(self, axis=None, keepdims: bool = False) -> Tensor:
         return sum(self, axis=axis, keepdims=keepdims)

@@ -79,10 +79,11 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     """
     base, parameters = optimizer.lr, net.parameters()
     statistics = net.statistics()
-    if strangers := len({*map(id, optimizer.parameters)} - {*map(id, parameters)}):
-        raise ValueError(f"{strangers} of the optimiser's {len(optimizer.parameters)} parameters"
-                         " are not in this network; make the optimiser of net.parameters(), after"
-                         " inflating or loading")
+    moved, mine = {*map(id, optimizer.parameters)}, {*map(id, parameters)}
+    if moved - mine and any(p.requires_grad and id(p) not in moved for p in parameters):
+        raise ValueError(f"{len(moved - mine)} of the optimiser's {len(moved)} parameters are not"
+                         " in this network, and some of the network's are not in the optimiser;"
+                         " make it of net.parameters(), after inflating or loading")
     library = array_module(parameters[0].data)
     try:
         for step in range(start, steps):

@@ -20,7 +20,7 @@ from .names import HEADS, Renames, choose, first, matcher, places, renamed, unde
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1], torchvision's preprocessing
 IMAGENET_STD = (0.229, 0.224, 0.225)
 UNUSED = ("aux_classifier.",)  # the loss beside the loss in torchvision's training
-TRUNK = frozenset({"conv1.weight", "bn1.weight"} | {  # names that every ResNet has
+TRUNK = frozenset({"conv1.weight", "bn1.weight", "bn1.running_mean"} | {  # of every ResNet
     f"layer{i}.{b}.conv{c}.weight" for i in (1, 2, 3, 4) for b in (0, 1) for c in (1, 2)})
 
 
@@ -163,10 +163,10 @@ def _stem(w: np.ndarray, channels: int, how: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], report: Report,
-         left_out: Callable[[str], bool], *, drop: bool, ours: bool, stem: str,
-         allowed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+         left_out: Callable[[str], bool], others: tuple[str, ...], *, drop: bool, ours: bool,
+         stem: str, allowed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
     """The new state of a network whose state is `net`, out of `arrays` under the report's prefix;
-    and what is wrong with it."""
+    and what is wrong with it. What stands under the prefixes `others` is another network."""
     mine = {n: a for n, a in net.items() if not (drop and n.startswith(HEADS))}
     report.notes += [f"the head stays as it was: {n}" for n in net if n not in mine]
     parts = {n.partition(".")[0] for n in mine} if drop else set()
@@ -204,6 +204,7 @@ def _fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], report
     report.unexpected = [n for n in names if n not in state]
     wrong += [f"{n} is not in the network" for n in report.unexpected
               if n in found and names[n].startswith(report.prefix) and not n.startswith(UNUSED)
+              and not names[n].startswith(others)
               and (not drop or n.partition(".")[0] in parts)]
     return state, wrong
 
@@ -219,7 +220,9 @@ def _only_fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], s
         tried = []
         for place in places(arrays, mine, prefix):
             report = Report(source, prefix=place)
-            tried.append((report, *_fit(net, arrays, report, left_out, drop=drop, **options)))
+            others = tuple(p for p in places(arrays, mine, None) if len(p) > len(place))
+            tried.append((report, *_fit(net, arrays, report, left_out, others, drop=drop,
+                                        **options)))
             report.unexpected += ignored
         fits = [attempt for attempt in tried if not attempt[2]]
         if fits:
