@@ -75,7 +75,7 @@ def options(**how) -> argparse.ArgumentParser:
         "slices")
     add("--mirror", nargs="+", default=["auto"], metavar="A=B", help="classes that change places "
         "when a patch is mirrored left-right, by name or number; none: nothing is mirrored; auto: "
-        "by the sides in their names, and nothing where one has no partner (%(default)s)")
+        "by the sides in their names, and nothing where one has no partner (auto)")
     add("--folds", type=int, default=5, metavar="K", help="parts of the cross-validation (5)")
     add("--fold", type=int, default=0, metavar="I", help="the part held out, from 0 (0)")
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -134,8 +134,8 @@ def arguments(argv: list[str] | None = None) -> tuple[Path, dict]:
         parser.error(f"--resume: there is no run to go on with in {out} ({told.name} is missing)")
     kept, keys = files.read_json(told), settings_of(args).keys()
     if missing := sorted(keys - kept.keys()):
-        raise ValueError(f"{told}: found no {', '.join(missing)}, which every run writes today; "
-                         "begin again in another --out")
+        raise ValueError(f"{told}: found no {', '.join(missing)}, which every run writes; one of "
+                         "an earlier version cannot go on (its models predict): begin another")
     # Anyone may have edited the file; as words it can ask for no more than a command line can.
     before = words_of({key: kept[key] for key in keys})
     begun = settings_of(parse(options(prog=str(told), usage=argparse.SUPPRESS), before))
@@ -414,20 +414,21 @@ def evaluate(dataset, held_out: list[str], nets: dict, out: Path, mirror: list[i
 
 def tasks(out: Path, settings: dict) -> decathlon.Dataset:
     """The scans that the settings ask for; without any, a phantom that is written first."""
-    if settings["images"]:
-        names = {int(number): name for number, name in settings.get("labels", {}).items()}
-        return decathlon.pair(settings["images"], settings["label_maps"],
-                              settings["modality"], names or None, partial(tqdm, desc="labels"))
     folder = Path(settings["data"] or out / "phantom")
-    if settings["data"] is None and not (folder / "dataset.json").exists():
+    if not (settings["data"] or settings["images"] or (folder / "dataset.json").exists()):
         report.write_json(out / "run.json", settings)
         print("no --data: writing a synthetic Decathlon folder to", folder)
         phantom.write(folder, cases=10 if settings["quick"] else 25, seed=settings["seed"])
     try:
-        return decathlon.load(folder)
+        if not settings["images"]:
+            return decathlon.load(folder)
+        names = {int(number): name for number, name in settings.get("labels", {}).items()}
+        return decathlon.pair(settings["images"], settings["label_maps"], settings["modality"],
+                              names or None, partial(tqdm, desc="labels"))
     except FileNotFoundError as error:
         if "cases" in settings:
-            error.add_note("where it lies now can be told with --data")
+            error.add_note("where it lies now can be told with "
+                           + ("--images and --labels" if settings["images"] else "--data"))
         raise
 
 

@@ -104,9 +104,18 @@ def test_mild_leaves_the_reflection_out_where_it_is_told_to():
     (["左肾", "右肾", "肝"], [("左肾", "右肾")], []),
     (["lung_upper_lobe_left", "lung_upper_lobe_right", "lung_middle_lobe_right"],
      [("lung_upper_lobe_left", "lung_upper_lobe_right")], ["lung_middle_lobe_right"]),
-    (["left atrium"], [], ["left atrium"]),
-    (["background", "pancreas", "cancer", "vertebrae_L1", "vertebrae L5", "leftover", "bright",
-      "Anterior", "Posterior", "NCR", "ET", "class 1", "LV", "RV"], [], []),
+    (["left atrium", "right atrium", "left ventricle"], [],
+     ["left atrium", "right atrium", "left ventricle"]),
+    (["Left-Lateral-Ventricle", "Right-Lateral-Ventricle"],
+     [("Left-Lateral-Ventricle", "Right-Lateral-Ventricle")], []),
+    (["ctx-lh-cuneus", "ctx-rh-cuneus", "leftkidney", "rightkidney"],
+     [("ctx-lh-cuneus", "ctx-rh-cuneus"), ("leftkidney", "rightkidney")], []),
+    (["lkid", "rkid", "Eye_AL", "Eye_AR", "Rib_L1", "Rib_R1", "liver"], [],
+     ["lkid", "rkid", "Eye_AL", "Eye_AR", "Rib_L1", "Rib_R1"]),
+    (["LV", "RV", "MYO"], [], ["LV", "RV"]),
+    (["Kidney_L", "kidney l", "kidney r"], [], ["Kidney_L", "kidney l", "kidney r"]),
+    (["background", "pancreas", "cancer", "vertebrae_L1", "vertebrae L5", "bright", "clear",
+      "Anterior", "Posterior", "NCR", "ET", "class 1", "myocardium"], [], []),
 ])
 def test_sides_are_read_from_the_names(names, pairs, alone):
     assert augment.sides(names) == (pairs, alone)
@@ -118,3 +127,6 @@ def test_pairs_of_names_as_classes():
     assert augment.permutation(4, [(3, 1)]).tolist() == [0, 3, 2, 1]
     with pytest.raises(ValueError, match="'q'.*'m'"):
         augment.numbered([("l", "q")], names)
+    for twice in ([("l", "l")], [("l", "r"), ("r", "m")]):
+        with pytest.raises(ValueError, match="twice"):
+            augment.numbered(twice, names)

@@ -306,9 +306,12 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_p
                               str(tmp_path / "p.nii.gz")])
         assert code == int(plan is None)
         assert ("without left-right" in capsys.readouterr().err) == (plan is None)
-    assert job.main(["--data", str(data), "--out", str(tmp_path / "x"), *SMALL, "--mirror",
-                     "liver=pancreas"]) == 1
-    assert "liver" in capsys.readouterr().err
+    for words, said in ((["liver=pancreas"], "liver"), (["pancreas=pancreas"], "twice"),
+                        (["1=2", "2=background"], "cancer")):
+        assert job.main(["--data", str(data), "--out", str(tmp_path / "x"), *SMALL, "--mirror",
+                         *words]) == 1
+        assert said in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["run.lock"]  # nothing begun
 
 
 def test_a_network_learns_left_from_right(undrawn, tmp_path):

@@ -207,6 +207,35 @@ def test_what_cannot_end_well_is_refused_before_any_work(models, one, folder, tm
     assert one.read_bytes() == kept and not (tmp_path / "out").exists()
 
 
+def test_channels_in_files_of_their_own_are_one_scan(models, tmp_path, monkeypatch, capsys):
+    net = network(channels=2)
+    net.metadata["labels"] = {"0": "background", "1": "a", "2": "b"}
+    monkeypatch.setattr(commands.checkpoint, "load", lambda path: net)
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for case in (1, 2):
+        for channel in (0, 1):
+            write_scan(scans / f"case_{case}_{channel:04d}.nii.gz", 2 * case + channel)
+    assert predict("m.npz", scans, out) == 0
+    assert {path.name for path in out.iterdir()} == {"case_1.nii.gz", "case_2.nii.gz"}
+    parts = [nifti.read(scans / f"case_2_{channel:04d}.nii.gz") for channel in (0, 1)]
+    expected = segment(net, nifti.join(parts))
+    np.testing.assert_array_equal(nifti.read(out / "case_2.nii.gz", "uint8").array, expected)
+    one = tmp_path / "one.nii.gz"
+    assert predict("m.npz", scans / "case_2_0000.nii.gz", one) == 0
+    np.testing.assert_array_equal(nifti.read(one, "uint8").array, expected)
+
+    net = network()  # of one channel: each file is a scan
+    net.metadata["labels"] = {"0": "background", "1": "a", "2": "b"}
+    assert predict("m.npz", scans, tmp_path / "each") == 0
+    assert len(list((tmp_path / "each").iterdir())) == 4
+    for path in scans.glob("*_0001.nii.gz"):
+        path.unlink()
+    assert predict("m.npz", scans, tmp_path / "nnunet") == 0
+    assert {path.name for path in (tmp_path / "nnunet").iterdir()} == {
+        "case_1.nii.gz", "case_2.nii.gz"}
+
+
 def test_a_scan_that_is_not_there(models, tmp_path, capsys):
     assert predict(models / "a.npz", tmp_path / "x.nii.gz", tmp_path / "out.nii.gz") == 1
     assert "x.nii.gz: no such file" in capsys.readouterr().err

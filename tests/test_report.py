@@ -34,7 +34,7 @@ def organs(count, shape=(9, 20, 24)):
     return labels, {0: "background", **{n: f"right adrenal gland {n}" for n in range(1, count + 1)}}
 
 
-@pytest.mark.parametrize("count", [1, 2, 9, 15])
+@pytest.mark.parametrize("count", [1, 2, 9, 15, 31])
 def test_the_legend_of_an_overlay_lies_inside_the_picture_in_the_order_of_the_numbers(
         tmp_path, figures, count):
     labels, names = organs(count)

@@ -85,7 +85,8 @@ def test_a_batch_keeps_its_promise(size):
     cases = [prepared(name="full"), prepared(name="void", foreground=False)]
     for count, share, certain in ((5, 0.5, (0, 2, 4)), (2, 0.33, (0,)), (4, 1.0, range(4)),
                                   (3, 0.0, ())):
-        images, labels = sampling.batch(cases, size, count, np.random.default_rng(count), share)
+        images, labels = sampling.batch(cases, size, count, np.random.default_rng(count), share,
+                                        first=0)
         assert images.shape == (count, *size, 2) and images.dtype == np.float32
         assert labels.shape == (count, *size) and labels.dtype == np.uint8
         assert all((labels[number] > 0).any() for number in certain)
@@ -108,7 +109,7 @@ def test_the_share_of_foreground_holds_over_steps_whatever_the_batch(share):
 
 def test_slices_are_planes_of_volumes():
     case = prepared()
-    images, labels = sampling.batch([case], (8, 10), 6, np.random.default_rng(0))
+    images, labels = sampling.batch([case], (8, 10), 6, np.random.default_rng(0), first=0)
     for image, label in zip(images, labels, strict=True):
         depth = int(image[0, 0, 0]) // 80
         np.testing.assert_array_equal(image, case.image[depth])
@@ -118,14 +119,14 @@ def test_slices_are_planes_of_volumes():
 def test_only_the_generator_decides():
     cases = [prepared(), prepared((5, 9, 7))]
     args = (cases, (3, 4, 5), 4)
-    first = sampling.batch(*args, np.random.default_rng(7), augment=augment.mild)
-    again = sampling.batch(*args, np.random.default_rng(7), augment=augment.mild)
-    other = sampling.batch(*args, np.random.default_rng(8), augment=augment.mild)
+    first = sampling.batch(*args, np.random.default_rng(7), augment=augment.mild, first=0)
+    again = sampling.batch(*args, np.random.default_rng(7), augment=augment.mild, first=0)
+    other = sampling.batch(*args, np.random.default_rng(8), augment=augment.mild, first=0)
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
     assert (first[0] != other[0]).any()
     seen = []
-    sampling.batch(cases, (4, 5), 3, np.random.default_rng(0),
+    sampling.batch(cases, (4, 5), 3, np.random.default_rng(0), first=0,
                    augment=lambda x, y, rng: (seen.append(x.shape), (x, y))[1])
     assert seen == [(4, 5, 2)] * 3
 
@@ -134,7 +135,7 @@ def test_wrong_batches():
     for cases, size, count in (([], (2, 2, 2), 1), ([prepared()], (2,), 1),
                                ([prepared()], (2, 2, 2, 2), 1), ([prepared()], (2, 2), 0)):
         with pytest.raises(ValueError, match="expected two or three"):
-            sampling.batch(cases, size, count, np.random.default_rng(0))
+            sampling.batch(cases, size, count, np.random.default_rng(0), first=0)
 
 
 def test_a_case_is_prepared_stored_and_mapped(tmp_path):
@@ -153,7 +154,8 @@ def test_a_case_is_prepared_stored_and_mapped(tmp_path):
     mapped = sampling.open(tmp_path / "store", case.id)
     assert isinstance(mapped.image, np.memmap) and isinstance(mapped.label, np.memmap)
     assert list(mapped.foreground) == [1, 2] and len(list((tmp_path / "store").iterdir())) == 3
-    draws = [sampling.batch([c], (4, 8, 8), 3, np.random.default_rng(0)) for c in (ready, mapped)]
+    draws = [sampling.batch([c], (4, 8, 8), 3, np.random.default_rng(0), first=0)
+             for c in (ready, mapped)]
     np.testing.assert_array_equal(draws[0][0], draws[1][0])
     assert type(draws[1][0]) is np.ndarray
 

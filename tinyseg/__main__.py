@@ -27,17 +27,19 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
             largest: bool = False, smallest: float = 0) -> int:
     """Segment SCAN with MODEL and write the label map to OUT, on the scan's own grid.
 
-    SCAN may be a folder of .nii and .nii.gz files: OUT is then one too, and names are kept. A file
-    that fails is named and the others go on; the exit code is then 1. How scans are prepared
-    stands in MODEL.
+    SCAN may be a folder of .nii and .nii.gz files: OUT is then one too, and names are kept. Where
+    channels have files of their own, case_0000 and on, OUT goes by the case, and SCAN is the first.
+    A file that fails is named and the others go on; the exit code is then 1. How scans are
+    prepared stands in MODEL.
     """
-    jobs = _jobs(scan, out)
-    nets = _agreeing([model, *others], device)
+    _refuse(scan, out)
+    nets = _agreeing([model, *others], device, mirror)
+    jobs = _jobs(scan, out, nets[0].config["in_channels"])
     failed = []
-    for number, (source, target) in enumerate(jobs, 1):
+    for number, ((source, *further), target) in enumerate(jobs, 1):
         try:
             with tqdm(desc=f"{number}/{len(jobs)} {source.name}", unit="window") as bar:
-                told = _predict(nets, source, target, overlap=overlap,
+                told = _predict(nets, [source, *further], target, overlap=overlap,
                                 mirror=[LEFT_RIGHT] * mirror, largest=largest, smallest=smallest,
                                 progress=partial(_advance, bar))
             print(f"{source.name}: {told}")
@@ -50,9 +52,9 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
     return int(bool(failed))
 
 
-def _predict(nets: Sequence[nn.Module], source: Path, target: Path, **options: Any) -> str:
-    """Segment one file; returns how much of each class was found."""
-    scan = nifti.read(source)
+def _predict(nets: Sequence[nn.Module], files: Sequence[Path], target: Path, **options: Any) -> str:
+    """Segment one scan; returns how much of each class was found."""
+    scan = nifti.join([nifti.read(path) for path in files])
     labels = infer.segment(nets, scan, **options)
     target.parent.mkdir(parents=True, exist_ok=True)
     nifti.write(target, labels, scan)
@@ -62,31 +64,40 @@ def _predict(nets: Sequence[nn.Module], source: Path, target: Path, **options: A
     return ", ".join(f"{name} {n * voxel:.1f} ml ({n} voxels)" for name, n in counts.items())
 
 
-def _jobs(scan: Path, out: Path) -> list[tuple[Path, Path]]:
-    """(scan, label map) of a file or all in a folder; refuses here what would fail at the end."""
+def _refuse(scan: Path, out: Path) -> None:
+    """ValueError or FileNotFoundError for what would fail at the end."""
     if not scan.exists():
         raise FileNotFoundError(f"{scan}: no such file or folder")
-    if scan.is_dir():
-        jobs = [(path, out / path.name) for path in _volumes(scan)]
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out}: expected a folder, as {scan} is one")
-    else:
-        jobs = [(scan, out)]
-        if not out.name.endswith(nifti.ENDINGS) or out.is_dir():
-            raise ValueError(f"{out}: expected a file name that ends in .nii or .nii.gz")
-    for source, target in jobs:
-        if target.exists() and source.exists() and target.samefile(source):
+    if scan.is_dir() and out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a folder, as {scan} is one")
+    if not scan.is_dir() and (not out.name.endswith(nifti.ENDINGS) or out.is_dir()):
+        raise ValueError(f"{out}: expected a file name that ends in .nii or .nii.gz")
+    for source, target in ([(path, out / path.name) for path in _volumes(scan)]
+                           if scan.is_dir() else [(scan, out)]):
+        if target.exists() and target.samefile(source):
             raise ValueError(f"{target}: is the scan itself, expected another place for labels")
-    return jobs
 
 
-def _agreeing(paths: Sequence[Path], device: str) -> list[nn.Module]:
-    """The networks in files of the main job, on a device; ValueError where classes differ."""
+def _jobs(scan: Path, out: Path, channels: int) -> list[tuple[list[Path], Path]]:
+    """(files of a scan, its label map) of one scan or all in a folder."""
+    if scan.is_dir():
+        return [(files, out / (id + (".nii.gz" if files[0].suffix == ".gz" else ".nii")))
+                for id, files in decathlon.scans(_volumes(scan), channels).items()]
+    beside = decathlon.scans(_volumes(scan.parent), channels).values() if channels > 1 else ()
+    return [(next((files for files in beside if files[0] == scan), [scan]), out)]
+
+
+def _agreeing(paths: Sequence[Path], device: str, mirror: bool) -> list[nn.Module]:
+    """The networks in files of the main job, on a device; ValueError where classes differ, or a
+    mirror image is asked of one that has never seen any."""
     nets = []
     for path in paths:
         net = checkpoint.load(path)
         if not {"plan", "patch"} <= net.metadata.keys():
             raise ValueError(f"{path}: holds no preparation; train it with the main job first")
+        if mirror and net.metadata["plan"].get("mirror", ()) is None:
+            raise ValueError(f"{path}: was trained without left-right reflections, and cannot"
+                             " answer them; predict without --mirror")
         nets.append(nn.to_device(net, device))
         told = [(n.config["classes"], n.metadata.get("labels")) for n in (nets[0], net)]
         if told[0] != told[1]:

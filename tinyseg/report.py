@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .files import whole
 
 # matplotlib is imported where it draws: it takes longer to load than all of tinyseg.
 COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#009e73", "#56b4e9", "#d55e00")
-STYLES = ("-", "--", ":") * 4  # of lines, after the last colour
+STYLES = ("-", "--", ":", "-.")  # of lines, after the last colour
 PER_ROW = 3  # names in a row of an overlay's legend
 
 
@@ -122,7 +122,7 @@ def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
     extent = np.multiply(image.shape, spacing)
     heights = [extent[rest[0]] / extent[rest[1]] for _, _, rest in planes]
     classes = [number for number in labels if number]
-    lines = dict(zip(classes, product(STYLES, COLOURS), strict=False))
+    lines = dict(zip(classes, cycle(product(STYLES, COLOURS)), strict=False))
     rows = -(-len(classes) // PER_ROW)
     figure = _figure(3 * (1 + len(maps)), 3 * sum(heights) + 0.8 + 0.25 * rows)
     panels = figure.subplots(len(planes), 1 + len(maps), squeeze=False, height_ratios=heights)

@@ -284,6 +284,21 @@ def _scan(folder: Path, id: str) -> list[Path]:
     return []
 
 
+def scans(files: Iterable[Path], channels: int) -> dict[str, list[Path]]:
+    """{id: its files} of scans of so many channels, one file each or, as nnU-Net has them, one for
+    every channel: case_0000, case_0001 and on. Of one channel each file is a scan, and goes by its
+    name without _0000 where all have that."""
+    found: dict[str, list[Path]] = {}
+    parted = {path: _id(path).rpartition("_") for path in sorted(files)}
+    numbered = {path for path, (case, _, number) in parted.items()
+                if case and len(number) == 4 and number.isdigit()}
+    if channels == 1 and {parted[path][2] for path in parted} != {"0000"}:
+        numbered = set()
+    for path in parted:
+        found.setdefault(parted[path][0] if path in numbered else _id(path), []).append(path)
+    return found
+
+
 def _id(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".nii")
 

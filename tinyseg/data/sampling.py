@@ -185,7 +185,7 @@ def centred(number: int, share: float) -> bool:
 
 
 def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
-            foreground: float = 0.5, augment: Callable | None = None, first: int = 0
+            foreground: float = 0.5, augment: Callable | None = None, *, first: int
             ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(id, image (*size, C) float32, labels (*size) uint8) of `count` cases drawn uniformly.
 
@@ -210,9 +210,9 @@ def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.
 
 
 def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
-          foreground: float = 0.5, augment: Callable | None = None, first: int = 0
+          foreground: float = 0.5, augment: Callable | None = None, *, first: int
           ) -> tuple[np.ndarray, np.ndarray]:
     """`patches` as two arrays: images (N, *size, C) float32 and labels (N, *size) uint8."""
-    drawn = patches(cases, size, count, rng, foreground, augment, first)
+    drawn = patches(cases, size, count, rng, foreground, augment, first=first)
     _, images, labels = zip(*drawn, strict=True)
     return np.stack(images), np.stack(labels)
