@@ -1,7 +1,8 @@
 """Train on slices, inflate to volumes, fine-tune, and score both on held-out cases.
 
-The scans come as a Medical Segmentation Decathlon folder, as downloaded; without one, a synthetic
-one is written first and takes the same path. Everything lands in --out:
+The scans come as a folder of the Medical Segmentation Decathlon or of nnU-Net, as it is, or as two
+folders with the same names; without any, a synthetic one is written first and takes the same path.
+Everything lands in --out:
 
   model_2d.npz, model_3d.npz   the networks with their preparation (tinyseg.load)
   history.csv, progress.png    loss and Dice on training patches, step by step: of those centred on
@@ -55,7 +56,8 @@ def options(**how) -> argparse.ArgumentParser:
     add("--data", type=Path, help="Decathlon or nnU-Net folder with dataset.json (default: a "
         "phantom in OUT)")
     add("--images", type=Path, help="instead of --data: a folder of scans")
-    add("--labels", type=Path, dest="label_maps", help="and one of label maps of the same names")
+    add("--labels", type=Path, dest="label_maps", metavar="LABELS",
+        help="and one of label maps of the same names")
     add("--modality", default="unknown", metavar="NAME", help="of --images: CT keeps its units, "
         "others are standardised scan by scan (%(default)s)")
     add("--out", type=Path, default=Path("runs/pancreas"), help="where results go (%(default)s)")
