@@ -19,7 +19,7 @@ from .files import whole
 # matplotlib is imported where it draws: it takes longer to load than all of tinyseg.
 COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#009e73", "#56b4e9", "#d55e00")
 STYLES = ("-", "--", ":", "-.")  # of lines, after the last colour
-PER_ROW = 3  # names in a row of an overlay's legend
+PER_ROW = 3  # names in a row of a legend
 
 
 def spell_out() -> None:
@@ -103,7 +103,7 @@ def _curves(panel, rows, keys, label, average=True, style="-"):
     panel.set_ylabel(label)
     panel.grid(alpha=0.3)
     if len(keys) > 1 and panel.get_legend_handles_labels()[0]:
-        panel.legend()
+        panel.legend(loc="upper center", ncols=PER_ROW, fontsize="small")
 
 
 def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
