@@ -97,7 +97,7 @@ def attempt(out, fault="none", where="", count=0, seconds=None):
     killed after some seconds of work. It goes on wherever there is something to go on with."""
     words = ["--resume"] if (out / "run.json").exists() else SMALL
     process = subprocess.Popen([sys.executable, __file__, fault, where, str(count), out, *words],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     if seconds is not None:
         process.stdout.readline()
         time.sleep(seconds)
