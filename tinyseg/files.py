@@ -21,6 +21,7 @@ STRANGERS = {  # what often stands in a file's place, by its beginning in lower 
     b"/annex/objects/": "a pointer of git-annex to the file; fetch that by `git annex get`",
     b"<!doctype html": "a web page; its site answered with a page, so fetch the file again",
     b"<html": "a web page; its site answered with a page, so fetch the file again",
+    b"<?xml": "a web page; its site answered with a page, so fetch the file again",
     b"pk\x03\x04": "a zip archive; unpack it first",
 }
 

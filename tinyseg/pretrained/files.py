@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import identify
 from .pickles import BFLOAT16, LONGEST_NAME, Inert, Kind, Storage, Strided, Unpickler
 
 LARGEST_PICKLE = 64 << 20  # bytes; that of ResNet-152 has 0.1 MB
@@ -27,10 +28,7 @@ DEFLATE = 1032  # bytes out of one, at most
 MOST_REPEATED = 1 << 17  # entries of dicts that several dicts hold
 MAGIC = 0x1950A86A20F9469CFC6C  # opens PyTorch's format from before 1.6
 
-OTHERS = (  # how files begin that are often met in a checkpoint's place; what to do
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull`, or "
-                                 "download the file itself"),
-    (b"<", "a web page: the download needs another link, or a login"),
+OTHERS = (  # how files begin that are met in a checkpoint's place beside what `identify` knows
     (b"{", "JSON text, no weights; where it is the index of several files (model.safetensors.index"
            ".json), read each of them and load their union: load(net, read(a) | read(b))"),
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
@@ -272,11 +270,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
                              "save it again")
         elif head[:1] == b"\x80":  # every pickle since protocol 2
             arrays = _read_legacy(path)
-        elif not head:
-            raise ValueError("it is empty; download or copy it again")
         else:
             what = [what for begins, what in OTHERS if head.lstrip().startswith(begins)]
-            raise ValueError(*what or ["neither PyTorch's format nor safetensors nor npz"])
+            raise ValueError(identify(head) or "".join(what)
+                             or "neither PyTorch's format nor safetensors nor npz")
         if not arrays:
             raise ValueError("it holds no array")
     except RuntimeError as error:
