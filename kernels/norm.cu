@@ -8,11 +8,11 @@
 //                   mean and scale do not depend on x, without what is divided by M
 //   column_sum      the sum of each chunk of rows; on its own answer, as one chunk, it ends a sum
 //
-// Specified by `batch_norm` in tinyseg/normalisation.py. Of arrays with M * C floats `moments` reads x;
-// `normalize` reads x (and residual) and writes y; `adjoint_sums` reads g and x (with a residual
-// and a ReLU also y, and writes g'); `normalize_dx` reads g (or g') and x and writes dx; the rest
-// is small. That traffic is all they cost: hence 16 bytes a load, and loops that unroll into
-// several rows whose loads come first and are under way together.
+// Specified by `batch_norm` in tinyseg/normalisation.py. Of arrays with M * C floats `moments`
+// reads x; `normalize` reads x (and residual) and writes y; `adjoint_sums` reads g and x (with a
+// residual and a ReLU also y, and writes g'); `normalize_dx` reads g (or g') and x and writes dx;
+// the rest is small. That traffic is all they cost: hence 16 bytes a load, and loops that unroll
+// into several rows whose loads come first and are under way together.
 //
 // Block (i, j) owns chunk i of the rows and tile j of the channels. Thread (x, y) of it owns VECTOR
 // neighbouring channels and every blockDim.y-th row of the chunk, from its row y on: the numbers
