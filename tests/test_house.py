@@ -199,7 +199,7 @@ def test_code_lines_counts_code():
 @pytest.mark.parametrize("files, limit", [
     (["graph.py", "tensor.py"], 292),
     (["windows/geometry.py", "windows/reference.py"], 200),
-    (["inflate.py"], 119),  # the table of profiles is data
+    (["inflate.py"], 121),  # the table of profiles is data
 ])
 def test_the_core_stays_small(files, limit):
     """Ratchets: a number may fall with the code; to raise one is a decision, made in review."""

@@ -230,7 +230,7 @@ def test_a_config_rebuilds_the_network(make, options):
 
 @pytest.mark.parametrize("options", [
     {"backbone": "resnet20"}, {"rank": 0}, {"rank": 4}, {"rank": "2"}, {"output_stride": 4},
-    {"head": "unet"}, {"classes": 0}, {"in_channels": 0}, {"classes": -2},
+    {"head": "segformer"}, {"classes": 0}, {"in_channels": 0}, {"classes": -2},
     {"depth": 3, "rank": 2}, {"depth_padding": "edge", "rank": 2}, {"pool_depth": 1, "rank": 1},
     {"depth": 0}, {"depth": "all"}, {"depth": (3,)}, {"depth": (3, 3, 3)}, {"depth": (3, 0)},
     {"depth": 2.5}, {"depth_stride": 2}, {"depth_dilation": 2}, {"depth_dilation": "zero"},

@@ -256,6 +256,18 @@ def test_group_norm(size, groups):
           2 + 3 * normal(2, *size, 6), normal(6, seed=2), normal(6, seed=3))
 
 
+@pytest.mark.parametrize("size, to", [
+    ((5,), (9,)), ((3, 4), (6, 8)), ((1, 4), (1, 7)), ((2, 3, 1), (2, 5, 2)),
+    ((4, 3, 2), (7, 3, 4)),
+])
+@pytest.mark.parametrize("joined", [True, False])
+def test_double(size, to, joined):
+    more = [normal(2, *to, 2)] if joined else []
+    check(lambda x, *skip: ts.ops.double(x, *skip, size=to),
+          lambda x, *skip: torch.cat([channels_last(F.interpolate(channels_first(x), to)), *skip],
+                                     dim=-1), normal(2, *size, 3), *more)
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size, to", [
     ((5,), (13,)), ((9,), (4,)), ((3, 4), (17, 25)), ((1, 6), (5, 1)), ((2, 3, 5), (9, 17, 15)),
@@ -361,6 +373,17 @@ def test_variants_of_the_network(options):
     shape = (2, 17, 33, 2) if options["rank"] == 2 else (4, 77, 2)
     options = {"backbone": "resnet18", **options}
     check_gradients(*network(ts.models.resnet_seg, **options), normal(*shape))
+
+
+@pytest.mark.parametrize("shape, options", [
+    ((2, 17, 34, 19, 2), {"decoder": (8, 7, 6, 5, 4)}), ((3, 101, 2), {}),
+    ((4, 77, 2), {"decoder": (64, 32), "norm": "group"}),
+    ((2, 36, 33, 2), {"decoder": (8, 12, 6, 4), "align_corners": False}),
+])
+def test_whole_encoder_and_decoder(shape, options):
+    net, model = network(ts.models.resnet_seg, "resnet18", rank=len(shape) - 2, head="unet",
+                         **options)
+    check_gradients(net, model, normal(*shape))
 
 
 @pytest.mark.parametrize("head, shape", [

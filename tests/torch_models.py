@@ -4,6 +4,8 @@ Written from the definitions (He et al. 2016; Pakhomov et al. 2017; torchvision'
 no code with tinyseg: the oracle of test_parity.
 """
 
+from math import gcd
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,7 +30,7 @@ def place(rank, c_in, c_out, k, dilation=1):
     return [conv(rank, c_in, c_out, k, 1, dilation), NORM[rank](c_out), nn.ReLU()]
 
 
-class Block(nn.Module):
+class Residual(nn.Module):
     def __init__(self, rank, c_in, width, stride, dilation, bottleneck):
         super().__init__()
         c_out = 4 * width if bottleneck else width
@@ -68,17 +70,48 @@ class Pyramid(nn.Module):
         return self.project(torch.cat([*ys, mean.expand_as(ys[0])], dim=1))
 
 
+class Block(nn.Module):
+    """Doubled, joined, convolved twice: segmentation_models_pytorch's UnetDecoder block."""
+
+    def __init__(self, rank, c_in, c_out, norm):
+        super().__init__()
+        for i, c in enumerate((c_in, c_out), start=1):
+            layers = place(rank, c, c_out, 3)
+            if norm == "group":
+                layers[1] = nn.GroupNorm(gcd(c_out, 32), c_out)
+            self.add_module(f"conv{i}", nn.Sequential(*layers))
+
+    def forward(self, x, skip, size):
+        x = F.interpolate(x, tuple(size), mode="nearest")
+        return self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], dim=1)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, rank, stages, widths, norm):
+        super().__init__()
+        skips, inputs = [*stages[-2::-1], 0], [stages[-1], *widths]
+        self.blocks = nn.ModuleList(Block(rank, inputs[i] + skips[i], c, norm)
+                                    for i, c in enumerate(widths))
+
+    def forward(self, maps, size):
+        *skips, y = maps
+        for block in self.blocks:
+            skip = skips.pop() if skips else None
+            y = block(y, skip, size if skip is None else skip.shape[2:])
+        return y
+
+
 class Net(nn.Module):
     """head "classify": logits (N, classes); else logits (N, classes, *S)."""
 
     def __init__(self, backbone, rank, in_channels, classes, head="linear", output_stride=8,
-                 dilate_first_block=True, align_corners=True):
+                 dilate_first_block=True, align_corners=True, decoder=(), norm="batch"):
         super().__init__()
         bottleneck = backbone not in ("resnet18", "resnet34")
         self.head, self.align_corners = head, align_corners
         self.conv1, self.bn1 = conv(rank, in_channels, 64, 7, 2), NORM[rank](64)
         self.maxpool = POOL[rank](3, 2, 1)
-        channels, reached, dilation = 64, 4, 1
+        channels, reached, dilation, stages = 64, 4, 1, [64]
         for i, count in enumerate(BLOCKS[backbone]):
             width, stride, before = 64 * 2**i, 1, dilation
             if i > 0 and reached < output_stride:
@@ -88,9 +121,11 @@ class Net(nn.Module):
             blocks = []
             for b in range(count):
                 d = before if b == 0 and not dilate_first_block else dilation
-                blocks.append(Block(rank, channels, width, stride if b == 0 else 1, d, bottleneck))
+                blocks.append(Residual(rank, channels, width, stride if b == 0 else 1, d,
+                                       bottleneck))
                 channels = 4 * width if bottleneck else width
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            stages.append(channels)
         if head == "classify":
             self.fc = nn.Linear(channels, classes)
         elif head == "linear":
@@ -98,17 +133,32 @@ class Net(nn.Module):
         elif head == "fcn":
             self.classifier = nn.Sequential(*place(rank, channels, channels // 4, 3), nn.Identity(),
                                             conv(rank, channels // 4, classes, 1, bias=True))
+        elif head == "unet":
+            self.decoder = Decoder(rank, stages, decoder, norm)
+            self.segmentation_head = nn.Sequential(conv(rank, decoder[-1], classes, 3, bias=True))
         else:
             self.classifier = nn.Sequential(Pyramid(rank, channels), *place(rank, 256, 256, 3),
                                             conv(rank, 256, classes, 1, bias=True))
 
     def forward(self, x):
-        y = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        maps = [F.relu(self.bn1(self.conv1(x)))]
+        y = self.maxpool(maps[0])
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            y = layer(y)
+            maps.append(y)
         if self.head == "classify":
             return self.fc(y.mean(tuple(range(2, y.ndim))))
-        y = self.fc(y) if self.head == "linear" else self.classifier(y)
+        if self.head == "unet":
+            y = self.segmentation_head(self.decoder(maps, x.shape[2:]))
+        else:
+            y = self.fc(y) if self.head == "linear" else self.classifier(y)
         return resize(y, x.shape[2:], self.align_corners)
+
+
+def segmentation_models_names(state):
+    """{name: tensor} of a Net with head "unet" as segmentation_models_pytorch's Unet names them."""
+    heads = ("decoder.", "segmentation_head.")
+    return {name if name.startswith(heads) else f"encoder.{name}": a for name, a in state.items()}
 
 
 def channels_first(x):
@@ -140,6 +190,7 @@ def twin(net):
     else:
         options |= {k: config[k] for k in ("head", "output_stride", "dilate_first_block",
                                            "align_corners")}
+        options |= {k: config[k] for k in ("decoder", "norm") if k in config}
     state = {name: torch_layout(torch.tensor(a)) for name, a in net.state().items()}
     model = Net(**options).to(state["conv1.weight"].dtype)
     model.load_state_dict(state, strict=False)  # test_parity compares the names

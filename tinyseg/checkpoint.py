@@ -76,7 +76,8 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def save(path: str | Path, net: Module, **metadata: Any) -> None:
-    """Write a network that `net.config` rebuilds (a `resnet_seg` or `resnet`, inflated or not).
+    """Write a network that `net.config` rebuilds: a `resnet_seg` or `resnet`, inflated or not, or
+    one whose maker `models.register` knows, here and where it is read.
 
     With `net.metadata`, `metadata` comes back as `load(path).metadata`: text, numbers (NumPy's as
     Python's), None, and dicts with text keys, lists and tuples (as lists) of these. Frozen
@@ -161,11 +162,12 @@ def load(path: str | Path) -> Module:
                          "at the end of a stage: model_2d.npz or model_3d.npz")
     try:
         config = description["architecture"]
-        claimed = config["in_channels"], config["classes"]
-        last = "fc.bias" if "fc.bias" in arrays else "classifier.4.bias"
-        found = arrays["conv1.weight"].shape[-2], len(arrays[last])
-        if claimed != found:  # before a network of the claimed size is made
-            raise ValueError(f"{claimed} input channels and classes are claimed, {found} found")
+        if config["model"] in ("resnet_seg", "resnet"):
+            claimed = config["in_channels"], config["classes"]
+            last = models.HEADS[config.get("head", "linear")].last
+            found = arrays["conv1.weight"].shape[-2], len(arrays[last])
+            if claimed != found:  # before a network of the claimed size is made
+                raise ValueError(f"{claimed} input channels and classes are claimed, {found} found")
         dtypes = {a.dtype for a in arrays.values()}
         if any(d.kind != "f" for d in dtypes):
             raise ValueError(f"expected arrays of floating-point numbers, found {dtypes}")
@@ -176,7 +178,7 @@ def load(path: str | Path) -> Module:
         parameters, frozen = dict(net.named_parameters()), description.get("frozen", [])
         for name in frozen:  # none in the files of earlier versions
             parameters[name].requires_grad = False
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{path}: holds no network that can be rebuilt ({error})") from None
     net.metadata = description.get("metadata", {})
     return net.eval()

@@ -97,17 +97,17 @@ def depth_profile(profile: str | Callable[[int], Array] | Array, slots: int,
     return alpha
 
 
-def inflate(net: Network, depth: int | tuple[int, int] = 3,
+def inflate(net: Network, depth: int | tuple[int, ...] = 3,
             profile: str | Callable[[int], Array] | Array | Mapping[str, Array] = "average", *,
             slot: str | int = "center", alpha: Array | Mapping[str, Array] | None = None,
-            depth_stride: str | int = "plane", depth_dilation: str | int = 1,
+            depth_stride: str | int | tuple[int, ...] = "plane", depth_dilation: str | int = 1,
             depth_padding: str = "edge", stem: str = "profile", seed: int = 0) -> Network:
     """A rank-3 network made of a rank-2 one; the original is untouched, tied weights stay tied.
 
-    depth: slots of every kernel larger than one, or (stem, rest). profile, slot: see
+    depth: slots of every kernel larger than one, (stem, rest), or five. profile, slot: see
     `depth_profile`; "scale" takes its numbers from `alpha`, and a mapping {layer name: alpha}
     gives each convolution with a kernel larger than one its own (the first of tied ones).
-    depth_stride, depth_dilation, depth_padding: see `models.Depth`. stem="colour": the first
+    depth, depth_stride, depth_dilation, depth_padding: see `models.Depth`. stem="colour": the first
     kernel's colour axis becomes its depth, so that a network of RGB images sees three neighbouring
     slices of one channel instead (AH-Net, Liu et al. 2018). seed: of the profile "dirichlet",
     another draw for every layer, and of the noise.
@@ -116,7 +116,8 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
     every exact profile; with "zero", only for profile="zero" at the centre. That profile at depth
     stride 1 equals the original on every volume, slice by slice, unless the head averages over
     all positions. The result equals `resnet_seg(rank=3, ...)` with the same depth arguments and
-    this state, where the original is a `resnet_seg`.
+    this state, where the original is a `resnet_seg`; `models.build(result.config)` is its twin with
+    a random start.
     """
     along = Depth(depth, depth_stride, depth_dilation, depth_padding)
     if isinstance(profile, str) and profile == "scale":
@@ -140,8 +141,10 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
     if isinstance(profile, Mapping) and set(profile) != set(wide):
         raise ValueError(f"alpha must name the convolutions {sorted(wide)}, found "
                          f"{sorted(set(profile))}")
+    along.check({m.stage for m in out.modules() if isinstance(m, Conv | MaxPool)
+                 and m.window.stride[0] > 1})
     for name, conv in kernels.items():
-        conv.window = along.conv(conv.window, stem=first[id(conv.weight)] in wide[:1])
+        conv.window = along.conv(conv.window, first[id(conv.weight)] in wide[:1], conv.stage)
         if first[id(conv.weight)] != name:
             continue
         w, slots = conv.weight.data, conv.window.kernel[0]
@@ -165,7 +168,7 @@ def inflate(net: Network, depth: int | tuple[int, int] = 3,
         conv.weight.data, conv.weight.grad = w3, None
     for module in out.modules():
         if isinstance(module, MaxPool):
-            module.window = along.pool(module.window)
+            module.window = along.pool(module.window, module.stage)
         if isinstance(getattr(module, "config", None), dict):
             channels = {"in_channels": 1} if stem == "colour" else {}
             module.config = {**module.config, **channels, "rank": 3, **asdict(along)}

@@ -55,6 +55,8 @@ class Conv(Module):
     a seed of one.
     """
 
+    stage: int | None = None  # of a ResNet that it works in, see models.Depth
+
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, ...], *, stride: Any = 1,
                  padding: Any = 0, dilation: Any = 1, padding_mode: Any = "zero",
                  bias: bool = True, std: float | None = None, rng: np.random.Generator | int):
@@ -124,6 +126,8 @@ class GroupNorm(Module):
 
 class MaxPool(Module):
     """Maximum over windows; see ops.max_pool. `kernel` is a tuple of length rank."""
+
+    stage: int | None = None  # as a convolution's
 
     def __init__(self, kernel: tuple[int, ...], stride: Any = None, padding: Any = 0):
         kernel = _per_axis(kernel)

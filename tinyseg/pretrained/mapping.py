@@ -102,7 +102,8 @@ def recognise(arrays: Mapping[str, np.ndarray], *, prefix: str | None = None,
 
     Backbone from the number of blocks and of convolutions in one; the head from its names. A
     matrix as fc: torchvision's classifier; a 1x1 kernel: Pakhomov's segmentation; classifier.*:
-    torchvision's FCN or DeepLabV3, with its dilation rule and corners. The options are those of
+    torchvision's FCN or DeepLabV3, with its dilation rule and corners; decoder.*: the Unet of
+    segmentation_models_pytorch. The options are those of
     `load`. ValueError where no network of ours fits, or more than one.
     """
     if TEXT in arrays:
@@ -137,7 +138,12 @@ def recognise(arrays: Mapping[str, np.ndarray], *, prefix: str | None = None,
         head = "deeplabv3" if "classifier.0.project.0.weight" in named else "fcn"
         return {"model": "resnet_seg", "head": head, "classes": len(named["classifier.4.weight"]),
                 "dilate_first_block": False, "align_corners": False, **config}
-    raise ValueError(f"a {found[0]} without a head that is known (fc or classifier; beside it: "
+    if "segmentation_head.0.weight" in named:
+        widths = [n for n in named if n.startswith("decoder.") and n.endswith("conv2.0.weight")]
+        return {"model": "resnet_seg", "head": "unet", "decoder": [len(named[n]) for n in widths],
+                "classes": len(named["segmentation_head.0.weight"]), **config}
+    raise ValueError(f"a {found[0]} without a head that is known (fc, classifier, or decoder with "
+                     "segmentation_head; beside it: "
                      f"{first(others)}): no whole network, but a start for one. Train with "
                      f'--pretrained, or make models.resnet_seg("{found[0]}", ...) and call '
                      'pretrained.load with head="drop"')
@@ -169,7 +175,7 @@ def _fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], report
     and what is wrong with it. What stands under the prefixes `others` is another network."""
     mine = {n: a for n, a in net.items() if not (drop and n.startswith(HEADS))}
     report.notes += [f"the head stays as it was: {n}" for n in net if n not in mine]
-    parts = {n.partition(".")[0] for n in mine} if drop else set()
+    parts = {n.partition(".")[0] for n in mine}
     names = under(report.prefix, arrays, mine)
     found = {n: arrays[name] for n, name in names.items() if not left_out(n)}
     state, wrong = {}, []
@@ -203,9 +209,9 @@ def _fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], report
         state[name] = fitted
     report.unexpected = [n for n in names if n not in state]
     wrong += [f"{n} is not in the network" for n in report.unexpected
-              if n in found and names[n].startswith(report.prefix) and not n.startswith(UNUSED)
-              and not names[n].startswith(others)
-              and (not drop or n.partition(".")[0] in parts)]
+              if n in found and not names[n].startswith(others) and not n.startswith(UNUSED)
+              and (n.partition(".")[0] in parts or
+                   not drop and names[n].startswith(report.prefix))]
     return state, wrong
 
 
@@ -260,8 +266,9 @@ def load(net: Module, path: str | Path | Mapping[str, np.ndarray], *, head: str 
     path: a file, or {name: array} in PyTorch's layout, as `read` gives it. Kernels become
     channels-last, an RGB stem is fitted to the network's input channels (see `_stem` for `stem`).
 
-    head: "keep"; "drop" leaves fc or classifier as it is, whatever head the file has; "fit" keeps
-    the head where the file has the very same, and drops it otherwise.
+    head: "keep"; "drop" leaves what follows the trunk (fc, classifier, decoder and
+    segmentation_head) as it is, whatever the file has; "fit" keeps it where the file has the very
+    same, and drops it otherwise.
     prefix: what the network's names begin with in the file, "" for nothing; None finds it.
     rename: {regular expression: replacement} for the names in the file, in turn, as re.sub has it:
     {"shortcut": "downsample", "^linear": "fc"}.

@@ -14,7 +14,9 @@ from os.path import commonprefix
 
 import numpy as np
 
-HEADS = ("fc.", "classifier.")
+from .. import models
+
+HEADS = tuple(sorted({f"{name}." for head in models.HEADS.values() for name in head.names}))
 NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4",
             "9": "fc"}  # the children of a torchvision ResNet, as RadImageNet has them
 Renames = Mapping[str, str] | Iterable[tuple[str, str]]

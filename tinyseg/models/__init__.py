@@ -1,0 +1,9 @@
+"""Residual networks that classify and segment, at any rank: trunks, decoders, whole networks."""
+
+from .decoders import HEADS
+from .depth import Builder, Depth
+from .networks import Classifier, Segmenter, build, register, resnet, resnet_seg
+from .resnet import BACKBONES, Residual, ResNet
+
+__all__ = ["BACKBONES", "HEADS", "Builder", "Classifier", "Depth", "ResNet", "Residual",
+           "Segmenter", "build", "register", "resnet", "resnet_seg"]

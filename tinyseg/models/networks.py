@@ -1,0 +1,148 @@
+"""Whole networks, what rebuilds them, and the makers that a file may name.
+
+Rank 2 is the network of images, rank 3 that of volumes; the code is the same. What a rank-3
+window does along depth is one `Depth` value, which `inflate` uses too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from .. import ops
+from ..nn import GlobalAverage, Linear, Module
+from ..tensor import Tensor
+from .decoders import HEADS
+from .depth import Builder, Depth, plain, positive
+from .resnet import ResNet
+
+
+def _check_classes(classes: Any) -> None:
+    if not positive(classes):
+        raise ValueError(f"classes is {classes!r}; expected a positive int")
+
+
+class Classifier(ResNet):
+    """Trunk, global average, `fc`: (N, *S, in_channels) -> (N, classes)."""
+
+    head_names = ("fc",)
+
+    def __init__(self, build: Builder, classes: int, **trunk: Any):
+        super().__init__(build, **trunk)
+        _check_classes(classes)
+        self.fc = Linear(self.channels[-1], classes, std=0.01, rng=build.rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(GlobalAverage()(self.features(x)))
+
+
+class Segmenter(ResNet):
+    """Trunk, head, linear upsampling: (N, *S, in_channels) -> logits (N, *S, classes).
+
+    `head` is one of HEADS, `options` what its maker takes.
+    """
+
+    def __init__(self, build: Builder, classes: int, head: str, align_corners: bool,
+                 options: dict[str, Any], **trunk: Any):
+        super().__init__(build, **trunk)
+        _check_classes(classes)
+        if head not in HEADS:
+            raise ValueError(f"head is {head!r}; expected one of {', '.join(HEADS)}")
+        self.head, self.align_corners = head, align_corners
+        parts = HEADS[head].make(build, self.channels, classes, **options)
+        vars(self).update(zip(self.head_names, parts, strict=True))
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The names of the parts behind the trunk: with these begin those of its parameters."""
+        return HEADS[self.head].names
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = (getattr(self, name) for name in self.head_names)
+        y = first(x, *self.pyramid(x)) if HEADS[self.head].pyramid else first(self.features(x))
+        for part in rest:
+            y = part(y)
+        return ops.upsample(y, x.shape[1:-1], align_corners=self.align_corners)
+
+
+def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: int,
+               output_stride: int | None = None, head: str = "linear",
+               decoder: tuple[int, ...] = (256, 128, 64, 32, 16), norm: str = "batch",
+               dilate_first_block: bool = True, align_corners: bool = True, depth: Any = "plane",
+               depth_stride: Any = "plane", depth_dilation: Any = "plane",
+               depth_padding: str = "zero", pool_depth: int | None = None, seed: int = 0
+               ) -> Segmenter:
+    """A segmentation network: logits (N, *S, classes) for images or volumes (N, *S, in_channels).
+
+    The defaults are Pakhomov's ResNet-8s, isotropic at rank 3. `dilate_first_block=False` with
+    `align_corners=False` is torchvision's rule. The depth arguments are those of `Depth`. The
+    same seed gives the same weights. `net.config` rebuilds the architecture.
+
+    head="unet" goes back up through the stages of a trunk of output stride 32 (others: 8, unless
+    told otherwise). decoder: the channels of its blocks, one to five; each doubles, and what is
+    left after fewer than five is interpolated. norm: "batch" or "group", the decoder's alone.
+    """
+    along, unet = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth), {}
+    if head == "unet":
+        unet = {"decoder": plain(decoder), "norm": norm}
+        if output_stride not in (None, 32):
+            raise ValueError(f'output_stride is {output_stride!r}; head "unet" has a trunk of 32')
+    stride = (32 if unet else 8) if output_stride is None else output_stride
+    net = Segmenter(Builder(rank, along, seed), classes, head, align_corners, unet,
+                    backbone=backbone, in_channels=in_channels, output_stride=stride,
+                    dilate_first_block=dilate_first_block)
+    net.config = {"model": "resnet_seg", "backbone": backbone, "rank": rank,
+                  "in_channels": in_channels, "classes": classes, "output_stride": stride,
+                  "head": head, **unet, "dilate_first_block": dilate_first_block,
+                  "align_corners": align_corners, **asdict(along)}
+    return net
+
+
+def resnet(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: int,
+           depth: Any = "plane", depth_stride: Any = "plane", depth_dilation: Any = "plane",
+           depth_padding: str = "zero", pool_depth: int | None = None, seed: int = 0
+           ) -> Classifier:
+    """The classification network: (N, *S, in_channels) -> logits (N, classes)."""
+    along = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth)
+    net = Classifier(Builder(rank, along, seed), classes, backbone=backbone,
+                     in_channels=in_channels, output_stride=32, dilate_first_block=True)
+    net.config = {"model": "resnet", "backbone": backbone, "rank": rank,
+                  "in_channels": in_channels, "classes": classes, **asdict(along)}
+    return net
+
+
+MAKERS: dict[str, Callable[..., Module]] = {"resnet_seg": resnet_seg, "resnet": resnet}
+
+
+def register(name: str, maker: Callable[..., Module]) -> None:
+    """Let `build`, and a file that `checkpoint.save` wrote, name a network of one's own.
+
+    maker(**options, seed=...) returns a network with random weights; its `config` becomes
+    {"model": name, **options}, unless it has one. What is read from a file decides the options,
+    which are text, numbers and lists, and never what is called. Raises ValueError for a name that
+    is taken by another maker, TypeError for a maker without a seed.
+    """
+    if MAKERS.get(name, maker) is not maker:
+        raise ValueError(f"{name!r} is the name of another maker; expected a new one, beside "
+                         f"{', '.join(MAKERS)}")
+    kinds = inspect.signature(maker).parameters
+    if "seed" not in kinds and all(p.kind is not p.VAR_KEYWORD for p in kinds.values()):
+        raise TypeError(f"the maker of {name!r} takes no seed; expected maker(..., seed=0), which "
+                        "every convolution and linear layer takes as its rng")
+    MAKERS[name] = maker
+
+
+def build(config: dict) -> Module:
+    """The network that a `config` describes, with random weights: for that of an inflated network,
+    its twin with a random start. "seed" in it says which."""
+    options = dict(config)
+    name = options.pop("model", None)
+    if not isinstance(name, str) or name not in MAKERS:
+        raise ValueError(f"model is {name!r}; expected one of {', '.join(MAKERS)} "
+                         "(models.register adds another)")
+    net = MAKERS[name](**options)
+    if not isinstance(getattr(net, "config", None), dict):
+        net.config = {key: value for key, value in config.items() if key != "seed"}
+    return net
