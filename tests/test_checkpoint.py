@@ -38,6 +38,10 @@ def make(kind):
     net = ts.models.resnet_seg(**options, in_channels=2, classes=3, align_corners=False, seed=3)
     if kind == "classifier":
         net = ts.models.resnet(rank=2, in_channels=2, classes=3)
+    if kind == "unet":
+        net = ts.models.resnet_seg(**options, in_channels=2, classes=3, head="unet",
+                                   decoder=(9, 7, 5), norm="group")
+        net = ts.inflate(net, (1, 2, 2, 1, 2), depth_stride=(1, 2, 1, 2, 1))
     if kind == "inflated":
         net = ts.inflate(net, (5, 2), depth_stride=1)
     if kind == "float64":
@@ -45,7 +49,7 @@ def make(kind):
     return net
 
 
-@pytest.mark.parametrize("kind", ["rank 2", "rank 3", "inflated", "float64", "classifier"])
+@pytest.mark.parametrize("kind", ["rank 2", "rank 3", "inflated", "float64", "classifier", "unet"])
 def test_a_network_comes_back(tmp_path, kind):
     net, path = make(kind), tmp_path / "net.npz"
     for name, array in net.state().items():
@@ -64,6 +68,39 @@ def test_a_network_comes_back(tmp_path, kind):
     assert not again.training and not again.layer1.training
     assert all(p.requires_grad for p in again.parameters())
     assert os.listdir(tmp_path) == ["net.npz"]
+
+
+def thin(width, rank=2, depth="plane", seed=0, **along):
+    """A network of one's own, whose layers are made as a ResNet's."""
+    build = ts.models.Builder(rank, ts.models.Depth(depth, **along), seed)
+    return ts.nn.Sequential(build.conv(1, width, 3), ts.nn.BatchNorm(width), ts.nn.ReLU(),
+                            build.conv(width, 2, 3, bias=True))
+
+
+def test_a_network_of_ones_own_comes_back(tmp_path, monkeypatch):
+    """Built by the maker that its name stands for; without one its file is refused."""
+    makers = dict(ts.models.networks.MAKERS)
+    monkeypatch.setattr(ts.models.networks, "MAKERS", makers)
+    ts.models.register("thin", thin)
+    path, net = tmp_path / "net.npz", ts.models.build({"model": "thin", "width": 5, "rank": 2})
+    net[3].weight.requires_grad = False
+    for net in (net.eval(), ts.inflate(net, (3, 2))):  # noqa: B020
+        ts.save(path, net, spacing=[1, 2])
+        again = ts.load(path)
+        assert again.config == net.config and again.metadata == {"spacing": [1, 2]}
+        assert [p.requires_grad for p in again.parameters()] == [True] * 3 + [False, True]
+        for name, array in again.state().items():
+            np.testing.assert_array_equal(array, net.state()[name])
+        x = NUMBERS((1, 4, 7, 9)[-net.config["rank"] - 1:] + (1,)).astype("float32")
+        np.testing.assert_array_equal(again(x).data, net(x).data)
+    twin = ts.models.build({**net.config, "seed": 1})  # a random start of the inflated network
+    assert {n: a.shape for n, a in twin.state().items()} == {
+        n: a.shape for n, a in net.state().items()}
+    net.config = {"model": "thin", "width": 6}
+    with pytest.raises(ValueError, match="would not be read back"):
+        ts.save(path, net)
+    del makers["thin"]
+    assert "'thin'; expected one of resnet_seg, resnet" in refused(path, ts.load)
 
 
 @pytest.mark.parametrize("name, edit", [
@@ -358,7 +395,8 @@ def test_an_array_that_claims_to_be_huge(tmp_path):
     {"model": "unet"}, {"model": None}, {"backbone": "resnet19"}, {"backbone": []}, {"rank": 4},
     {"rank": "2"}, {"classes": "three"}, {"classes": None}, {"classes": -1}, {"classes": 2.5},
     {"in_channels": 0}, {"in_channels": 10**14}, {"colour": "red"}, {"output_stride": 7},
-    {"depth": {}}, {"head": 3}, {},
+    {"depth": {}}, {"head": 3}, {}, {"head": "unet"}, {"model": "os.system"},
+    {"model": "tinyseg.models.resnet_seg"}, {"depth_stride": [2, 2, 2]},
 ])
 def test_wrong_architectures(tmp_path, change):
     path = tmp_path / "net.npz"

@@ -157,6 +157,72 @@ def test_constant_depth_of_a_whole_network(resnet, data, slots, depth, stride, d
     assert same_on_every_slice(resnet, deep, normal(1, *size, 2), depth)
 
 
+@pytest.fixture(scope="module")
+def unet():
+    return awake(ts.models.resnet_seg(rank=2, in_channels=2, classes=3, head="unet",
+                                      decoder=(9, 8, 7, 6, 5)))
+
+
+EXACT = sorted(name for name, profile in PROFILES.items() if profile.exact)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.data(), st.sampled_from(EXACT), st.integers(1, 6),
+       st.tuples(st.integers(9, 37), st.integers(9, 37)))
+def test_constant_depth_of_an_encoder_and_its_decoder(unet, data, profile, depth, size):
+    """Any halvings of depth, slots by stage, odd sizes: the decoder ends where the scan did."""
+    halving, slots = st.integers(1, 2), st.integers(1, 3)
+    stride = data.draw(st.one_of(st.just("plane"), st.just(1), st.tuples(*[halving] * 5)), "stride")
+    five = data.draw(st.one_of(slots, st.tuples(slots, slots), st.tuples(*[slots] * 5)), "slots")
+    deep = ts.inflate(unet, five, profile, depth_stride=stride)
+    assert same_on_every_slice(unet, deep, normal(1, *size, 2), depth)
+
+
+@pytest.mark.parametrize("output_stride, strides", [(8, (1, 2, 2)), (16, (2, 1, 1, 2))])
+def test_constant_depth_of_dilated_trunks_with_a_stride_for_each_halving(output_stride, strides):
+    net = awake(ts.models.resnet_seg(rank=2, in_channels=2, classes=3, output_stride=output_stride))
+    deep = ts.inflate(net, (3, 1, 2, 1, 2), depth_stride=strides)
+    assert same_on_every_slice(net, deep, normal(1, 9, 17, 2), 5)
+
+
+def test_slots_and_strides_are_those_of_the_stage(unet):
+    deep = ts.inflate(unet, (1, 2, 3, 4, 5), depth_stride=[1, 2, 1, 2, 1])
+    slots = {"conv1": 1, "layer1": 2, "layer2": 3, "layer3": 4, "layer4": 5, "segmentation_head": 1,
+             **{f"decoder.blocks.{i}": n for i, n in enumerate((4, 3, 2, 1, 1))}}
+    for name, conv in deep.named(Conv):
+        flat = conv.window.kernel[1:] == (1, 1)
+        expected = next(n for part, n in slots.items() if name.startswith(part))
+        assert conv.window.kernel[0] == (1 if flat else expected), name
+        halves = conv.window.stride[1] == 2 and name.startswith("layer3")
+        assert conv.window.stride[0] == (2 if halves else 1), name
+    assert deep.maxpool.window.kernel == (3, 3, 3) and deep.maxpool.window.stride == (2, 2, 2)
+    assert deep.config["depth_stride"] == (1, 2, 1, 2, 1)
+    with ts.no_grad():
+        maps = deep.pyramid(ts.Tensor(normal(1, 7, 9, 18, 2)))
+    assert [m.shape[1:-1] for m in maps] == [(7, 5, 9), (4, 3, 5), (4, 2, 3), (2, 1, 2), (2, 1, 1)]
+    pool = ts.inflate(unet, 3, depth_stride=(2, 1, 2, 2, 2)).maxpool.window
+    assert pool.kernel == (1, 3, 3) and pool.stride == (1, 2, 2)
+
+
+@pytest.mark.parametrize("depth, slots", [((7, 3), 3), ((3, 2), 2), (2, 2), ((1, 3, 3, 3, 3), 1)])
+def test_a_decoder_at_the_stems_size_has_no_more_slots_than_layer1(unet, depth, slots):
+    deep = ts.inflate(unet, depth, depth_stride=1)
+    assert {conv.window.kernel[0] for name, conv in deep.named(Conv)
+            if name.startswith(("decoder.blocks.3", "decoder.blocks.4", "segm"))} == {slots}
+
+
+def test_numbers_by_stage_are_for_networks_with_stages(unet):
+    net = Sequential(Conv(1, 2, (3, 3), stride=2, padding=1, rng=0))
+    for options, name in (({"depth_stride": (1, 2, 2)}, "depth_stride"),
+                          ({"depth": (1, 1, 3, 3, 3)}, "depth")):
+        with pytest.raises(ValueError, match=f"{name} is .* in none"):
+            ts.inflate(net, **options)
+    with pytest.raises(ValueError, match="depth_stride .* expected 5 numbers"):
+        ts.inflate(unet, depth_stride=(1, 2, 2))
+    trunk = ts.inflate(Sequential(unet.layer2, unet.layer3), depth_stride=1)  # parts keep theirs
+    assert [conv.stage for _, conv in trunk.named(Conv)][::6] == [2, 3]
+
+
 @pytest.mark.parametrize("options", [
     {"depth": (5, 2)},
     {"depth": (2, 1), "profile": lambda n: np.arange(1, n + 1) / (n * (n + 1) / 2)},
@@ -170,9 +236,10 @@ def test_stem_and_rest(resnet, options):
     assert same_on_every_slice(resnet, deep, normal(1, 9, 17, 2), 3)
 
 
-@pytest.mark.parametrize("head, padding", [("linear", "zero"), ("fcn", "edge")])
-def test_slices_of_any_volume_through_a_whole_network(resnet, head, padding):
-    net = resnet
+@pytest.mark.parametrize("head, padding", [("linear", "zero"), ("fcn", "edge"),
+                                           ("unet", "zero")])
+def test_slices_of_any_volume_through_a_whole_network(resnet, unet, head, padding):
+    net = unet if head == "unet" else resnet
     if head == "fcn":
         net = awake(ts.models.resnet_seg(rank=2, in_channels=2, classes=3, head="fcn"))
     deep = ts.inflate(net, 2, "zero", depth_stride=1, depth_padding=padding)
@@ -231,19 +298,21 @@ def test_what_changes_and_what_does_not(resnet, alpha):
     assert all(np.array_equal(before[name], array) for name, array in arrays.items())
 
 
-@pytest.mark.parametrize("along", [
-    {}, {"depth": (5, 2), "depth_stride": 1, "depth_padding": "zero"},
-    {"depth": 2, "depth_dilation": "plane"},
+@pytest.mark.parametrize("along, head", [
+    ({}, {}), ({"depth": (5, 2), "depth_stride": 1, "depth_padding": "zero"}, {}),
+    ({"depth": 2, "depth_dilation": "plane"}, {}), ({"depth_stride": (1, 1, 2, 2)}, {}),
+    ({"depth": [1, 2, 2, 1, 2], "depth_stride": (1, 1, 2, 2, 1)},
+     {"head": "unet", "decoder": (7, 5), "output_stride": 32}),
 ])
-def test_it_is_the_network_of_rank_three(along):
+def test_it_is_the_network_of_rank_three(along, head):
     """inflate(rank 2) is resnet_seg(rank=3) with the same depth arguments and its state."""
     options = {"in_channels": 2, "classes": 3, "align_corners": False, "output_stride": 16,
-               "dilate_first_block": False}
+               "dilate_first_block": False, **head}
     net = ts.models.resnet_seg(rank=2, **options).eval()
     deep = ts.inflate(net, **along)
     defaults = {"depth": 3, "depth_stride": "plane", "depth_dilation": 1, "depth_padding": "edge"}
     twin = ts.models.resnet_seg(rank=3, **options, **{**defaults, **along})
-    assert twin.config == deep.config
+    assert twin.config == deep.config == ts.models.build(deep.config).config
     twin.load_state(deep.state())
     for kind in (Conv, MaxPool):
         assert [(n, m.window) for n, m in twin.named(kind)] == [
@@ -516,6 +585,8 @@ THIRD = [1 / 3] * 3
     ({"depth": True}, "depth is True"), ({"depth": (3, False)}, "depth is"),
     ({"depth_dilation": True}, "depth_dilation is True"), ({"depth_stride": 1.0}, "depth_stride"),
     ({"depth": 0}, "depth is 0"), ({"depth": (3, 3, 3)}, "depth is"), ({"depth": 1.5}, "depth is"),
+    ({"depth_stride": (1, 3, 1)}, "depth_stride"), ({"depth_stride": (2, 2)}, "depth_stride"),
+    ({"depth_stride": (1, 2, True)}, "depth_stride"), ({"depth": (1, 1, 3, 3, 0)}, "depth is"),
     ({"depth_stride": 2}, "depth_stride"), ({"depth_dilation": 0}, "depth_dilation"),
     ({"depth_padding": "wrap"}, "depth_padding"),
 ])

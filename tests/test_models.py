@@ -92,6 +92,59 @@ def test_names_of_the_heads():
                                  "4.weight", "4.bias"]
 
 
+def test_names_of_the_decoder():
+    """Those of segmentation_models_pytorch's Unet, behind the trunk's; head_names are theirs."""
+    net = models.resnet_seg(rank=1, in_channels=1, classes=2, head="unet", decoder=(6, 4, 2))
+    norm = ("weight", "bias", "running_mean", "running_var")
+    expected = list(trunk_names("resnet18"))
+    for i in range(3):
+        for conv in ("conv1", "conv2"):
+            expected += [f"decoder.blocks.{i}.{conv}.0.weight",
+                         *(f"decoder.blocks.{i}.{conv}.1.{part}" for part in norm)]
+    expected += ["segmentation_head.0.weight", "segmentation_head.0.bias"]
+    assert list(net.state()) == expected and net.head_names == ("decoder", "segmentation_head")
+    group = models.resnet_seg(rank=1, in_channels=1, classes=2, head="unet", decoder=(6, 4, 2),
+                              norm="group")
+    assert list(group.state()) == [n for n in expected
+                                   if not (n.startswith("decoder") and "running" in n)]
+
+
+@pytest.mark.parametrize("head", models.HEADS)
+def test_head_names_are_those_of_what_is_not_the_trunk(head):
+    net = models.resnet_seg(rank=1, in_channels=1, classes=2, head=head)
+    trunk = set(trunk_names("resnet18"))
+    assert {name.partition(".")[0] for name in net.state() if name not in trunk} == set(
+        net.head_names)
+    assert models.HEADS[head].last == list(net.state())[-1]
+    assert models.resnet(rank=1, in_channels=1, classes=2).head_names == ("fc",)
+
+
+@pytest.mark.parametrize("backbone, count", [("resnet18", 14_328_209), ("resnet34", 24_436_369)])
+def test_counts_of_the_encoder_and_decoder(backbone, count, monkeypatch):
+    """segmentation_models_pytorch's default Unet: three channels, one class, five blocks."""
+    monkeypatch.setattr(np.random, "default_rng", Zeros)
+    net = models.resnet_seg(backbone, rank=2, in_channels=3, classes=1, head="unet")
+    assert sum(p.data.size for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize("size, decoder", [
+    ((61,), (8,)), ((33, 50), (8, 7)), ((1, 64), (8, 7, 6)), ((17, 26, 9), (8, 7, 6, 5)),
+    ((9, 33, 18), (8, 7, 6, 5, 4)),
+])
+def test_shapes_of_the_decoder(size, decoder):
+    net = models.resnet_seg(rank=len(size), in_channels=2, classes=3, head="unet", decoder=decoder,
+                            depth=1 if len(size) == 3 else "plane").eval()
+    x = ts.Tensor(np.random.default_rng(0).standard_normal((2, *size, 2)).astype("float32"))
+    with ts.no_grad():
+        maps, logits = net.pyramid(x), net(x)
+        decoded = net.decoder(x, *maps)
+    for stride, stage, channels in zip((2, 4, 8, 16, 32), maps, net.channels, strict=True):
+        assert stage.shape == (2, *(-(-n // stride) for n in size), channels)
+    assert decoded.shape == (2, *(-(-n // 2 ** (5 - len(decoder))) for n in size), decoder[-1])
+    assert logits.shape == (2, *size, 3) and np.ptp(logits.data) > 0
+    np.testing.assert_array_equal(net.features(x).data, maps[-1].data)
+
+
 def test_kernels_of_rank_three():
     def kernels(**depth):
         net = models.resnet_seg("resnet50", rank=3, in_channels=1, classes=2, **depth)
@@ -209,6 +262,8 @@ def test_heads_start_near_zero():
 @pytest.mark.parametrize("make, options", [
     (models.resnet_seg, {"rank": 2, "output_stride": 16, "head": "fcn", "align_corners": False,
                          "dilate_first_block": False}),
+    (models.resnet_seg, {"rank": 3, "depth": (1, 2, 1, 2, 1), "depth_stride": (1, 2, 1)}),
+    (models.resnet_seg, {"rank": 2, "head": "unet", "decoder": (9, 5), "norm": "group"}),
     (models.resnet_seg, {"rank": 3, "depth": (5, 2), "depth_stride": 1, "depth_dilation": 1,
                          "depth_padding": "edge", "pool_depth": 3}),
     (models.resnet, {"rank": 3, "depth": 1, "depth_padding": "edge"}),
@@ -236,6 +291,11 @@ def test_a_config_rebuilds_the_network(make, options):
     {"depth": 2.5}, {"depth_stride": 2}, {"depth_dilation": 2}, {"depth_dilation": "zero"},
     {"rank": True}, {"classes": True}, {"in_channels": True}, {"depth": True}, {"rank": 3.0},
     {"depth_dilation": True}, {"pool_depth": True}, {"depth_stride": 1.0}, {"classes": 3.0},
+    {"head": "unet", "decoder": ()}, {"head": "unet", "decoder": (8, 0)},
+    {"head": "unet", "decoder": 8}, {"head": "unet", "decoder": (2,) * 6},
+    {"head": "unet", "norm": "layer"}, {"head": "unet", "output_stride": 8},
+    {"depth_stride": (1, 2)}, {"depth_stride": (1, 2, 2, 2)}, {"depth_stride": (1, 3, 2)},
+    {"output_stride": 16, "depth_stride": (1, 2, 2)}, {"depth_stride": (1, 2, 2), "rank": 2},
     {"depth_padding": "reflect"}, {"pool_depth": 0}, {"pool_depth": -1}, {"pool_depth": 1.5},
 ])
 def test_wrong_arguments(options):
@@ -253,3 +313,27 @@ def test_wrong_inputs():
     for config in ({"model": "unet"}, {}, {"model": ["resnet"]}):
         with pytest.raises((ValueError, TypeError)):
             models.build(config)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The registered makers, as they were before the test when it ends."""
+    monkeypatch.setattr(models.networks, "MAKERS", dict(models.networks.MAKERS))
+
+
+def pair(width=3, seed=0):
+    return ts.nn.Sequential(ts.nn.Conv(1, width, (3, 3), rng=seed), ts.nn.BatchNorm(width))
+
+
+def test_a_maker_of_ones_own_is_built_by_its_name(table):
+    with pytest.raises(ValueError, match="'pair'; expected one of resnet_seg, resnet"):
+        models.build({"model": "pair"})
+    models.register("pair", pair)
+    models.register("pair", pair)  # as a module that is loaded twice does
+    net = models.build({"model": "pair", "width": 5, "seed": 4})
+    assert net[0].weight.shape == (3, 3, 1, 5) and net.config == {"model": "pair", "width": 5}
+    np.testing.assert_array_equal(net[0].weight.data, pair(5, 4)[0].weight.data)
+    with pytest.raises(ValueError, match="'resnet' is the name of another maker"):
+        models.register("resnet", pair)
+    with pytest.raises(TypeError, match="takes no seed"):
+        models.register("other", lambda width: pair(width))

@@ -33,7 +33,7 @@ from tinyseg.nn import BatchNorm, Conv, ReLU, Sequential
 
 try:
     import torch
-    from torch_models import Net
+    from torch_models import Net, segmentation_models_names
 except ImportError:
     torch = None
 
@@ -1002,6 +1002,58 @@ def torchvision(state):
     full = np.ones if isinstance(some, np.ndarray) else torch.ones
     return {**named, "aux_classifier.0.weight": full((256, 1024, 3, 3)),
             "aux_classifier.1.running_var": full(256), "aux_classifier.4.bias": full(21)}
+
+
+def unet():
+    """A Unet of segmentation_models_pytorch in PyTorch, and its state under its names."""
+    torch.manual_seed(2)
+    model = wake(Net("resnet18", 2, 3, 2, "unet", output_stride=32, decoder=(9, 8, 7, 6, 5)))
+    return model, segmentation_models_names(model.state_dict())
+
+
+@needs_torch
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_an_encoder_and_decoder(tmp_path, prefix):
+    model, state = unet()
+    path = tmp_path / "unet.pth"
+    torch.save({prefix + name: a for name, a in state.items()}, path)
+    config = pretrained.recognise(pretrained.read(path))
+    assert config == {"model": "resnet_seg", "head": "unet", "decoder": [9, 8, 7, 6, 5],
+                      "classes": 2, "backbone": "resnet18", "rank": 2, "in_channels": 3}
+    net = ts.models.build(config)
+    report = pretrained.load(net, path)
+    assert report.prefix == f"{prefix}encoder." and not report.missing and not report.unexpected
+    assert {*report.matched, *(r[0] for r in report.reshaped)} == set(net.state())
+    x = normal(2, 45, 37, 3)
+    assert close(evaluate(net, x), forward(model, x), 1e-4)
+
+    other = ts.models.resnet_seg(rank=2, in_channels=3, classes=5, head="unet")
+    before = other.state()
+    pretrained.load(other, path, head="drop")  # the trunk alone
+    for name, array in other.state().items():
+        behind = name.startswith(("decoder.", "segmentation_head."))
+        np.testing.assert_array_equal(array, before[name] if behind else net.state()[name])
+
+
+@needs_torch
+@pytest.mark.parametrize("change, message", [
+    (lambda s: {**s, "decoder.blocks.0.attention1.weight": s["encoder.bn1.weight"]},
+     "decoder.blocks.0.attention1.weight is not in the network"),
+    (lambda s: {**s, "segmentation_head.1.bias": s["encoder.bn1.weight"]},
+     "segmentation_head.1.bias is not in the network"),
+    (lambda s: {n: a for n, a in s.items() if n != "decoder.blocks.4.conv2.1.bias"},
+     "decoder.blocks.4.conv2.1.bias is missing"),
+    (lambda s: {**s, "segmentation_head.0.bias": s["encoder.bn1.weight"]},
+     r"segmentation_head.0.bias has shape \(64,\)"),
+])
+def test_an_encoder_and_decoder_are_taken_whole_or_not_at_all(change, message):
+    state = {name: a.detach().numpy() for name, a in unet()[1].items()}
+    net = ts.models.resnet_seg(rank=2, in_channels=3, classes=2, head="unet",
+                               decoder=(9, 8, 7, 6, 5))
+    before = net.state()
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(net, change(state))
+    assert unchanged(net, before)
 
 
 @needs_torch

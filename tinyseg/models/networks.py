@@ -121,8 +121,9 @@ def register(name: str, maker: Callable[..., Module]) -> None:
 
     maker(**options, seed=...) returns a network with random weights; its `config` becomes
     {"model": name, **options}, unless it has one. What is read from a file decides the options,
-    which are text, numbers and lists, and never what is called. Raises ValueError for a name that
-    is taken by another maker, TypeError for a maker without a seed.
+    text, numbers, and tuples and dicts of these, and never what is called. What `inflate` makes of
+    the network is built too, where the maker takes `rank` and the arguments of `Depth`. Raises
+    ValueError for a name that is taken by another maker, TypeError for a maker without a seed.
     """
     if MAKERS.get(name, maker) is not maker:
         raise ValueError(f"{name!r} is the name of another maker; expected a new one, beside "
@@ -137,12 +138,12 @@ def register(name: str, maker: Callable[..., Module]) -> None:
 def build(config: dict) -> Module:
     """The network that a `config` describes, with random weights: for that of an inflated network,
     its twin with a random start. "seed" in it says which."""
-    options = dict(config)
+    options = {key: plain(value) for key, value in config.items()}
     name = options.pop("model", None)
     if not isinstance(name, str) or name not in MAKERS:
         raise ValueError(f"model is {name!r}; expected one of {', '.join(MAKERS)} "
                          "(models.register adds another)")
     net = MAKERS[name](**options)
     if not isinstance(getattr(net, "config", None), dict):
-        net.config = {key: value for key, value in config.items() if key != "seed"}
+        net.config = {"model": name, **{k: v for k, v in options.items() if k != "seed"}}
     return net
