@@ -200,6 +200,53 @@ def test_concatenate(axis):
     assert (ours.grad == 2).all()
 
 
+@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0, -1, None])), min_size=1,
+                max_size=3), st.booleans())
+@few
+def test_double(axes, joined):
+    """Position i is position i // 2 where the size changes; the rest is the adjoint's business."""
+    before = [n for n, _ in axes]
+    after = [n if cut is None else 2 * n + cut for n, cut in axes]
+    x, more = normal(2, *before, 3), [normal(2, *after, 4, seed=2)] if joined else []
+    y = ops.double(Tensor(x), *map(Tensor, more), size=after).data
+    for at in np.ndindex(2, *after):
+        source = [i if m == n else i // 2 for i, n, m in zip(at[1:], before, after, strict=True)]
+        assert y[at].tolist() == [*x[at[0], *source], *(more[0][at] if joined else [])]
+    variables, g = [leaf(a) for a in (x, *more)], normal(*y.shape, seed=3)
+    ops.double(*variables, size=after).backward(g)
+    products = [(a * v.grad).sum() for a, v in zip((x, *more), variables, strict=True)]
+    assert (y * g).sum() == pytest.approx(sum(products), abs=1e-10)
+    if joined:
+        np.testing.assert_array_equal(variables[1].grad, g[..., 3:])
+
+
+def test_double_in_slabs(monkeypatch):
+    """However the rows are cut, the answer is the same."""
+    x, skip, g = normal(2, 7, 5, 3), normal(2, 13, 5, 2), normal(2, 13, 5, 5)
+
+    def answer():
+        variables = leaf(x), leaf(skip)
+        y = ops.double(*variables, size=(13, 5))
+        y.backward(g)
+        return [y.data, *(v.grad for v in variables)]
+
+    whole = answer()
+    monkeypatch.setattr(ops.parallel, "SLAB", 200)
+    for one, other in zip(whole, answer(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("size, skip, message", [
+    ((6, 8), None, "size"), ((4, 9), None, "size"), ((8,), None, "size"), ((2, 8), None, "size"),
+    ((8, 8), (2, 8, 7, 1), "skip"), ((8, 8), (1, 8, 8, 1), "skip"), ((8, 8), (2, 8, 8), "skip"),
+])
+def test_double_refuses(size, skip, message):
+    more = [] if skip is None else [Tensor(normal(*skip))]
+    x = Tensor(normal(2, 4, 4, 3))
+    with pytest.raises(ValueError, match=f"double: {message}"):
+        ops.double(x, *more, size=size)
+
+
 # Convolution and pooling
 
 
