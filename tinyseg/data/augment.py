@@ -1,75 +1,24 @@
 """Random changes that keep a patch plausible. One function for slices and for volumes.
 
-Images are (*S, C), labels (*S); every random number comes from the generator given.
+Images are (*S, C), labels (*S); every random number comes from the generator given. `Augmentation`
+is a table of changes, each with its probability and range, and `PRESETS` has some.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 
-LEFT_RIGHT = -1
-SIDES = {"left": "right", "l": "r", "lt": "rt", "lh": "rh", "左": "右"}  # words, mirrored
-SIDES |= {right: left for left, right in SIDES.items()}
-LETTERS = str.maketrans("lrLR", "rlRL")
-CHAMBERS = {"heart", "atrium", "ventricle", "cavity"}  # whose left and right are no mirror images
-WORDS = re.compile(  # of a class name; L1 is one, a vertebra
-    r"(?:left|right|Left|Right)(?=[a-z])|[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*|[^\W_a-zA-Z]")
+from .ct import THICK, resample
+from .mirror import LEFT_RIGHT, numbered, permutation, sides
 
-
-def sides(names: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Which class names are each other's mirror image, in pairs; and which have a side, or may have
-    one, and no partner.
-
-    A side is a word of its own, set apart ("left kidney", "kidney_L", "R-Parotid"), begun by a
-    capital ("LeftParotid") or before all others ("leftkidney"); two names are a pair that differ in
-    the sides alone, but for the heart's chambers. Names that one letter tells apart, l or r (lkid
-    and rkid), may have a side: no partner is guessed.
-    """
-    names = list(names)
-    words = {name: tuple(word.lower() for word in WORDS.findall(name)) for name in names}
-    alike = Counter(words.values())
-    named = {found: name for name, found in words.items() if alike[found] == 1}
-    pairs: list[tuple[str, str]] = []
-    alone = []
-    for name, found in words.items():
-        mirrored = tuple(SIDES.get(word, word) for word in found)
-        partner = named.get(mirrored)
-        if mirrored == found:
-            exchanged = {name[:i] + name[i].translate(LETTERS) + name[i + 1 :]
-                         for i in range(len(name)) if name[i] in "lrLR"} - {name}
-            if exchanged & set(names):
-                alone.append(name)
-        elif partner is None or alike[found] > 1 or set(found) - SIDES.keys() <= CHAMBERS:
-            alone.append(name)
-        elif (partner, name) not in pairs:
-            pairs.append((name, partner))
-    return pairs, alone
-
-
-def numbered(pairs: Iterable[Sequence[str]], names: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of class names as pairs of classes, their places in `names`; ValueError for another
-    name, and for one that is named twice."""
-    pairs = [tuple(pair) for pair in pairs]
-    each = [name for pair in pairs for name in pair]
-    if strange := [name for name in each if name not in names]:
-        raise ValueError(f"found the class {strange[0]!r} in a pair of left and right, expected"
-                         f" one of {list(names)}")
-    if twice := [name for name in each if each.count(name) > 1]:
-        raise ValueError(f"found the class {twice[0]!r} twice among the pairs of left and right,"
-                         " expected every class once")
-    return [(names.index(a), names.index(b)) for a, b in pairs]
-
-
-def permutation(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-    """(count,) the numbers from 0, those of each pair in each other's place."""
-    order = np.arange(count)
-    for a, b in pairs:
-        order[[a, b]] = b, a
-    return order
+__all__ = ["LEFT_RIGHT", "PRESETS", "Augmentation", "Change", "blur", "contrast", "flip", "gamma",
+           "intensity", "low_resolution", "mild", "numbered", "permutation", "sides"]
 
 
 def flip(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, axes: Iterable[int],
@@ -110,3 +59,195 @@ def mild(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator,
     if pairs is not None:
         image, labels = flip(image, labels, rng, (LEFT_RIGHT,), pairs)
     return intensity(image, rng), labels
+
+
+def blur(x: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
+    """A channel (*S) through a Gaussian, one sigma in voxels per axis; beyond the edge, the
+    edge."""
+    from scipy.ndimage import gaussian_filter1d  # takes longer than all of tinyseg to import
+
+    for axis, sigma in enumerate(sigmas):
+        x = gaussian_filter1d(x, sigma, axis, mode="nearest")
+    return x
+
+
+def contrast(x: np.ndarray, factor: float) -> np.ndarray:
+    """A channel's distance from its mean, times `factor`, cut off at the range that it had."""
+    mean = x.mean()
+    return np.clip(mean + factor * (x - mean), x.min(), x.max())
+
+
+def low_resolution(x: np.ndarray, share: float, axes: Sequence[int]) -> np.ndarray:
+    """A channel (*S) as a scan would have it that has a `share` of the voxels along each of the
+    axes: the nearest ones, interpolated linearly."""
+    small = [max(1, round(n * share)) if axis in axes else n for axis, n in enumerate(x.shape)]
+    return resample(resample(x, tuple(small), 0), x.shape, 1)
+
+
+def gamma(x: np.ndarray, exponent: float) -> np.ndarray:
+    """((x - min) / (max - min)) ** exponent, with the mean and the standard deviation of x."""
+    low, high = x.min(), x.max()
+    if low == high:
+        return x
+    y = ((x - low) / (high - low)) ** exponent
+    return (y - y.mean()) * (x.std() / y.std()) + x.mean()
+
+
+class Change(NamedTuple):
+    """A change happens with a probability, by an amount between `low` and `high`, in each channel
+    with the probability `channels`."""
+
+    probability: float = 0.0
+    low: float = 1.0
+    high: float = 1.0
+    channels: float = 1.0
+
+    def uniform(self, rng: np.random.Generator) -> float:
+        return rng.uniform(self.low, self.high)
+
+    def factor(self, rng: np.random.Generator) -> float:
+        """Above one as often as below it."""
+        return float(np.interp(rng.random(), (0, 0.5, 1), (self.low, 1, self.high)))
+
+
+# Of one channel (*S), in this order: (x, change, rng, axes of fine spacing) -> x.
+INTENSITIES: dict[str, Callable[[np.ndarray, Change, np.random.Generator, list[int]], Any]] = {
+    "noise": lambda x, change, rng, _: (
+        x + change.uniform(rng) * rng.standard_normal(x.shape, np.float32)),
+    "blur": lambda x, change, rng, _: blur(x, [change.uniform(rng) for _ in x.shape]),
+    "brightness": lambda x, change, rng, _: x * change.factor(rng),
+    "shift": lambda x, change, rng, _: x + change.uniform(rng),
+    "contrast": lambda x, change, rng, _: contrast(x, change.factor(rng)),
+    "low_resolution": lambda x, change, rng, axes: low_resolution(x, change.uniform(rng), axes),
+    "inverted_gamma": lambda x, change, rng, _: -gamma(-x, change.factor(rng)),
+    "gamma": lambda x, change, rng, _: gamma(x, change.factor(rng)),
+}
+WITHIN = {  # what the ends of a range may be: (least, most) of the low end, and of the high one
+    "rotation": (-180, 180, -180, 180), "plane_rotation": (-180, 180, -180, 180),
+    "scale": (0.1, 10, 0.1, 10), "noise": (0, math.inf, 0, math.inf),
+    "blur": (0, math.inf, 0, math.inf), "shift": (-math.inf, math.inf, -math.inf, math.inf),
+    "low_resolution": (0.01, 1, 0.01, 1),
+    **dict.fromkeys(("brightness", "contrast", "inverted_gamma", "gamma"), (0, 1, 1, math.inf))}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of patches; what is not named never happens. What the data decide, spacing
+    and pairs, is put in with `dataclasses.replace`; `Augmentation(**asdict(a)) == a`, through JSON
+    too.
+
+    `sampling.patch` takes `spatial` and resamples once, from the case; a call does the rest.
+    Intensities are meant to be z-scores: noise and shift are in standard deviations.
+    """
+
+    rotation: Change = Change()  # degrees about each of three axes
+    plane_rotation: Change = Change()  # degrees, in slices and in volumes of thick slices
+    scale: Change = Change()  # voxels of the case per voxel of the patch: above 1, all is smaller
+    noise: Change = Change()  # standard deviation
+    blur: Change = Change()  # sigma in voxels, each axis its own
+    brightness: Change = Change()  # factor
+    shift: Change = Change()  # summand
+    contrast: Change = Change()  # factor
+    low_resolution: Change = Change()  # share of the voxels along an axis
+    inverted_gamma: Change = Change()  # exponent
+    gamma: Change = Change()  # exponent
+    mirror: tuple[int, ...] = ()  # axes, from the last: -1 is left-right
+    pairs: tuple[tuple[int, int], ...] | None = ()  # classes, see `flip`; None: no left-right
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)  # mm, of the prepared cases
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in WITHIN:
+                value = Change(*value)
+                if wrong := _fault(value, WITHIN[field.name]):
+                    raise ValueError(f"found {field.name} {tuple(value)}, expected {wrong}")
+            elif value is not None:
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+            object.__setattr__(self, field.name, value)
+        if not set(self.mirror) <= {-1, -2, -3} or len(set(self.mirror)) < len(self.mirror):
+            raise ValueError(f"found mirror {self.mirror}, expected axes out of -3, -2 and -1,"
+                             " each once")
+        if not self.spacing or not all(0 < s < math.inf for s in self.spacing):
+            raise ValueError(f"found spacing {self.spacing}, expected positive numbers of mm")
+
+    def spatial(self, rng: np.random.Generator, size: Sequence[int]) -> np.ndarray | None:
+        """Where the voxels of a patch of `size` lie in the case, both counted from one point: the
+        matrix (rank, rank) in voxels; None where it is the identity.
+
+        It turns and scales in millimetres: S^-1 (scale R) S with the spacing S. Axes of thick
+        slices, whose spacing is over 3 times the finest (nnU-Net's rule, its "dummy 2D"), and axes
+        of one voxel stay as they are.
+        """
+        spacing = np.array(self.spacing[-len(size):])
+        axes = _fine(size, spacing)
+        turn = self.rotation if len(axes) > 2 else self.plane_rotation
+        turned, scaled = (rng.random() < change.probability for change in (turn, self.scale))
+        if not turned and not scaled:
+            return None
+        matrix = np.eye(len(size))
+        for a, b in combinations(axes if turned else [], 2):
+            angle, plane = math.radians(turn.uniform(rng)), np.eye(len(size))
+            plane[a, a] = plane[b, b] = math.cos(angle)
+            plane[a, b], plane[b, a] = -math.sin(angle), math.sin(angle)
+            matrix = matrix @ plane
+        if scaled:
+            matrix[axes] *= self.scale.uniform(rng)
+        return matrix * spacing / spacing[:, None]
+
+    def __call__(self, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+                 ) -> tuple[np.ndarray, np.ndarray]:
+        """All but `spatial`: image (*S, C) and labels (*S), which are not written into."""
+        axes = _fine(labels.shape, np.array(self.spacing[-labels.ndim:]))
+        changed = image
+        for name, change in INTENSITIES.items():
+            chance: Change = getattr(self, name)
+            if rng.random() >= chance.probability:
+                continue
+            if changed is image:
+                changed = image.copy()
+            for c in range(image.shape[-1]):
+                if rng.random() < chance.channels:
+                    changed[..., c] = change(changed[..., c], chance, rng, axes)
+        mirror = [axis for axis in self.mirror if axis >= -labels.ndim
+                  and (axis != LEFT_RIGHT or self.pairs is not None)]
+        return flip(changed, labels, rng, mirror, self.pairs or ())
+
+
+def _fine(size: Sequence[int], spacing: np.ndarray) -> list[int]:
+    """The axes that are neither one voxel long nor those of thick slices."""
+    finest = min((s for n, s in zip(size, spacing, strict=True) if n > 1), default=0)
+    return [axis for axis, (n, s) in enumerate(zip(size, spacing, strict=True))
+            if n > 1 and s <= THICK * finest]
+
+
+def _fault(change: Change, within: tuple[float, float, float, float]) -> str:
+    """What a change should be and is not, or ""."""
+    least, most, least_high, most_high = within
+    if not (0 <= change.probability <= 1 and 0 <= change.channels <= 1):
+        return "probabilities from 0 to 1"
+    if not (least <= change.low <= most and least_high <= change.high <= most_high
+            and change.low <= change.high):
+        return (f"a range that begins between {least:g} and {most:g} and ends, no lower, between "
+                f"{least_high:g} and {most_high:g}")
+    return ""
+
+
+# nnU-Net's are those of nnUNetTrainer.get_training_transforms (version 2; batchgeneratorsv2 draws
+# noise by a standard deviation that it calls variance). Two rules of its are left out: that turns
+# in the plane are 15 degrees at most where patches are oblong, for here a patch has no corners to
+# lose, and that all channels share one noise.
+PRESETS = {
+    "none": Augmentation(),
+    "mild": Augmentation(
+        rotation=Change(0.5, -15, 15), plane_rotation=Change(0.5, -15, 15),
+        scale=Change(0.5, 0.85, 1.18), noise=Change(0.1, 0, 0.05), blur=Change(0.1, 0.3, 0.7),
+        brightness=Change(0.5, 0.9, 1.1), shift=Change(0.5, -0.1, 0.1),
+        contrast=Change(0.3, 0.9, 1.1), gamma=Change(0.2, 0.85, 1.2), mirror=(LEFT_RIGHT,)),
+    "nnunet": Augmentation(
+        rotation=Change(0.2, -30, 30), plane_rotation=Change(0.2, -180, 180),
+        scale=Change(0.2, 0.7, 1.4), noise=Change(0.1, 0, 0.1), blur=Change(0.2, 0.5, 1, 0.5),
+        brightness=Change(0.15, 0.75, 1.25), contrast=Change(0.15, 0.75, 1.25),
+        low_resolution=Change(0.25, 0.5, 1, 0.5), inverted_gamma=Change(0.1, 0.7, 1.5),
+        gamma=Change(0.3, 0.7, 1.5), mirror=(-3, -2, -1)),
+}

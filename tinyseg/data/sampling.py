@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..files import read_json, whole
+from .affine import sample
 from .ct import Plan
 
 IGNORE = 255  # the label of padding: no class, left out of losses
@@ -155,21 +156,35 @@ def pad(array: np.ndarray, size: Sequence[int],
     return np.pad(array, widths, constant_values=value), slices
 
 
-def patch(case: Prepared, size: Sequence[int], rng: np.random.Generator,
-          foreground: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+def patch(case: Prepared, size: Sequence[int], rng: np.random.Generator, foreground: float = 0.5,
+          spatial: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
     """One patch: image (*size, C) float32, labels (*size) uint8, size of three ints.
 
     With probability `foreground` it is centred, as far as the volume's border allows, on a voxel
     of a class drawn uniformly among those present (so a small tumour is seen as often as its
     organ); else its place is uniform. Smaller volumes are padded: the edge, and IGNORE.
+
+    `spatial(rng, size)` may turn and scale it about its centre (`Augmentation.spatial`): it is
+    resampled from the case, so no corner of it is lost, and what sticks out of the volume is padded
+    likewise. The voxel that it was centred on stays in it, on its grid.
     """
-    room = np.maximum(np.subtract(case.label.shape, size), 0)
+    shape, voxel = case.label.shape, None
+    room = np.maximum(np.subtract(shape, size), 0)
     if rng.random() < foreground and case.foreground:
         voxels = case.foreground[int(rng.choice(sorted(case.foreground)))]
-        centre = voxels[rng.integers(len(voxels))]
-        start = np.clip(centre - np.array(size) // 2, 0, room)
+        voxel = voxels[rng.integers(len(voxels))]
+        start = np.clip(voxel - np.array(size) // 2, 0, room)
     else:
         start = rng.integers(0, room + 1)
+    matrix = spatial(rng, size) if spatial else None
+    if matrix is not None:
+        middle = (np.array(size) - 1) / 2
+        centre = start - np.maximum(np.subtract(size, shape), 0) // 2 + middle
+        if voxel is not None:
+            place = np.linalg.solve(matrix, voxel - centre) + middle
+            place = np.clip(np.rint(place), 0, 2 * middle)
+            centre = voxel - matrix @ (place - middle)
+        return sample(case.image, case.label, matrix, centre - matrix @ middle, size, IGNORE)
     window = tuple(slice(a, a + s) for a, s in zip(start.tolist(), size, strict=True))
     image = np.array(case.image[window], dtype=np.float32)  # a memory map reads only the window
     labels = np.array(case.label[window], dtype=np.uint8)
@@ -192,7 +207,8 @@ def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.
     Two sizes (H, W) mean slices: patches of depth one without the depth axis. A share `foreground`
     of all patches is centred on foreground, by their number in the run and not by chance
     (`centred`; nnU-Net's oversampling): `first` is that of the first one here, step * count. Those
-    cases are drawn among the ones that have any. `augment(image, labels, rng)` changes each patch.
+    cases are drawn among the ones that have any. `augment(image, labels, rng)` changes each patch;
+    if it has a `spatial`, as an `Augmentation` has, that turns and scales it before.
     """
     if len(size) not in (2, 3) or not cases or count < 1:
         raise ValueError(f"found size {tuple(size)}, {len(cases)} cases and count {count},"
@@ -202,7 +218,8 @@ def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.
         certain = centred(number, foreground)
         among = inhabited if certain else cases
         case = among[int(rng.integers(len(among)))]
-        image, labels = patch(case, (1, *size)[-3:], rng, foreground=float(certain))
+        image, labels = patch(case, (1, *size)[-3:], rng, float(certain),
+                              getattr(augment, "spatial", None))
         if len(size) == 2:
             image, labels = image[0], labels[0]
         image, labels = augment(image, labels, rng) if augment else (image, labels)
