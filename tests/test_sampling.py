@@ -2,6 +2,7 @@
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -129,6 +130,113 @@ def test_only_the_generator_decides():
     sampling.batch(cases, (4, 5), 3, np.random.default_rng(0), first=0,
                    augment=lambda x, y, rng: (seen.append(x.shape), (x, y))[1])
     assert seen == [(4, 5, 2)] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=sizes, size=sizes, seed=st.integers(0, 999), foreground=st.sampled_from([0, 0.5, 1]))
+def test_the_identity_gives_the_patch_that_is_not_resampled(shape, size, seed, foreground):
+    case = prepared(shape)
+    plain, same = (sampling.patch(case, size, np.random.default_rng(seed), foreground, spatial)
+                   for spatial in (None, lambda rng, size: np.eye(3)))
+    for expected, found in zip(plain, same, strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+TURNING = augment.Augmentation(rotation=augment.Change(1, -180, 180),
+                               plane_rotation=augment.Change(1, -180, 180),
+                               scale=augment.Change(1, 0.4, 2.5))
+
+
+@settings(max_examples=100, deadline=None)
+@given(shape=sizes, size=sizes, seed=st.integers(0, 999), thick=st.booleans(), data=st.data())
+def test_the_voxel_that_a_patch_is_centred_on_stays_in_it(shape, size, seed, thick, data):
+    """However it is turned and scaled, and exactly: one voxel is all there is of the class."""
+    voxel = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    case = prepared(shape, foreground=False)
+    case.label[voxel] = 1
+    case.foreground = {1: np.array([voxel], np.int32)}
+    turning = replace(TURNING, spacing=(5.0 if thick else 1.5, 1.0, 1.2))
+    image, labels = sampling.patch(case, size, np.random.default_rng(seed), 1.0, turning.spatial)
+    assert image.shape == (*size, 2) and image.dtype == np.float32
+    assert labels.shape == size and labels.dtype == np.uint8
+    assert set(np.unique(labels)) <= {0, 1, sampling.IGNORE} and (labels == 1).any()
+    seen = np.abs(image[labels == 1][:, 0] - np.float32(case.image[voxel][0]))
+    assert seen.min() < 0.02  # of counts that go to 728
+
+
+def balls(shape, spacing, radius):
+    """A case whose image is the distance in mm from its middle, and the ball of a radius."""
+    at = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    distance = np.linalg.norm((at - (np.array(shape) - 1) / 2) * spacing, axis=-1)
+    label = (distance < radius).astype(np.uint8)
+    return sampling.Prepared("ball", distance[..., None], label, {})
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1.25), (1, 1.5, 2), (6, 1.5, 1)])
+def test_a_ball_in_millimetres_stays_one_and_labels_stay_with_the_image(spacing):
+    shape = tuple(int(40 / s) | 1 for s in spacing)
+    case = balls(shape, spacing, 12)
+    steps = np.array([s for s in spacing if s <= 3])  # thick slices are not resampled
+    turning = replace(TURNING, scale=augment.Change(), spacing=spacing)
+    for seed in range(4):
+        turned = sampling.patch(case, shape, np.random.default_rng(seed), 0, turning.spatial)
+        inside = case.image[..., 0] < 18  # where no corner sticks out
+        # A distance r bends by at most 1/r: between voxels h apart a line is off by h^2 / 8 of it.
+        bent = np.sum(steps**2) / 8 / np.maximum(case.image - np.linalg.norm(steps), 1)
+        assert (np.abs(turned[0] - case.image)[inside] <= bent[inside] + 1e-5).all()
+        assert (turned[1][inside] != case.label[inside]).mean() < 0.03
+        consistent = np.abs(turned[0][..., 0] - 12) > steps.max() / 2
+        known = turned[1] != sampling.IGNORE
+        assert ((turned[0][..., 0] < 12) == turned[1])[consistent & known].all()
+        assert known[inside].all() and set(np.unique(turned[1])) <= {0, 1, sampling.IGNORE}
+
+
+def test_patches_turned_in_the_middle_of_a_volume_have_no_corners_cut_off():
+    case = balls((40, 40, 40), (1, 1, 1), 9)
+    case.foreground = {1: np.array([[20, 20, 20]], np.int32)}
+    turning = replace(TURNING, scale=augment.Change())
+    for seed in range(10):
+        _, labels = sampling.patch(case, (20, 20, 20), np.random.default_rng(seed), 1,
+                                   turning.spatial)
+        assert (labels != sampling.IGNORE).all()
+
+
+@pytest.mark.parametrize("size", [(4, 9, 11), (9, 11), (9, 14)])
+def test_thick_slices_turn_in_their_plane(size):
+    """Each slice of the image holds its number, so does each slice of a patch; and slices are
+    turned as those of thick volumes are."""
+    case = prepared((6, 12, 13), channels=1)
+    case.image[:] = np.arange(6)[:, None, None, None]
+    turning = replace(TURNING, spacing=(3.2, 1, 1))
+    images, _ = sampling.batch([case], size, 12, np.random.default_rng(0), 1.0, turning, first=0)
+    if len(size) == 2:
+        images = images[:, None]
+    assert (images == images[:, :, :1, :1]).all()
+    assert (np.diff(images[:, :, 0, 0, 0]) == 1).all()
+    if len(size) == 3:
+        turning = replace(TURNING, spacing=(3, 1, 1))
+        images, _ = sampling.batch([case], size, 1, np.random.default_rng(0), 1.0, turning, first=0)
+        assert (images != images[:, :, :1, :1]).any()
+
+
+@pytest.mark.parametrize("name", augment.PRESETS)
+def test_batches_do_not_depend_on_the_threads_that_draw_them(name):
+    cases = [prepared(), prepared((5, 9, 7), name="other")]
+    chosen = augment.preset(name, (2.0, 1.0, 1.0), [(1, 2)])
+
+    def draw(step):
+        return sampling.batch(cases, (4, 6, 5), 2, np.random.default_rng((3, step)),
+                              augment=chosen, first=2 * step)
+
+    with np.errstate(all="raise"):
+        alone = [draw(step) for step in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(draw, reversed(range(12))))[::-1]
+    for (x, y), (image, labels) in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(x, image)
+        np.testing.assert_array_equal(y, labels)
+        assert np.isfinite(x).all() and set(np.unique(y)) <= {0, 1, 2, sampling.IGNORE}
 
 
 def test_wrong_batches():

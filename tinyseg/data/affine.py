@@ -27,7 +27,7 @@ def sample(image: np.ndarray, labels: np.ndarray, matrix: np.ndarray, origin: np
     low, high = np.minimum(low, shape - 1), high + 2  # of the box, with the cells' far corners
     box = tuple(map(slice, np.maximum(low, 0), np.minimum(high, shape)))
     beyond = list(zip(np.maximum(-low, 0), np.maximum(high - shape, 0), strict=True))
-    image, labels = image[box].astype(np.float32), labels[box]
+    image, labels = np.array(image[box], np.float32), np.array(labels[box])
     if np.any(beyond):
         image = np.pad(image, [*beyond, (0, 0)], mode="edge")
         labels = np.pad(labels, beyond, constant_values=outside)
@@ -49,7 +49,7 @@ def sample(image: np.ndarray, labels: np.ndarray, matrix: np.ndarray, origin: np
         for axis, stride in enumerate(strides):
             x = sum((m * i for m, i in zip(matrix[axis].tolist(), grid, strict=True) if m),
                     np.float32(origin[axis] - low[axis]))
-            x = np.clip(x, -1 - low[axis], shape[axis] - low[axis])
+            x = np.clip(x, np.float32(-1 - low[axis]), np.float32(shape[axis] - low[axis]))
             whole = np.floor(x)
             index = index + whole.astype(np.int32) * stride
             if axis in between:
@@ -80,7 +80,8 @@ def _vote(corners: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
     """Of labels (corners, n), in the same order, those that have most weight: (n,)."""
     weights = np.ones((1, corners.shape[1]), np.float32)
     for share in shares:
-        weights = (weights[:, None] * np.stack([1 - share, share])).reshape(-1, len(share))
+        weights = (weights[:, None] * np.stack([1 - share, share])).reshape(
+            2 * len(weights), len(share))
     winner, best = corners[0], np.zeros(corners.shape[1], np.float32)
     for label in np.flatnonzero(np.bincount(corners.ravel())):
         weight = np.where(corners == label, weights, 0).sum(axis=0)

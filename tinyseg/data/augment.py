@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from .ct import THICK, resample
 from .mirror import LEFT_RIGHT, numbered, permutation, sides
 
 __all__ = ["LEFT_RIGHT", "PRESETS", "Augmentation", "Change", "blur", "contrast", "flip", "gamma",
-           "intensity", "low_resolution", "mild", "numbered", "permutation", "sides"]
+           "intensity", "low_resolution", "mild", "numbered", "permutation", "preset", "sides"]
 
 
 def flip(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, axes: Iterable[int],
@@ -127,13 +127,14 @@ WITHIN = {  # what the ends of a range may be: (least, most) of the low end, and
     "scale": (0.1, 10, 0.1, 10), "noise": (0, math.inf, 0, math.inf),
     "blur": (0, math.inf, 0, math.inf), "shift": (-math.inf, math.inf, -math.inf, math.inf),
     "low_resolution": (0.01, 1, 0.01, 1),
-    **dict.fromkeys(("brightness", "contrast", "inverted_gamma", "gamma"), (0, 1, 1, math.inf))}
+    **dict.fromkeys(("brightness", "contrast"), (0, 1, 1, math.inf)),
+    **dict.fromkeys(("inverted_gamma", "gamma"), (0.1, 1, 1, 10))}
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of patches; what is not named never happens. What the data decide, spacing
-    and pairs, is put in with `dataclasses.replace`; `Augmentation(**asdict(a)) == a`, through JSON
+    and pairs, is put in by `preset`; `Augmentation(**asdict(a)) == a`, through JSON
     too.
 
     `sampling.patch` takes `spatial` and resamples once, from the case; a call does the rest.
@@ -153,7 +154,7 @@ class Augmentation:
     gamma: Change = Change()  # exponent
     mirror: tuple[int, ...] = ()  # axes, from the last: -1 is left-right
     pairs: tuple[tuple[int, int], ...] | None = ()  # classes, see `flip`; None: no left-right
-    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)  # mm, of the prepared cases
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)  # of the prepared cases, mm along (D, H, W)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -168,8 +169,9 @@ class Augmentation:
         if not set(self.mirror) <= {-1, -2, -3} or len(set(self.mirror)) < len(self.mirror):
             raise ValueError(f"found mirror {self.mirror}, expected axes out of -3, -2 and -1,"
                              " each once")
-        if not self.spacing or not all(0 < s < math.inf for s in self.spacing):
-            raise ValueError(f"found spacing {self.spacing}, expected positive numbers of mm")
+        if len(self.spacing) != 3 or not all(0 < s < math.inf for s in self.spacing):
+            raise ValueError(f"found spacing {self.spacing}, expected three positive numbers, of"
+                             " mm along (D, H, W)")
 
     def spatial(self, rng: np.random.Generator, size: Sequence[int]) -> np.ndarray | None:
         """Where the voxels of a patch of `size` lie in the case, both counted from one point: the
@@ -251,3 +253,13 @@ PRESETS = {
         low_resolution=Change(0.25, 0.5, 1, 0.5), inverted_gamma=Change(0.1, 0.7, 1.5),
         gamma=Change(0.3, 0.7, 1.5), mirror=(-3, -2, -1)),
 }
+
+
+def preset(name: str, spacing: Sequence[float], pairs: Iterable[tuple[int, int]] | None = ()
+           ) -> Augmentation:
+    """One of `PRESETS` for cases of this spacing in mm, whose classes change places in the mirror
+    as `pairs` says. ValueError for another name."""
+    if name not in PRESETS:
+        raise ValueError(f"found the augmentation {name!r}, expected one of {', '.join(PRESETS)}")
+    return replace(PRESETS[name], spacing=tuple(spacing),
+                   pairs=None if pairs is None else tuple(pairs))
