@@ -229,7 +229,7 @@ def test_batches_do_not_depend_on_the_threads_that_draw_them(name):
         return sampling.batch(cases, (4, 6, 5), 2, np.random.default_rng((3, step)),
                               augment=chosen, first=2 * step)
 
-    with np.errstate(all="raise"):
+    with np.errstate(divide="raise", invalid="raise", over="raise"):
         alone = [draw(step) for step in range(12)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(draw, reversed(range(12))))[::-1]

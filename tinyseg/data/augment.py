@@ -103,10 +103,11 @@ class Change(NamedTuple):
     channels: float = 1.0
 
     def uniform(self, rng: np.random.Generator) -> float:
+        """An amount between `low` and `high`."""
         return rng.uniform(self.low, self.high)
 
     def factor(self, rng: np.random.Generator) -> float:
-        """Above one as often as below it."""
+        """An amount that is above one as often as below it, as nnU-Net draws factors."""
         return float(np.interp(rng.random(), (0, 0.5, 1), (self.low, 1, self.high)))
 
 
@@ -134,8 +135,7 @@ WITHIN = {  # what the ends of a range may be: (least, most) of the low end, and
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of patches; what is not named never happens. What the data decide, spacing
-    and pairs, is put in by `preset`; `Augmentation(**asdict(a)) == a`, through JSON
-    too.
+    and pairs, is put in by `preset`. `Augmentation(**asdict(a)) == a`, through JSON too.
 
     `sampling.patch` takes `spatial` and resamples once, from the case; a call does the rest.
     Intensities are meant to be z-scores: noise and shift are in standard deviations.
@@ -202,15 +202,15 @@ class Augmentation:
         """All but `spatial`: image (*S, C) and labels (*S), which are not written into."""
         axes = _fine(labels.shape, np.array(self.spacing[-labels.ndim:]))
         changed = image
-        for name, change in INTENSITIES.items():
-            chance: Change = getattr(self, name)
-            if rng.random() >= chance.probability:
+        for name, apply in INTENSITIES.items():
+            change: Change = getattr(self, name)
+            if rng.random() >= change.probability:
                 continue
             if changed is image:
                 changed = image.copy()
             for c in range(image.shape[-1]):
-                if rng.random() < chance.channels:
-                    changed[..., c] = change(changed[..., c], chance, rng, axes)
+                if rng.random() < change.channels:
+                    changed[..., c] = apply(changed[..., c], change, rng, axes)
         mirror = [axis for axis in self.mirror if axis >= -labels.ndim
                   and (axis != LEFT_RIGHT or self.pairs is not None)]
         return flip(changed, labels, rng, mirror, self.pairs or ())
@@ -236,9 +236,9 @@ def _fault(change: Change, within: tuple[float, float, float, float]) -> str:
 
 
 # nnU-Net's are those of nnUNetTrainer.get_training_transforms (version 2; batchgeneratorsv2 draws
-# noise by a standard deviation that it calls variance). Two rules of its are left out: that turns
-# in the plane are 15 degrees at most where patches are oblong, for here a patch has no corners to
-# lose, and that all channels share one noise.
+# noise by a standard deviation that it calls variance). Two of its rules are left out: that slices
+# turn by 15 degrees at most where patches are oblong, for here a patch has no corners to lose; and
+# that all channels share one noise.
 PRESETS = {
     "none": Augmentation(),
     "mild": Augmentation(
