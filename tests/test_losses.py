@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyseg import Tensor, losses
+from tinyseg import Tensor, losses, parallel
 
 leaf = partial(Tensor, requires_grad=True)
 ALL = [losses.cross_entropy, losses.dice, losses.dice_cross_entropy]
@@ -59,6 +59,26 @@ def test_gradients(name, options, ignore):
         logits, labels = batch(shape, ignore=ignore)
         oracle.check_gradients(lambda x, labels=labels: getattr(losses, name)(
             x, labels, ignore, **options) * 2.5, leaf, logits)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("cross_entropy", {"weight": np.array([0.2, 1.0, 3.0])}), ("dice", {"background": True}),
+    ("dice_cross_entropy", {}),
+])
+def test_slabs_add_up_to_the_whole_alike_on_any_threads(monkeypatch, name, options):
+    logits, labels = batch((2, 3, 5, 7), ignore=5)
+    found = []
+    for slab, threads in [(2**18, 1), (12, 1), (100, 1), (100, 3)]:
+        monkeypatch.setattr(parallel, "SLAB", slab)
+        monkeypatch.setattr(parallel, "_setting", threads)
+        x = leaf(logits)
+        value = getattr(losses, name)(x, labels, 5, **options)
+        value.backward(np.array(1.5))
+        found.append((value.item(), x.grad))
+    for value, gradient in found[1:]:
+        assert value == pytest.approx(found[0][0], rel=1e-14)
+        np.testing.assert_allclose(gradient, found[0][1], rtol=1e-12, atol=1e-16)
+    assert found[2][0] == found[3][0] and (found[2][1] == found[3][1]).all()
 
 
 def test_the_sum_has_the_sum_of_gradients():

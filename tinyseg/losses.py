@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import cuda
+from . import cuda, parallel
 from .backend import Array, array_module
 from .tensor import Tensor, op
 
@@ -60,56 +60,83 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
                                              ignore=ignore, weight=weight, smooth=smooth,
                                              background=background)
         return value, (pull,)
-    # Classes first, voxels in one axis: sums over a last axis of three numbers are slow.
-    shape, labels = labels.shape, labels.reshape(-1)
-    log_p = library.ascontiguousarray(logits.reshape(-1, classes).T)
+    shape, labels, rows = labels.shape, labels.reshape(-1), logits.reshape(-1, classes)
     counted = library.ones_like(labels, dtype=bool) if ignore is None else labels != ignore
     known = ((labels >= 0) & (labels < classes)) | ~counted
     if not known.all():
         raise ValueError(f"labels hold {int(labels[~known][0])}; expected 0 to {classes - 1}"
                          + ("" if ignore is None else f", or {ignore} to ignore"))
+    # Slabs of voxels that stay in cache, classes first: sums over a last axis of three are slow.
+    size = max(1, parallel.SLAB // 4 // classes) if library is np else len(labels)
+    slabs = parallel.parts(len(labels), size)
+    kind = np.result_type(labels.dtype, np.min_scalar_type(classes - 1))
+    numbers = library.arange(classes, dtype=kind)[:, None]
+    probabilities = [None] * len(slabs)
+    sums = library.zeros((2, len(slabs)), "float64")  # of the voxels' weights, and of w (-log p)
+    areas = library.zeros((2, len(slabs), classes), "float64")  # Σ p t and Σ p + Σ t
 
-    # A difference beyond the largest number is as good as -inf; an ignored voxel may hold anything.
-    with np.errstate(over="ignore", invalid="ignore"):
-        log_p = log_p - log_p.max(axis=0)
-    p = library.exp(log_p)
-    mass = p.sum(axis=0)
-    p /= mass
-    if ignore is not None:
-        p = library.where(counted, p, 0)  # a NaN would pass through every product
-    t = ((labels == library.arange(classes)[:, None]) & counted).astype(logits.dtype)
-    value, parts = library.zeros((), logits.dtype), []
+    def targets(slab):
+        """t (C, n) of a slab, t times the weights of its classes, and the weights (n,)."""
+        t = ((labels[slab] == numbers) & counted[slab]).astype(logits.dtype)
+        if weight is None:
+            return t, t, counted[slab].astype(logits.dtype)
+        weighted = t * weight[:, None]
+        return t, weighted, weighted.sum(axis=0)
 
-    if entropy:
-        weighted = t if weight is None else t * weight[:, None]
-        voxel = weighted.sum(axis=0)
-        total = voxel.sum()
-        total = total + (total == 0)  # nothing counts: the sum above it is zero too
-        found = log_p[library.where(counted, labels, 0), library.arange(len(labels))]
-        surprise = library.where(voxel > 0, library.log(mass) - found, 0)  # else it may be infinite
-        value = value + (voxel * surprise).sum() / total
-        parts.append(lambda: (p * voxel - weighted) / total)
+    def measure(i):
+        slab = slabs[i]
+        t, _, voxel = targets(slab)
+        log_p = library.ascontiguousarray(rows[slab].T)
+        # A difference beyond the largest number is as good as -inf; an ignored voxel may hold
+        # anything.
+        with np.errstate(over="ignore", invalid="ignore"):
+            log_p = log_p - log_p.max(axis=0)
+        p = library.exp(log_p)
+        mass = p.sum(axis=0)
+        p /= mass
+        if ignore is not None:  # a NaN would pass through every product
+            library.copyto(p, 0, where=~counted[slab])
+        probabilities[i] = p
+        if entropy:
+            y = library.where(counted[slab], labels[slab], 0).astype("int64")
+            found = log_p.reshape(-1)[y * len(y) + library.arange(len(y))]
+            surprise = library.where(voxel > 0, library.log(mass) - found, 0)  # else maybe infinite
+            sums[0, i], sums[1, i] = voxel.sum(), (voxel * surprise).sum()
+        if overlap:
+            areas[0, i] = (p * t).sum(axis=1)
+            areas[1, i] = p.sum(axis=1) + t.sum(axis=1)
 
+    parallel.run(measure, range(len(slabs)))
+    weights, surprise = sums.sum(axis=1)
+    weights = weights + (weights == 0)  # nothing counts: the sum above it is zero too
+    value, first = surprise / weights, 0 if background else 1
+    both, either = areas.sum(axis=1)
+    both, either = 2 * both + smooth, either + smooth
     if overlap:
-        first = 0 if background else 1
-        both = 2 * (p * t).sum(axis=1) + smooth
-        either = p.sum(axis=1) + t.sum(axis=1) + smooth
-        ratio = both / either
-        value = value + 1 - ratio[first:].mean()
-
-        def through_softmax():
-            dp = ratio[:, None] * counted - 2 * t
-            dp /= either[:, None] * (classes - first)
-            dp[:first] = 0
-            return p * (dp - (p * dp).sum(axis=0))
-
-        parts.append(through_softmax)
+        value = value + 1 - (both / either)[first:].mean()
 
     def pull(g):
-        gradient = parts[0]()
-        for part in parts[1:]:
-            gradient += part()
-        gradient *= g
-        return library.ascontiguousarray(gradient.T).reshape(*shape, classes)
+        gradient = library.empty(rows.shape, rows.dtype)
+        share = (g / weights).astype(logits.dtype)
+        slope = g / (either * (classes - first))  # d loss / dp = slope (Dice - 2 t), and through
+        slope[:first] = 0  # the softmax p (dp - Σ p dp); that of the entropy is p - t
+        always, inside = ((slope * x).astype(logits.dtype)[:, None] for x in (both / either, 2))
 
-    return value, (pull,)
+        def differentiate(i):
+            p, (t, weighted, voxel) = probabilities[i], targets(slabs[i])
+            if overlap:
+                dp = always - inside * t
+                dp -= (p * dp).sum(axis=0)
+                if entropy:
+                    dp += voxel * share
+                dp *= p
+            else:
+                dp = p * (voxel * share)
+            if entropy:
+                dp -= weighted * share
+            gradient[slabs[i]] = dp.T
+
+        parallel.run(differentiate, range(len(slabs)))
+        return gradient.reshape(*shape, classes)
+
+    return library.asarray(value, dtype=logits.dtype), (pull,)
