@@ -251,6 +251,89 @@ def test_a_step_counts_as_a_change_of_what_it_moves(make):
     assert [p.version for p in tensors] == [3, 4, 3]
 
 
+def grouped(make, tensors, factors):
+    """An optimiser of two groups: the parameters at even places, and the others."""
+    return make([(tensors[::2], factors[0]), (tensors[1::2], factors[1])])
+
+
+@pytest.mark.parametrize("factors", [(1, 0.1), (0.5, 3), (0, 1)])
+@pytest.mark.parametrize("kind, options", [
+    (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (optim.AdamW, {"weight_decay": 0.1})])
+def test_groups_move_as_under_optimisers_of_their_own(kind, options, factors):
+    tensors, twins = parameters(), parameters()
+    joint = grouped(lambda groups: kind(groups, 0.05, **options), tensors, factors)
+    assert joint.factors == [factors[0], factors[0], factors[1]]
+    assert joint.parameters == [tensors[0], tensors[2], tensors[1]]
+    apart = [kind(twins[i::2], 0.05 * f, **options) for i, f in enumerate(factors)]
+    rng = np.random.default_rng(5)
+    for scale in (1, 0.5, 0.25, 1):  # of a schedule
+        for p, twin in zip(tensors, twins, strict=True):
+            p.grad = twin.grad = rng.standard_normal(p.shape).astype("float32")
+        joint.lr = 0.05 * scale
+        joint.step()
+        for optimizer, f in zip(apart, factors, strict=True):
+            optimizer.lr = joint.lr * f
+            optimizer.step()
+    assert all((p.data == twin.data).all() for p, twin in zip(tensors, twins, strict=True))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_group_of_factor_one_is_as_if_there_were_none(make):
+    """Their states have the same names, and either goes on from the other's."""
+    plain, tensors, mixed = parameters(), parameters(), parameters()
+    optimizers = [make(plain), make([(tensors, 1)]),
+                  make([mixed[0], ((p for p in mixed[1:]), 1.0)])]
+    for some, optimizer in zip((plain, tensors, mixed), optimizers, strict=True):
+        walk(some, optimizer, 3, seed=1)
+    states = [optimizer.state() for optimizer in optimizers]
+    assert list(states[0]) == list(states[1]) == list(states[2])
+    for p, *others in zip(plain, tensors, mixed, strict=True):
+        assert all((p.data == q.data).all() for q in others)
+    optimizers[0].load_state(states[1])
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_wrong_groups(make):
+    one, two, three = parameters()
+    for wrong, message in [
+        ([([one, two], -1)], "factor is -1; expected a number of at least 0"),
+        ([([one], math.nan)], "factor is nan"), ([([one], "fast")], "factor is 'fast'"),
+        ([([one], None)], "factor is None"), ([(one, 0.1)], "single tensor; expected a list"),
+        ([([one, two], 1), ([three, two], 0.1)], r"3, of shape \(4,\), was given before"),
+        ([([one], 1), (["fc.weight"], 0.1)], "1 is a str, expected a Tensor or a group"),
+        ([([one], 1), ([two * 2], 0.1)], "1, of shape .* made by an operation"),
+        ([[[one], 0.1]], "0 is a list, expected a Tensor or a group, "),
+        ([([], 1)], "no parameters that require a gradient"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(wrong)
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+def test_on_a_gpu_a_group_is_one_launch(cuda, monkeypatch, kind):
+    tensors, launches = parameters()[:2] + parameters(seed=3)[:1], []
+    twins = [Tensor(cuda.asarray(p.data), requires_grad=True) for p in tensors]
+    ours, theirs = (grouped(lambda groups: kind(groups, 0.05), some, (1, 0.1))
+                    for some in (tensors, twins))
+
+    def update_all(self, lr, ps, *more, launch=kind.update_all):
+        launches.append((lr, len(ps)))
+        launch(self, lr, ps, *more)
+
+    monkeypatch.setattr(kind, "update_all", update_all)
+    walk(tensors, ours, 2, seed=2)
+    assert launches == []
+    rng = np.random.default_rng(2)
+    for _ in range(2):
+        for p in twins:
+            p.grad = cuda.asarray(rng.standard_normal(p.shape).astype("float32"))
+        theirs.step()
+    assert launches == 2 * [(0.05, 2), (0.05 * 0.1, 1)]
+    for p, twin in zip(tensors, twins, strict=True):
+        np.testing.assert_allclose(twin.data.get(), p.data, rtol=1e-5, atol=1e-7)
+
+
 def test_a_generator_of_parameters():
     tensors = parameters()
     assert optim.AdamW((p for p in tensors), 0.1).parameters == tensors
@@ -262,3 +345,18 @@ def test_schedules():
     assert [optim.cosine(s, 8, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1]
     assert [optim.cosine(s, 8, 4) for s in (4, 6, 8, 9)] == pytest.approx([1, 0.5, 0, 0])
     assert optim.cosine(0, 0) == 1
+
+
+def test_a_warm_up_precedes_a_schedule_and_composes():
+    rising = optim.warmup(4)
+    assert [rising(s, 10) for s in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert [rising(s, 10) for s in range(4, 11)] == [optim.poly(s, 6) for s in range(7)]
+    for total in (3, 4, 5, 12):
+        for step in range(total + 2):
+            assert optim.warmup(4, optim.cosine)(step, total) == optim.cosine(step, total, 4)
+            assert optim.warmup(0)(step, total) == optim.poly(step, total)
+    twice = optim.warmup(2, optim.warmup(3, lambda step, total: step / total))
+    assert [twice(s, 9) for s in range(9)] == [
+        1 / 2, 1, 1 / 3, 2 / 3, 1, 0, 1 / 4, 2 / 4, 3 / 4]
+    with pytest.raises(ValueError, match="steps of the warm-up are -1"):
+        optim.warmup(-1)

@@ -5,7 +5,7 @@ Both keep PyTorch's conventions, so that published settings carry over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import cos, inf, pi, sqrt
 from typing import Any
 
@@ -16,20 +16,24 @@ from .backend import Array, array_module
 from .module import overwrite
 from .tensor import Tensor
 
-LIMITS = {"lr": inf, "weight_decay": inf, "eps": inf, "momentum": 1, "betas": 1}
+Group = tuple[Iterable[Tensor], float]  # parameters that move at `factor` times the rate
+Schedule = Callable[[int, int], float]  # (step, total) -> a factor of the rate
+LIMITS = {"lr": inf, "factor": inf, "weight_decay": inf, "eps": inf, "momentum": 1, "betas": 1}
 
 
 class Optimizer:
     """Parameters, a learning rate `lr` that may be set at any time, and arrays beside them.
 
-    Parameters are different leaf tensors; frozen ones among them rest. Every setting is a number
-    from 0 to below its limit in LIMITS, whenever it is set. Raises ValueError for anything else.
+    Parameters are different leaf tensors; frozen ones among them rest. In their list may also stand
+    groups, (parameters, factor), which move at the rate lr * factor (their `factors`, one for each
+    parameter; 1 outside of groups). Every setting is a number from 0 to below its limit in LIMITS,
+    whenever it is set. Raises ValueError for anything else.
     """
 
     slots: tuple[str, ...] = ()  # names of the running arrays, one per parameter each
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float):
-        self.parameters = _leaves(parameters)
+    def __init__(self, parameters: Iterable[Tensor | Group], lr: float, weight_decay: float):
+        self.parameters, self.factors = _leaves(parameters)
         self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
         self.running = {
             name: [array_module(p.data).zeros_like(p.data) for p in self.parameters]
@@ -44,18 +48,25 @@ class Optimizer:
         self.steps += 1
         for p in self.parameters:
             p.version += p.grad is not None
-        rows = [(p.data, p.grad, *(self.running[name][i] for name in self.slots))
-                for i, p in enumerate(self.parameters) if p.grad is not None]
-        if rows and cuda.serves(*(array for row in rows for array in row)):
-            self.update_all(*map(list, zip(*rows, strict=True)))
+        groups: dict[float, list[tuple[Array, ...]]] = {}  # by the rate
+        for i, (p, factor) in enumerate(zip(self.parameters, self.factors, strict=True)):
+            if p.grad is not None:
+                groups.setdefault(self.lr * factor, []).append(
+                    (p.data, p.grad, *(self.running[name][i] for name in self.slots)))
+        if groups and cuda.serves(*(a for rows in groups.values() for row in rows for a in row)):
+            for lr, rows in groups.items():
+                self.update_all(lr, *map(list, zip(*rows, strict=True)))
         else:
-            parallel.run(lambda part: self.update(*part), [p for row in rows for p in _parts(*row)])
+            parallel.run(lambda part: self.update(*part), [
+                (lr, *piece) for lr, rows in groups.items() for row in rows
+                for piece in parallel.pieces(*row)])
 
-    def update(self, p: Array, g: Array, *running: Array) -> None:
-        """One parameter with its gradient and running arrays."""
+    def update(self, lr: float, p: Array, g: Array, *running: Array) -> None:
+        """One parameter with its gradient and running arrays, at the rate `lr`."""
         raise NotImplementedError
 
-    def update_all(self, ps: list[Array], gs: list[Array], *running: list[Array]) -> None:
+    def update_all(self, lr: float, ps: list[Array], gs: list[Array], *running: list[Array]
+                   ) -> None:
         """`update` for all of them in one launch, on a GPU."""
         raise NotImplementedError
 
@@ -79,25 +90,38 @@ class Optimizer:
         self.steps = int(mine["steps"])
 
 
-def _leaves(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters as a list, if they are what an optimiser can move."""
-    if isinstance(parameters, Tensor):
-        raise ValueError("parameters is a single tensor; expected a list, [tensor]")
-    found, seen = list(parameters), set()
-    for i, p in enumerate(found):
-        if not isinstance(p, Tensor):
-            raise ValueError(f"parameter {i} is a {type(p).__name__}, expected a Tensor; "
-                             "net.parameters() lists those of a network")
-        if p.node:
-            raise ValueError(f"parameter {i}, of shape {p.shape}, was made by an operation; "
-                             "expected a leaf, Tensor(array, requires_grad=True)")
-        if id(p) in seen:
-            raise ValueError(f"parameter {i}, of shape {p.shape}, was given before and would "
-                             "move twice a step")
-        seen.add(id(p))
+def _leaves(parameters: Iterable[Tensor | Group]) -> tuple[list[Tensor], list[float]]:
+    """All parameters, if they are what an optimiser can move, and the factor of each."""
+    found: list[Tensor] = []
+    factors, seen = [], set()
+    for part in _listed(parameters):
+        group = isinstance(part, tuple) and len(part) == 2 and not isinstance(part[1], Tensor)
+        members, factor = part if group else ([part], 1.0)
+        factor = _setting("factor", factor)
+        for p in _listed(members):
+            i = len(found)
+            if not isinstance(p, Tensor):
+                raise ValueError(f"parameter {i} is a {type(p).__name__}, expected a Tensor or a "
+                                 "group, (tensors, factor); net.parameters() lists those of a "
+                                 "network")
+            if p.node:
+                raise ValueError(f"parameter {i}, of shape {p.shape}, was made by an operation; "
+                                 "expected a leaf, Tensor(array, requires_grad=True)")
+            if id(p) in seen:
+                raise ValueError(f"parameter {i}, of shape {p.shape}, was given before and would "
+                                 "move twice a step")
+            seen.add(id(p))
+            found.append(p)
+            factors.append(factor)
     if not any(p.requires_grad for p in found):
         raise ValueError("the optimiser got no parameters that require a gradient")
-    return found
+    return found, factors
+
+
+def _listed(parameters: Any) -> Iterable:
+    if isinstance(parameters, Tensor):
+        raise ValueError("parameters is a single tensor; expected a list, [tensor]")
+    return parameters
 
 
 def _setting(name: str, value: Any) -> Any:
@@ -112,37 +136,28 @@ def _setting(name: str, value: Any) -> Any:
     return tuple(map(float, numbers)) if count == 2 else float(value)
 
 
-def _parts(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Arrays of one shape in pieces that stay in cache; whole where they are not NumPy's."""
-    if array_module(arrays[0]) is not np or not all(a.flags.c_contiguous for a in arrays):
-        yield arrays
-        return
-    flat = [a.reshape(-1) for a in arrays]
-    for part in parallel.parts(flat[0].size, parallel.SLAB):
-        yield tuple(a[part] for a in flat)
-
-
 class SGD(Optimizer):
     """v <- momentum v + (g + weight_decay p);  p <- p - lr v, or with Nesterov's
     momentum p - lr (g + weight_decay p + momentum v)  (Sutskever et al. 2013, PyTorch's form)."""
 
     slots = ("velocity",)
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0,
+    def __init__(self, parameters: Iterable[Tensor | Group], lr: float, momentum: float = 0,
                  nesterov: bool = False, weight_decay: float = 0):
         super().__init__(parameters, lr, weight_decay)
         if nesterov and not momentum:
             raise ValueError("nesterov needs a momentum above zero")
         self.momentum, self.nesterov = momentum, nesterov
 
-    def update(self, p: Array, g: Array, velocity: Array) -> None:
+    def update(self, lr: float, p: Array, g: Array, velocity: Array) -> None:
         g = g + self.weight_decay * p if self.weight_decay else g
         velocity *= self.momentum
         velocity += g
-        p -= self.lr * (g + self.momentum * velocity if self.nesterov else velocity)
+        p -= lr * (g + self.momentum * velocity if self.nesterov else velocity)
 
-    def update_all(self, ps: list[Array], gs: list[Array], *running: list[Array]) -> None:
-        cuda.optim.sgd(ps, gs, *running, lr=self.lr, momentum=self.momentum,
+    def update_all(self, lr: float, ps: list[Array], gs: list[Array], *running: list[Array]
+                   ) -> None:
+        cuda.optim.sgd(ps, gs, *running, lr=lr, momentum=self.momentum,
                        nesterov=self.nesterov, weight_decay=self.weight_decay)
 
 
@@ -154,12 +169,12 @@ class AdamW(Optimizer):
 
     slots = ("mean", "square")
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, betas: tuple = (0.9, 0.999),
+    def __init__(self, parameters: Iterable[Tensor | Group], lr: float, betas: tuple = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.01):
         super().__init__(parameters, lr, weight_decay)
         self.betas, self.eps = betas, eps
 
-    def update(self, p: Array, g: Array, mean: Array, square: Array) -> None:
+    def update(self, lr: float, p: Array, g: Array, mean: Array, square: Array) -> None:
         beta1, beta2 = self.betas
         library, unbiased = array_module(p), sqrt(1 - beta2**self.steps)
         step = (1 - beta1) * g  # and then whatever else is computed on the way, in cache
@@ -172,12 +187,13 @@ class AdamW(Optimizer):
         library.sqrt(square, out=step)
         step += self.eps * unbiased  # m̂ / (sqrt(v̂) + eps), multiplied by sqrt(1 - beta2^t)
         step = mean / step
-        step *= self.lr * unbiased / (1 - beta1**self.steps)
-        p *= 1 - self.lr * self.weight_decay
+        step *= lr * unbiased / (1 - beta1**self.steps)
+        p *= 1 - lr * self.weight_decay
         p -= step
 
-    def update_all(self, ps: list[Array], gs: list[Array], *running: list[Array]) -> None:
-        cuda.optim.adamw(ps, gs, *running, lr=self.lr, betas=self.betas, eps=self.eps,
+    def update_all(self, lr: float, ps: list[Array], gs: list[Array], *running: list[Array]
+                   ) -> None:
+        cuda.optim.adamw(ps, gs, *running, lr=lr, betas=self.betas, eps=self.eps,
                          weight_decay=self.weight_decay, step=self.steps)
 
 
@@ -191,3 +207,17 @@ def cosine(step: int, total: int, warmup: int = 0) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return (1 + cos(pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2
+
+
+def warmup(steps: int, schedule: Schedule = poly) -> Schedule:
+    """The schedule that rises to 1 in a straight line over `steps` steps, and then is `schedule`
+    over those that remain."""
+    if steps < 0:
+        raise ValueError(f"steps of the warm-up are {steps}; expected at least 0")
+
+    def factor(step: int, total: int) -> float:
+        if step < steps:
+            return (step + 1) / steps
+        return schedule(step - steps, max(1, total - steps))
+
+    return factor

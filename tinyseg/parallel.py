@@ -21,13 +21,16 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from math import ceil, prod
 from typing import Any
 
+import numpy as np
 from threadpoolctl import OpenBLASController, ThreadpoolController
+
+from .backend import Array, array_module
 
 SLAB = 2**18  # numbers: few enough for the cache, enough that threads seldom meet in Python
 
@@ -55,6 +58,16 @@ def parts(length: int, size: int = 0) -> list[slice]:
     """An axis of this length cut into parts of `size`, by default one for each thread."""
     size = size or max(1, -(-length // threads()))
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape in pieces that stay in cache; whole where they are not NumPy's."""
+    if array_module(arrays[0]) is not np or not all(a.flags.c_contiguous for a in arrays):
+        yield arrays
+        return
+    flat = [a.reshape(-1) for a in arrays]
+    for part in parts(flat[0].size, SLAB):
+        yield tuple(a[part] for a in flat)
 
 
 def share(grid: tuple[int, ...], number: int) -> int:
