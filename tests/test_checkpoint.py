@@ -167,6 +167,20 @@ def test_frozen_parameters_come_back_frozen(tmp_path):
         refused(path, ts.load)
 
 
+def test_frozen_batch_norms_come_back_frozen(tmp_path):
+    net, path = make("rank 2").freeze("layer1").freeze("bn1"), tmp_path / "net.npz"
+    net.bn1.unfreeze("bias")
+    net.layer2[0].bn1.weight.requires_grad = False  # its statistics move on
+    ts.save(path, net)
+    again = ts.load(path)
+    for one, other in zip(net.modules(), again.modules(), strict=True):
+        assert one.frozen == other.frozen == (
+            isinstance(one, ts.nn.BatchNorm) and one in [net.bn1, *net.layer1.modules()])
+    assert [p.requires_grad for p in again.parameters()] == [
+        p.requires_grad for p in net.parameters()]
+    assert again.bn1.bias.requires_grad and not again.bn1.weight.requires_grad
+
+
 def test_files_of_earlier_versions_are_read(tmp_path):
     """They did not say what was frozen."""
     net, path = make("inflated"), tmp_path / "net.npz"

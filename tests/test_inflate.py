@@ -353,6 +353,9 @@ def test_a_frozen_layer_stays_frozen():
     for p in net.parameters()[::2]:
         p.requires_grad = False
     assert [p.requires_grad for p in ts.inflate(net).parameters()] == [False, True, False, True]
+    deep = ts.inflate(net.unfreeze().freeze("1"))
+    assert [p.requires_grad for p in deep.parameters()] == [True, True, False, False]
+    assert deep[1].frozen
 
 
 def test_a_layer_that_stands_twice_is_inflated_once():

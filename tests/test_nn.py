@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinyseg import Tensor, losses, nn, no_grad, ops, optim
+from tinyseg.module import evaluation
 
 
 def rng(seed=0):
@@ -304,6 +305,84 @@ def test_a_plain_array_takes_the_type_of_the_network(dtype):
 
 def statistics(net):
     return {name: array for name, array in net.state().items() if name in STATISTICS}
+
+
+def rests(net):
+    """The names of what a step of training leaves as it is."""
+    net, before = net.copy(), net.state()
+    optimizer = optim.SGD(net.parameters(), 0.01)
+    (net(rng(5).standard_normal((3, 4, 5, 2), "float32")) ** 2).mean().backward()
+    optimizer.step()
+    return {name for name, a in net.state().items() if (a == before[name]).all()}
+
+
+@pytest.mark.parametrize("prefix, resting", [
+    ("bn", {"bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"}),
+    ("heads.a", {f"heads.a.1.{k}" for k in ("weight", "bias", "running_mean", "running_var")}),
+    ("stem.weight", {"stem.weight"}), ("scale", {"scale"}),
+    ("blocks", {"blocks.0.weight", "blocks.1.weight", "blocks.1.bias"}),
+])
+def test_what_is_frozen_rests(prefix, resting):
+    net = Net()
+    assert rests(net) == set()
+    assert net.freeze(prefix) is net
+    assert rests(net) == rests(net.train()) == rests(net.eval().train()) == resting
+    assert rests(net.copy()) == resting
+    assert rests(net.train("running")) == resting | STATISTICS
+    assert net.unfreeze(prefix) is net and rests(net.train()) == set()
+
+
+def test_a_frozen_batch_norm_uses_its_running_statistics():
+    net, x = Net(), rng(1).standard_normal((3, 4, 5, 2), "float32")
+    net(x)  # statistics of something
+    frozen, evaluated = net.copy().freeze("bn").freeze("heads.a"), net.copy().eval()
+    assert (frozen(x).data == evaluated(x).data).all() and frozen.training
+    assert (frozen.unfreeze()(x).data == net(x).data).all()
+
+
+def test_freezing_forgets_gradients_and_adds_up():
+    net = Net()
+    net(rng(1).standard_normal((3, 4, 5, 2), "float32")).sum().backward()
+    net.freeze("stem").freeze("bn").freeze("stem.bias")
+    frozen = [name for name, p in net.named_parameters() if not p.requires_grad]
+    assert frozen == PARAMETERS[:4] and net.bn.frozen and not net.heads["a"][1].frozen
+    assert [p.grad is None for p in net.parameters()] == [name in frozen for name in PARAMETERS]
+    net.unfreeze("stem.weight")
+    assert net.stem.weight.requires_grad and not net.stem.bias.requires_grad
+    net.freeze()
+    assert not any(p.requires_grad for p in net.parameters()) and net.heads["a"][1].frozen
+    net.table = Tensor(np.arange(3))  # a parameter of integers, which have no gradient
+    net.unfreeze()
+    assert [p.requires_grad for p in net.parameters()] == [True] * len(PARAMETERS) + [False]
+    bn = nn.BatchNorm(3).freeze()
+    assert bn.frozen and not bn.weight.requires_grad
+
+
+def test_a_name_that_nothing_has_cannot_be_frozen():
+    net = Net()
+    for change in (net.freeze, net.unfreeze):
+        for wrong in ("ste", "head", "name", "heads.a.0", "bn.running_mean", "stem."):
+            with pytest.raises(ValueError, match=f"Net holds nothing of the name '{wrong}'"):
+                change(wrong)
+    with pytest.raises(ValueError, match="one of stem, bn, blocks, heads, scale$"):
+        net.freeze("layer1")
+    with pytest.raises(ValueError, match=r"one of .*heads\.b, heads\.a, scale$"):
+        net.freeze("heads.c")
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_evaluation_leaves_every_mode_as_it_was():
+    net = Net().train("running")
+    net.stem.training = False
+    modes = [m.training for m in net.modules()]
+    with pytest.raises(OSError), evaluation(net):
+        assert not any(m.training for m in net.modules())
+        assert net(rng().standard_normal((1, 4, 5, 2))).node is False
+        net.train()
+        raise OSError
+    assert [m.training for m in net.modules()] == modes
+    with evaluation(lambda x: x):
+        assert (net.scale * 2).node is False
 
 
 def test_modes():

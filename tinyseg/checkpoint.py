@@ -80,8 +80,8 @@ def save(path: str | Path, net: Module, **metadata: Any) -> None:
     one whose maker `models.register` knows, here and where it is read.
 
     With `net.metadata`, `metadata` comes back as `load(path).metadata`: text, numbers (NumPy's as
-    Python's), None, and dicts with text keys, lists and tuples (as lists) of these. Frozen
-    parameters come back frozen. Raises ValueError naming what `load` would not rebuild, TypeError
+    Python's), None, and dicts with text keys, lists and tuples (as lists) of these. What is
+    frozen comes back frozen. Raises ValueError naming what `load` would not rebuild, TypeError
     naming what JSON does not keep; nothing is written then.
     """
     config = getattr(net, "config", None)
@@ -89,7 +89,8 @@ def save(path: str | Path, net: Module, **metadata: Any) -> None:
         raise ValueError(f"{type(net).__name__} has no config to rebuild it from")
     description = {"architecture": _plain(config, "config"),
                    "metadata": _plain({**getattr(net, "metadata", {}), **metadata}, "metadata"),
-                   "frozen": [n for n, p in net.named_parameters() if not p.requires_grad]}
+                   "frozen": [name for name, part in net.trainable().items() if (
+                       part.frozen if isinstance(part, Module) else not part.requires_grad)]}
     mine, made = _structure(net), _structure(_outline(config))
     for name in {**made, **mine}:
         found, expected = mine.get(name, "nothing"), made.get(name, "nothing")
@@ -175,9 +176,10 @@ def load(path: str | Path) -> Module:
         if len(dtypes) == 1:
             net.astype(str(dtypes.pop()))
         net.load_state(arrays)
-        parameters, frozen = dict(net.named_parameters()), description.get("frozen", [])
+        parts, frozen = net.trainable(), description.get("frozen", [])
         for name in frozen:  # none in the files of earlier versions
-            parameters[name].requires_grad = False
+            key = "frozen" if isinstance(parts[name], Module) else "requires_grad"
+            setattr(parts[name], key, key == "frozen")
     except (ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{path}: holds no network that can be rebuilt ({error})") from None
     net.metadata = description.get("metadata", {})

@@ -9,9 +9,9 @@ which they were set, those in lists, tuples and dicts among them. A name is the 
     anything else     an option (a window, an eps); so is a NumPy scalar
 
 A tensor that an operation made, an activation kept for later, is none of these (Tensor(t.data)
-makes a leaf of it); neither are the mode, `training`, and `config` and `metadata`, which describe a
-network. What is held twice goes by
-its first name and stays one thing; two things of one name are refused.
+makes a leaf of it); neither are the mode, `training` and `frozen`, and `config` and `metadata`,
+which describe a network. What is held twice goes by its first name and stays one thing; two things
+of one name are refused.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from __future__ import annotations
 import copy
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from .backend import Array, array_module, device, to_library
-from .tensor import Tensor
+from .tensor import Tensor, no_grad
 from .windows import Window
 
 Network = TypeVar("Network", bound="Module")
-APART = ("training", "config", "metadata")  # attributes that are no part of what a module holds
+APART = ("training", "frozen", "config", "metadata")  # no part of what a module holds
 
 
 class Module:
     """The base of layers and networks: `forward(x)` on a tensor (N, *S, C).
 
-    `training` tells batch-norm to use the batch's statistics; a new module is in train mode.
+    `training` tells batch-norm to use the batch's statistics, unless it is `frozen`; a new module
+    is in train mode.
     """
 
     training = True
+    frozen = False
     config: dict  # of a whole network: what rebuilds it, see models.build
     metadata: dict  # of a loaded network: what was saved with it
 
@@ -102,6 +105,11 @@ class Module:
         """All parameters."""
         return [tensor for _, tensor in self.named_parameters()]
 
+    def trainable(self) -> dict[str, Tensor | Module]:
+        """{name: part} of what training moves: parameters, and modules for their statistics."""
+        return {name: part for name, part in [("", self), *self.named((Module, Tensor))]
+                if isinstance(part, Tensor) or hasattr(part, "running_mean")}
+
     def state(self) -> dict[str, Array]:
         """{name: array}: copies of all parameters and running statistics."""
         return {name: array.copy() for name, array in self._arrays().items()}
@@ -157,9 +165,52 @@ class Module:
             module.training = False
         return self
 
+    def freeze(self, prefix: str = "") -> Self:
+        """Let all under a dotted name rest, "layer1" or "layer1.0.bn1.weight", by default the whole
+        module: parameters require no gradient, and batch-norm keeps to its running statistics in
+        train mode too and leaves them alone. Raises ValueError where nothing has that name."""
+        return self._let(prefix, move=False)
+
+    def unfreeze(self, prefix: str = "") -> Self:
+        """Undo `freeze` for all under a dotted name."""
+        return self._let(prefix, move=True)
+
+    def _let(self, prefix: str, move: bool) -> Self:
+        parts, under = self.trainable(), f"{prefix}." if prefix else ""
+        chosen = [part for name, part in parts.items() if f"{name}.".startswith(under)]
+        if not chosen:
+            level = prefix.count(".") + 1
+            there = dict.fromkeys(".".join(name.split(".")[:level]) for name in parts)
+            raise ValueError(f"{type(self).__name__} holds nothing of the name {prefix!r} that "
+                             f"training moves; expected one of {', '.join(filter(None, there))}")
+        for part in chosen:
+            if isinstance(part, Module):
+                part.frozen = not move
+            elif part.dtype.kind == "f":
+                part.requires_grad, part.grad = move, None
+        return self
+
     def copy(self) -> Self:
         """An independent copy; no array is shared."""
         return copy.deepcopy(self)
+
+
+@contextmanager
+def evaluation(net: Module | Callable) -> Iterator[None]:
+    """Evaluation mode and nothing recorded in the block, and then every module in its mode again.
+
+    Of a function, which has no mode, nothing is recorded.
+    """
+    modules = net.modules() if isinstance(net, Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -90,8 +90,9 @@ class Linear(Module):
 class BatchNorm(Module):
     """Batch normalisation over all axes but the channels; see ops.batch_norm.
 
-    In train mode a forward pass also moves running_mean and running_var, in place. What follows
-    it in a residual block, an addition and a ReLU, can be part of the same pass.
+    In train mode a forward pass also moves running_mean and running_var, in place, unless it is
+    frozen. What follows it in a residual block, an addition and a ReLU, can be part of the same
+    pass.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
@@ -104,8 +105,9 @@ class BatchNorm(Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         x = _fitting(x, self)
         return ops.batch_norm(x, self.weight, self.bias, residual, running_mean=self.running_mean,
-                              running_var=self.running_var, train=self.training,
-                              momentum=self.momentum, eps=self.eps, relu=relu)
+                              running_var=self.running_var,
+                              train=self.training and not self.frozen, momentum=self.momentum,
+                              eps=self.eps, relu=relu)
 
 
 class GroupNorm(Module):
