@@ -13,10 +13,10 @@ from types import ModuleType, SimpleNamespace
 import emulator
 import numpy as np
 
-FUNCTIONS = """abs arange argmax array ascontiguousarray broadcast_to concatenate copyto dot empty
-    einsum empty_like equal exp flip full isfinite log matmul maximum mean minimum moveaxis multiply
-    ones ones_like pad result_type sign sqrt stack subtract sum tanh tensordot transpose where
-    zeros zeros_like""".split()
+FUNCTIONS = """abs arange argmax array ascontiguousarray bincount broadcast_to concatenate copyto
+    dot empty einsum empty_like equal exp flip full isfinite log matmul maximum mean minimum
+    moveaxis multiply ones ones_like pad result_type sign sqrt stack subtract sum tanh tensordot
+    transpose where zeros zeros_like""".split()
 METHODS = "all any argmax astype copy max mean min ravel reshape sum swapaxes transpose".split()
 PROPERTIES = "T dtype flags itemsize nbytes ndim shape size strides".split()
 GUARDED = """array ascontiguousarray concatenate empty empty_like full ones ones_like stack zeros

@@ -1,14 +1,24 @@
 """Training: the steps, the schedule, the clip, and that an interrupted run goes on as it would."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from time import sleep
 
 import numpy as np
 import pytest
+import strictarray
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tinyseg as ts
 from tinyseg import checkpoint
 from tinyseg.optim import SGD, AdamW, cosine, poly
-from tinyseg.train import clip_norm, dice, fit, overlap
+from tinyseg.train import Average, clip_norm, dice, fit, overlap, prepared, stalled
 
 
 def small(seed=0, dtype="float64"):
@@ -37,13 +47,14 @@ def test_records():
     optimizer = SGD(net.parameters(), 0.1)
     seen = []
     records = fit(net, lambda step: seen.append(step) or batch(step), ts.losses.cross_entropy,
-                  optimizer, 7, start=3)
+                  optimizer, 7, start=3, ahead=0)
     before = net.state()
     assert iter(records) is records and seen == [] and equal(net.state(), before)
     for count, record in enumerate(records, start=1):
         assert record.step == 2 + count and seen == list(range(3, 3 + count))
         assert record.lr == 0.1 * poly(record.step, 7) == optimizer.lr
-        assert math.isfinite(record.loss) and record.seconds >= 0
+        assert math.isfinite(record.loss) and record.seconds >= record.waited >= 0
+        assert record.validation is None and record.score is None
         assert set(record.patch_dice) == {1, 2}
     assert count == 4 and optimizer.lr == 0.1 and optimizer.steps == 4
     assert list(fit(net, batch, ts.losses.cross_entropy, optimizer, 5, start=5)) == []
@@ -142,6 +153,22 @@ def test_ignored_voxels_do_not_count_in_the_patch_dice():
     assert dice(overlap(logits[None], labels[None])) == {1: 1.0}
 
 
+@given(st.integers(1, 5), st.integers(0, 2**32 - 1), st.sampled_from(["uint8", "int64", "int16"]))
+@settings(max_examples=25, deadline=None)
+def test_overlap_against_masks(classes, seed, kind):
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, 3, (2, 3, 4, classes)).astype("float32")  # ties too
+    ignore = 255 if kind == "uint8" else -1
+    labels = rng.choice([*range(classes), ignore], (2, 3, 4)).astype(kind)
+    answers = np.where(labels == ignore, -5, logits.argmax(-1))
+    counts = overlap(logits, labels)
+    assert counts.shape == (2, classes - 1, 2) and counts.dtype.kind == "i"
+    for n in range(2):
+        for c in range(1, classes):
+            p, t = answers[n] == c, labels[n] == c
+            assert counts[n, c - 1].tolist() == [2 * (p & t).sum(), p.sum() + t.sum()]
+
+
 def test_overlap_is_counted_patch_by_patch():
     rng = np.random.default_rng(4)
     logits, labels = rng.standard_normal((3, 5, 4, 2, 4)), rng.integers(0, 4, (3, 5, 4, 2))
@@ -238,3 +265,335 @@ def test_one_batch_is_learnt_by_heart(make):
                                   ts.losses.dice_cross_entropy, make(net.parameters()), 120)]
     assert losses[-1] < losses[0] / 10
     assert all(p.data.dtype == "float32" for p in net.parameters())
+
+
+# The moving average
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=40), st.floats(-9, 9),
+       st.sampled_from([0, 0.5, 0.9, 0.999]))
+@settings(max_examples=40, deadline=None)
+def test_the_average_is_the_weighted_sum_of_all_states(states, first, decay):
+    """a_n = (Π d_t) x_0 + Σ (1 - d_t) (Π of later d) x_t, d_t = min(decay, (1 + t) / (10 + t))."""
+    net = ts.nn.Sequential(ts.nn.BatchNorm(3)).astype("float64")
+    arrays = net._arrays()
+    for a in arrays.values():
+        a[...] = first
+    average = Average(net, decay)
+    for number in states:
+        for scale, a in enumerate(arrays.values(), start=1):
+            a[...] = number * scale
+        average.update()
+    d = [min(decay, (1 + t) / (10 + t)) for t in range(len(states))]
+    later = [math.prod(d[t + 1 :]) for t in range(len(states))]
+    moved = sum((1 - d[t]) * later[t] * x for t, x in enumerate(states))
+    for scale, (name, a) in enumerate(average.arrays.items(), start=1):
+        expected = math.prod(d) * first + moved * scale
+        np.testing.assert_allclose(a, np.full(3, expected), rtol=1e-12, atol=1e-12, err_msg=name)
+    assert average.steps == len(states)
+
+
+def averaged(seed=0, dtype="float64", decay=0.9):
+    net = small(seed, dtype)
+    return net, AdamW(net.parameters(), 0.01), Average(net, decay)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_average_goes_on_bit_for_bit(dtype):
+    def run(net, optimizer, average, start, stop):
+        records = fit(net, lambda s: batch(s, dtype), ts.losses.cross_entropy, optimizer, 6,
+                      start=start, average=average)
+        for _ in range(start, stop):
+            next(records)
+
+    whole, parts = averaged(dtype=dtype), averaged(dtype=dtype)
+    run(*whole, 0, 6)
+    run(*parts, 0, 2)
+    state = parts[2].state()
+    assert all(a.dtype == dtype for name, a in state.items() if name != "steps")
+    again = averaged(seed=8, dtype=dtype)
+    for new, old in zip(again, parts, strict=True):
+        new.load_state(old.state())
+    run(*again, 2, 6)
+    for a, b in zip(again, whole, strict=True):
+        assert equal(a.state(), b.state())
+    assert int(state["steps"]) == 2  # a copy
+    assert not equal(whole[2].arrays, whole[0].state())
+
+
+def test_the_average_changes_nothing_of_the_training():
+    alone, beside = averaged(), averaged()
+    list(fit(alone[0], batch, ts.losses.cross_entropy, alone[1], 4))
+    list(fit(beside[0], batch, ts.losses.cross_entropy, beside[1], 4, average=beside[2]))
+    assert equal(alone[0].state(), beside[0].state()) and beside[2].steps == 4
+
+
+def test_the_average_stands_in_for_the_network_only_in_the_block():
+    net, _, average = averaged()
+    for p in net.parameters():
+        p.data += 1
+    average.update()
+    own, arrays = net.state(), net._arrays()
+    versions = [p.version for p in net.parameters()]
+    with pytest.raises(OSError, match="in the block"), average.applied() as stand_in:
+        assert stand_in is net and equal(net.state(), average.arrays)
+        assert all(p.version > v for p, v in zip(net.parameters(), versions, strict=True))
+        for array in arrays.values():
+            array += 5  # whatever is done there
+        raise OSError("in the block")
+    assert equal(net.state(), own)
+    assert all(a is b for a, b in zip(arrays.values(), net._arrays().values(), strict=True))
+    assert not equal(net.state(), average.arrays)
+
+
+def test_the_average_of_what_rests_is_what_rests():
+    net = small(dtype="float32")
+    average, before = Average(net), net.state()
+    for _ in range(50):
+        average.update()
+    assert equal(average.arrays, before)
+
+
+def test_integers_are_not_averaged():
+    net = small()
+    net.table = np.arange(4)
+    average = Average(net, 0.5)
+    net.table += 3
+    average.update()
+    assert average.arrays["table"].tolist() == [3, 4, 5, 6]
+
+
+def test_wrong_averages():
+    for decay in (1, -0.1, math.nan):
+        with pytest.raises(ValueError, match="decay is .*expected at least 0 and below 1"):
+            Average(small(), decay)
+    net, _, average = averaged()
+    state = average.state()
+    with pytest.raises(ValueError, match="this average:(.|\n)*average.0.weight is missing"):
+        average.load_state({k: a for k, a in state.items() if "0.weight" not in k})
+    with pytest.raises(ValueError, match="average.0.bias has shape"):
+        average.load_state({**state, "average.0.bias": np.zeros(6)})
+    assert equal(average.state(), state)
+    net.astype("float32")
+    with pytest.raises(ValueError, match="other arrays than when its average was begun"):
+        average.update()
+    other = small()
+    with pytest.raises(ValueError, match="average is that of another network"):
+        next(fit(other, batch, ts.losses.cross_entropy, SGD(other.parameters(), 0.1), 3,
+                 average=average))
+
+
+def test_training_with_an_average_runs_on_other_arrays_than_those_of_numpy(monkeypatch):
+    strict = strictarray.library("strict")
+    monkeypatch.setitem(sys.modules, "strict", strict)
+    found = []
+    for library in (np, strict):
+        net = ts.to_device(small(dtype="float32"), library)
+        average = Average(net, 0.9)
+        records = fit(net, lambda s: batch(s, "float32"), ts.losses.dice_cross_entropy,
+                      SGD(net.parameters(), 0.1, 0.9), 3, average=average, every=2, clip=0.5,
+                      validate=lambda net: {1: float((net.parameters()[0].data ** 2).sum())})
+        told = [(r.loss, r.overlap, r.score or 0) for r in records]
+        found.append([*zip(*told, strict=True), *map(ts.to_numpy, average.state().values())])
+        assert all(type(a) is library.ndarray for a in average.arrays.values())
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# Batches ahead of their step
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name.startswith("tinyseg-batch")]
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 9])
+def test_batches_made_ahead_train_alike(ahead):
+    found = []
+    for number in (0, ahead):
+        net = small()
+        records = list(fit(net, batch, ts.losses.cross_entropy, AdamW(net.parameters(), 0.01), 5,
+                           start=1, ahead=number))
+        found.append(([(r.step, r.loss, r.lr) for r in records], net.state()))
+    assert found[0][0] == found[1][0] and equal(found[0][1], found[1][1])
+    assert not threads()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_no_more_batches_are_made_than_asked_for(ahead):
+    made, most = [], []
+    for i, item in enumerate(prepared(lambda step: made.append(step) or step, range(3, 9), ahead)):
+        sleep(0.02)
+        assert item == 3 + i
+        most.append(len(made) - i - 1)
+    assert made == list(range(3, 9)) and max(most) == ahead
+    with pytest.raises(ValueError, match="ahead is -1"):
+        next(prepared(abs, range(3), -1))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_what_a_batch_raises_is_raised_at_its_step(ahead):
+    def draw(step):
+        if step == 2:
+            raise OSError("case 7 cannot be read")
+        return batch(step)
+
+    net, twin = small(), small()
+    optimizer = SGD(net.parameters(), 0.1)
+    records = fit(net, draw, ts.losses.cross_entropy, optimizer, 6, ahead=ahead)
+    assert [next(records).step, next(records).step] == [0, 1]
+    with pytest.raises(OSError, match="case 7") as raised:
+        next(records)
+    assert "in draw" in "".join(traceback.format_tb(raised.value.__traceback__))
+    list(fit(twin, batch, ts.losses.cross_entropy, SGD(twin.parameters(), 0.1), 2,
+             schedule=lambda step, _: poly(step, 6)))
+    assert equal(net.state(), twin.state()) and optimizer.lr == 0.1 and not threads()
+
+
+@pytest.mark.parametrize("end", [lambda records: records.close(), lambda records: None])
+def test_the_thread_ends_with_the_records(end):
+    net = small()
+    records = fit(net, batch, ts.losses.cross_entropy, SGD(net.parameters(), 0.1), 100, ahead=5)
+    next(records)
+    assert len(threads()) == 1
+    end(records)
+    del records
+    assert not threads()
+
+
+def test_ctrl_c_while_waiting_for_a_batch():
+    def draw(step):
+        if step == 1:
+            sleep(0.05)  # until the training waits
+            os.kill(os.getpid(), signal.SIGINT)
+            sleep(0.05)
+        return batch(step)
+
+    net = small()
+    optimizer = SGD(net.parameters(), 0.1)
+    records = fit(net, draw, ts.losses.cross_entropy, optimizer, 3)
+    next(records)
+    before = net.state()
+    with pytest.raises(KeyboardInterrupt):
+        next(records)
+    assert equal(net.state(), before) and optimizer.steps == 1 and not threads()
+
+
+def test_a_process_ends_in_the_middle_of_a_training():
+    script = ("import numpy as np, tinyseg as ts\n"
+              "net = ts.nn.Conv(1, 2, (1,), rng=0)\n"
+              "x, y = np.ones((1, 3, 1), 'float32'), np.array([[0, 1, 1]])\n"
+              "records = ts.train.fit(net, lambda step: (x, y), ts.losses.cross_entropy,\n"
+              "                       ts.optim.SGD(net.parameters(), 0.1), 9)\n"
+              "print(next(records).step)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_the_wait_for_a_batch_is_told():
+    net = small()
+
+    def slow(step):
+        sleep(0.05)
+        return batch(step)
+
+    for record in fit(net, slow, ts.losses.cross_entropy, SGD(net.parameters(), 0.1), 3, ahead=0):
+        assert 0.05 <= record.waited <= record.seconds
+
+
+def test_a_batch_sees_the_context_of_its_step():
+    """What is recorded, of a batch that a network makes, is what would be without the thread."""
+    maker = small(seed=3)
+
+    def drawn(step):
+        images, labels = batch(step)
+        return np.concatenate([images, maker(images).data[..., :1]], axis=-1)[..., 1:], labels
+
+    for ahead in (0, 2):
+        net = small()
+        optimizer = SGD(net.parameters(), 0.1)
+        found = list(fit(net, drawn, ts.losses.cross_entropy, optimizer, 3, ahead=ahead))
+        assert len(found) == 3
+    with ts.no_grad():
+        seen = list(prepared(lambda _: maker(batch(0)[0]).node, range(2), 1))
+    assert seen == [False, False]
+
+
+# Validation
+
+
+def test_validation_sees_the_average_in_evaluation_mode_and_leaves_no_trace():
+    net, optimizer, average = averaged()
+    net.train("running")
+    modes, seen = [m.training for m in net.modules()], []
+
+    def validate(model):
+        assert model is net and not any(m.training for m in net.modules())
+        assert net(batch(0)[0]).node is False  # nothing is recorded
+        assert equal(net.state(), average.arrays)
+        seen.append(optimizer.steps)
+        net.train()
+        return {"organ": 0.5, "tumour": 0.1 * len(seen)}
+
+    records = list(fit(net, batch, ts.losses.cross_entropy, optimizer, 8, average=average,
+                       validate=validate, every=3))
+    assert seen == [3, 6, 8] and modes == [m.training for m in net.modules()]
+    assert [r.step for r in records if r.validation] == [2, 5, 7]
+    assert [r.validation for r in records][5] == {"organ": 0.5, "tumour": 0.2}
+    assert records[5].score == pytest.approx(0.35) and records[4].score is None
+    plain, other, _ = averaged()
+    plain.train("running")
+    list(fit(plain, batch, ts.losses.cross_entropy, other, 8))
+    assert equal(plain.state(), net.state())
+
+
+def test_a_validation_that_fails_leaves_the_step_as_it_was():
+    net, optimizer, average = averaged()
+    twin, other, _ = averaged()
+    records = fit(net, batch, ts.losses.cross_entropy, optimizer, 4, average=average, every=2,
+                  validate=lambda net: 1 / 0)
+    next(records)
+    with pytest.raises(ZeroDivisionError):
+        next(records)
+    told = fit(twin, batch, ts.losses.cross_entropy, other, 4)
+    next(told), next(told)
+    told.close()
+    assert equal(net.state(), twin.state()) and optimizer.steps == 2 and optimizer.lr == 0.01
+    assert net.training and not threads()
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 4))
+def test_stalled_against_a_count(scores, patience):
+    best, waited = -1, 0
+    for score in scores:
+        best, waited = (score, 0) if score > best else (best, waited + 1)
+        if waited == patience:
+            break
+    seen = [stalled(scores[:n], patience) for n in range(len(scores) + 1)]
+    assert any(seen) == (waited == patience) and not stalled(scores, None)
+
+
+def test_training_ends_when_validation_has_not_risen():
+    scores = [0.1, 0.3, 0.2, 0.3, 0.1, 0.9]
+
+    def run(start, past):
+        net = small()
+        optimizer = SGD(net.parameters(), 0.1)
+        number = iter(scores[len(past):])
+        return list(fit(net, batch, ts.losses.cross_entropy, optimizer, 12, start=start, every=2,
+                        validate=lambda net: {1: next(number)}, patience=3, past=past))
+
+    whole = run(0, [])
+    assert whole[-1].step == 9 and [r.score for r in whole[1::2]] == scores[:5]
+    for done in range(1, 6):  # an interrupted run ends where the whole one does
+        rest = run(2 * done, scores[:done])
+        assert [r.step for r in rest] == list(range(2 * done, 10))
+
+
+@pytest.mark.parametrize("options", [
+    {"every": 0}, {"patience": 2}, {"patience": 0, "validate": lambda net: {}}])
+def test_wrong_validations(options):
+    net = small()
+    with pytest.raises(ValueError, match="every is .* and patience .*expected numbers from 1"):
+        next(fit(net, batch, ts.losses.cross_entropy, SGD(net.parameters(), 0.1), 3, **options))

@@ -2,45 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from math import isfinite
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
-from . import cuda
+from . import cuda, parallel
 from .backend import Array, array_module, to_library, to_numpy
-from .nn import Module
-from .optim import Optimizer, poly
+from .module import Module, evaluation, overwrite
+from .optim import Optimizer, Schedule, poly
 from .tensor import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What one step did. `overlap` of its patches is that of the network before the step."""
+    """What one step did. `overlap` of its patches is that of the network before the step. Of its
+    `seconds` it `waited` some for its batch; validation comes on top. `validation` is what
+    `validate` said of the network after the step, where that was asked."""
 
     step: int
     loss: float
     lr: float
     overlap: np.ndarray
     seconds: float
+    waited: float = 0.0
+    validation: dict[Any, float] | None = None
 
     @property
     def patch_dice(self) -> dict[int, float]:
         """The Dice of the hard prediction on this step's patches; not that of whole volumes."""
         return dice(self.overlap)
 
+    @property
+    def score(self) -> float | None:
+        """The mean over classes of the validation, None where there was none."""
+        return float(np.mean(list(self.validation.values()))) if self.validation else None
+
+
+class Average:
+    """The exponential moving average of a network's parameters and running statistics.
+
+    Each `update` moves it, a <- d a + (1 - d) x with d = min(decay, (1 + t) / (10 + t)) after t
+    updates: it soon forgets where it began (the warm-up of TensorFlow's ExponentialMovingAverage).
+    The arrays stand beside the network's, and change in place; integers are the network's own.
+    Raises ValueError for a decay outside [0, 1), and for a network that has changed its parts.
+    """
+
+    def __init__(self, net: Module, decay: float = 0.999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay!r}; expected at least 0 and below 1")
+        self.net, self.decay, self.steps, self.arrays = net, float(decay), 0, net.state()
+
+    def update(self) -> None:
+        """Take the network's present state into the average."""
+        mine = self.net._arrays()
+        if _kinds(mine) != _kinds(self.arrays):
+            raise ValueError("the network has other arrays than when its average was begun; make "
+                             "the average after inflating, loading, converting or moving it")
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+
+        def approach(a: Array, x: Array) -> None:  # d a + (1 - d) x without another array
+            a -= x
+            a *= decay
+            a += x
+
+        pairs = [(self.arrays[name], x) for name, x in mine.items()]
+        parallel.run(lambda piece: approach(*piece), [
+            piece for a, x in pairs if a.dtype.kind == "f" for piece in parallel.pieces(a, x)])
+        for a, x in pairs:
+            if a.dtype.kind != "f":
+                a[...] = x
+        self.steps += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[Module]:
+        """The network with the average in its place; after the block its own state is back."""
+        own = self.net.state()
+        try:
+            self.net.load_state(self.arrays)
+            yield self.net
+        finally:
+            self.net.load_state(own)
+
+    def state(self) -> dict[str, Array]:
+        """Copies of the average and the number of updates, {name: array}."""
+        arrays = {f"average.{name}": a.copy() for name, a in self.arrays.items()}
+        return {**arrays, "steps": np.asarray(self.steps)}
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """The inverse of `state`; ValueError naming all that does not fit, and then nothing is
+        written."""
+        mine = {f"average.{name}": a for name, a in self.arrays.items()}
+        mine["steps"] = np.asarray(self.steps)
+        overwrite(mine, state, "average")
+        self.steps = int(mine["steps"])
+
+
+def _kinds(arrays: Mapping[str, Array]) -> dict[str, tuple]:
+    return {name: (array_module(a), a.dtype, a.shape) for name, a in arrays.items()}
+
 
 def overlap(logits: Array, labels: Array) -> np.ndarray:
     """(N, classes - 1, 2) integers: 2 |P and T| and |P| + |T| of the hard prediction P and the
     labels T, for every patch and class but 0, over the voxels that are labelled with a class."""
-    library, space = array_module(logits), tuple(range(1, labels.ndim))
-    predicted, counted = logits.argmax(axis=-1), labels < logits.shape[-1]
-    pairs = [((predicted == c) & counted, labels == c) for c in range(1, logits.shape[-1])]
-    sums = [library.stack([2 * (p & t).sum(space), p.sum(space) + t.sum(space)], axis=-1)
-            for p, t in pairs]
-    return to_numpy(library.stack(sums, axis=1)) if sums else np.zeros((len(labels), 0, 2), int)
+    library, n, classes = array_module(logits), len(labels), logits.shape[-1]
+    # One count of all triples (patch, prediction, label); what is no class is one label more.
+    known = library.where((labels >= 0) & (labels < classes), labels.astype("int64"), classes)
+    triples = logits.argmax(axis=-1) * (classes + 1) + known
+    triples = triples.reshape(n, -1) + library.arange(n)[:, None] * (classes * (classes + 1))
+    counts = library.bincount(triples.reshape(-1), minlength=n * classes * (classes + 1))
+    table = to_numpy(counts).reshape(n, classes, classes + 1)[:, :, :classes]
+    sums = np.stack([2 * table.diagonal(axis1=1, axis2=2), table.sum(axis=1) + table.sum(axis=2)],
+                    axis=-1)
+    return sums[:, 1:]
 
 
 def dice(overlap: np.ndarray) -> dict[int, float]:
@@ -54,7 +135,8 @@ def clip_norm(parameters: list[Tensor], limit: float) -> float:
     before. Gradients are replaced, not written into."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = (float(cuda.optim.norm(grads)) if cuda.serves(*grads)
-            else sum(float((g * g).sum()) for g in grads) ** 0.5)
+            else sum(parallel.run(lambda g: float(g @ g), [
+                piece.reshape(-1) for g in grads for piece, in parallel.pieces(g)])) ** 0.5)
     if norm > limit:
         for p in parameters:
             if p.grad is not None:
@@ -62,20 +144,73 @@ def clip_norm(parameters: list[Tensor], limit: float) -> float:
     return norm
 
 
+def prepared(batch: Callable[[int], Any], steps: Sequence[int], ahead: int
+             ) -> Generator[Any, None, None]:
+    """batch(step) of every step, in turn; while one is in use, one thread makes up to `ahead` more.
+
+    What `batch` raises is raised at its step. However the iterator ends, so does the thread.
+    """
+    if ahead < 0:
+        raise ValueError(f"ahead is {ahead}; expected a number of steps from 0")
+    if not ahead:
+        yield from map(batch, steps)
+        return
+    coming, waiting = iter(steps), deque[Future]()
+    pool = ThreadPoolExecutor(1, "tinyseg-batch")
+    try:
+        for _ in steps:
+            while len(waiting) <= ahead and (step := next(coming, None)) is not None:
+                waiting.append(pool.submit(copy_context().run, batch, step))
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _whole(optimizer: Optimizer, statistics: list[Array]) -> Iterator[None]:
+    """A step in the block is taken whole, or what it has done to the running statistics undone."""
+    taken, before = optimizer.steps, [array.copy() for array in statistics]
+    try:
+        yield
+    except BaseException:  # Ctrl-C too may come at any time
+        if optimizer.steps == taken:
+            for array, good in zip(statistics, before, strict=True):
+                array[...] = good
+        raise
+
+
+def stalled(scores: Sequence[float], patience: int | None) -> bool:
+    """Whether none of the last `patience` scores is above all before them."""
+    return (patience is not None and len(scores) > patience
+            and max(scores[-patience:]) <= max(scores[:-patience]))
+
+
 def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
         loss: Callable[[Tensor, Array], Tensor], optimizer: Optimizer, steps: int, *,
-        start: int = 0, schedule: Callable[[int, int], float] = poly,
-        clip: float = 12.0) -> Iterator[Record]:
+        start: int = 0, schedule: Schedule = poly, clip: float = 12.0,
+        average: Average | None = None,
+        validate: Callable[[Module], dict[Any, float]] | None = None, every: int = 50,
+        patience: int | None = None, past: Sequence[float] = (), ahead: int = 1
+        ) -> Iterator[Record]:
     """Train from step `start` to `steps`, yielding a `Record` after each.
 
     batch(step) -> (images (N, *S, C), labels (N, *S)) is a function of the step, so that a run
-    that was interrupted goes on exactly as it would have. The learning rate of a step is the
-    optimiser's rate at the start of this call times schedule(step, steps); gradients are clipped
-    to the norm `clip` (nnU-Net's 12). The network's train or eval mode is the caller's choice.
+    that was interrupted goes on exactly as it would have. Batches are made in a thread, `ahead`
+    steps before their turn; 0 makes each when it is its turn, with the same results. The learning
+    rate of a step is the optimiser's rate at the start of this call times schedule(step, steps);
+    gradients are clipped to the norm `clip` (nnU-Net's 12). The network's train or eval mode is the
+    caller's choice. An `average` of the network is updated after each step.
+
+    validate(net) -> {class: Dice} is asked after every `every` steps and after the last, of the
+    average where there is one, in evaluation mode; the network is then again as it was. With
+    `patience`, training ends once the mean Dice of that many validations in a row has not risen
+    above the best before them; `past` are the means (`Record.score`) of those before `start`.
+
     Raises ValueError for an optimiser of parameters that are not this network's, and
     FloatingPointError where the loss or the gradient is not finite. However a step ends
     (that, no memory, Ctrl-C), parameters and running statistics are those after the last good
-    step, unless `optimizer.steps` has grown: then they were being moved.
+    step, unless `optimizer.steps` has grown: then they, or the average, were being moved, or the
+    step was complete and was being validated.
     """
     base, parameters = optimizer.lr, net.parameters()
     statistics = net.statistics()
@@ -84,32 +219,44 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
         raise ValueError(f"{len(moved - mine)} of the optimiser's {len(moved)} parameters are not"
                          " in this network, and some of the network's are not in the optimiser;"
                          " make it of net.parameters(), after inflating or loading")
-    library = array_module(parameters[0].data)
+    if average is not None and average.net is not net:
+        raise ValueError("the average is that of another network; make it of this one")
+    if every < 1 or patience is not None and (validate is None or patience < 1):
+        raise ValueError(f"every is {every} and patience {patience}; expected numbers from 1, and "
+                         "patience with validate only")
+    library, scores = array_module(parameters[0].data), [*past]
     try:
-        for step in range(start, steps):
-            began = perf_counter()
-            images, labels = (to_library(a, library) for a in batch(step))
-            taken, before = optimizer.steps, [array.copy() for array in statistics]
-            try:
-                logits = net(images)
-                value = loss(logits, labels)
-                number = float(value.data)
-                counts = overlap(logits.data, labels)
-                del logits
-                optimizer.zero_grad()
-                value.backward()
-                norm = clip_norm(parameters, clip)
-                if not (isfinite(number) and isfinite(norm)):
-                    raise FloatingPointError(f"loss {number}, norm of the gradient {norm} at step "
-                                             f"{step}; lower the learning rate or look at this "
-                                             "step's images")
-                optimizer.lr = base * schedule(step, steps)
-                optimizer.step()
-            except BaseException:  # Ctrl-C too may come at any time
-                if optimizer.steps == taken:
-                    for array, good in zip(statistics, before, strict=True):
-                        array[...] = good
-                raise
-            yield Record(step, number, optimizer.lr, counts, perf_counter() - began)
+        with closing(prepared(batch, range(start, steps), ahead)) as batches:
+            for step in range(start, steps):
+                if stalled(scores, patience):
+                    return
+                began = perf_counter()
+                images, labels = next(batches)
+                waited = perf_counter() - began
+                images, labels = to_library(images, library), to_library(labels, library)
+                with _whole(optimizer, statistics):
+                    logits = net(images)
+                    value = loss(logits, labels)
+                    number = float(value.data)
+                    counts = overlap(logits.data, labels)
+                    del logits
+                    optimizer.zero_grad()
+                    value.backward()
+                    norm = clip_norm(parameters, clip)
+                    if not (isfinite(number) and isfinite(norm)):
+                        raise FloatingPointError(
+                            f"loss {number}, norm of the gradient {norm} at step {step}; lower the "
+                            "learning rate or look at this step's images")
+                    optimizer.lr = base * schedule(step, steps)
+                    optimizer.step()
+                if average:
+                    average.update()
+                seconds, validation = perf_counter() - began, None
+                if validate and ((step + 1) % every == 0 or step + 1 == steps):
+                    with average.applied() if average else nullcontext(), evaluation(net):
+                        validation = validate(net)
+                record = Record(step, number, optimizer.lr, counts, seconds, waited, validation)
+                scores += [record.score] if record.score is not None else []
+                yield record
     finally:
         optimizer.lr = base
