@@ -261,3 +261,10 @@ def test_wrong_options():
     with pytest.raises(ValueError, match="two classes"):
         losses.dice(single, labels * 0)
     assert np.isfinite(losses.dice(single, labels * 0, background=True).data)
+
+
+def test_a_single_class_is_certain():
+    x = leaf(batch()[0][..., :1])
+    value = losses.cross_entropy(x, np.zeros((2, 3, 4), int))
+    value.backward()
+    assert value.item() == 0 and (x.grad == 0).all()

@@ -87,8 +87,7 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         slab = slabs[i]
         t, _, voxel = targets(slab)
         log_p = library.ascontiguousarray(rows[slab].T)
-        # A difference beyond the largest number is as good as -inf; an ignored voxel may hold
-        # anything.
+        # A difference beyond the largest number is as good as -inf; an ignored voxel may be NaN.
         with np.errstate(over="ignore", invalid="ignore"):
             log_p = log_p - log_p.max(axis=0)
         p = library.exp(log_p)
@@ -118,23 +117,24 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
     def pull(g):
         gradient = library.empty(rows.shape, rows.dtype)
         share = (g / weights).astype(logits.dtype)
-        slope = g / (either * (classes - first))  # d loss / dp = slope (Dice - 2 t), and through
-        slope[:first] = 0  # the softmax p (dp - Σ p dp); that of the entropy is p - t
-        always, inside = ((slope * x).astype(logits.dtype)[:, None] for x in (both / either, 2))
+        if overlap:  # d loss / dp = slope (Dice - 2 t)
+            slope = g / (either * (classes - first))
+            slope[:first] = 0
+            always, inside = ((slope * x).astype(logits.dtype)[:, None] for x in (both / either, 2))
 
         def differentiate(i):
             p, (t, weighted, voxel) = probabilities[i], targets(slabs[i])
             if overlap:
-                dp = always - inside * t
-                dp -= (p * dp).sum(axis=0)
+                dx = always - inside * t
+                dx -= (p * dx).sum(axis=0)  # through the softmax: p (dp - Σ p dp)
                 if entropy:
-                    dp += voxel * share
-                dp *= p
+                    dx += voxel * share
+                dx *= p
             else:
-                dp = p * (voxel * share)
-            if entropy:
-                dp -= weighted * share
-            gradient[slabs[i]] = dp.T
+                dx = p * (voxel * share)
+            if entropy:  # its gradient is p - t
+                dx -= weighted * share
+            gradient[slabs[i]] = dx.T
 
         parallel.run(differentiate, range(len(slabs)))
         return gradient.reshape(*shape, classes)
