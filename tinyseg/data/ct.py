@@ -125,6 +125,34 @@ def thick_axis(spacing: Sequence[float], target: Sequence[float]) -> int | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What a plan asks of one case, in at most 40 kB a channel: its grid, and its foreground.
+
+    shape: (D, H, W, C); spacing in mm; inhabited: whether a voxel is labelled above 0; foreground:
+    {channel: (n,) values of up to SAMPLES voxels that are}, of the channels that are CT.
+    """
+
+    image: Path
+    label: Path
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    inhabited: bool
+    foreground: dict[int, np.ndarray]
+
+
+def sample(case: Any, volume: Volume, label: np.ndarray, rng: np.random.Generator) -> Sample:
+    """The sample of a case, given what `case.read()` returned."""
+    labelled, drawn = label > 0, {}
+    for channel, name in enumerate(case.modalities.values()):
+        if name.strip().lower() == "ct":
+            voxels = volume.array[..., channel][labelled]
+            drawn[channel] = rng.choice(voxels, min(len(voxels), SAMPLES), replace=False) \
+                if len(voxels) else voxels
+    shape = (*volume.array.shape[:3], len(case.modalities))
+    return Sample(volume.path, case.label, shape, volume.spacing, bool(labelled.any()), drawn)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How scans are prepared. spacing: mm along (D, H, W); clip, mean, std: in the scan's units.
@@ -189,7 +217,8 @@ class Plan:
     @classmethod
     def fit(cls, cases: Iterable[Any], spacing: tuple[float, ...] | None = None, *,
             seed: int = 0) -> Plan:
-        """The plan that training cases ask for; spacing is their median unless given.
+        """The plan that training cases, or samples of them, ask for; spacing is their median unless
+        given.
 
         Channels of CT (Hounsfield units mean the same in every scan): nnU-Net's fingerprint, the
         0.5 and 99.5 percentiles, mean and standard deviation of the foreground voxels (Isensee et
@@ -199,28 +228,18 @@ class Plan:
         scan is too small or large for the spacing. Warns of a scan whose size makes no sense among
         the others: a middle extent that is over 8 times theirs or under an eighth.
         """
-        rng, found, inhabited = np.random.default_rng(seed), [], False
-        samples: dict[int, list[np.ndarray]] = {}
-        for case in cases:
-            volume, label = case.read()
-            found.append((volume.path, volume.array.shape, volume.spacing))
-            foreground = label > 0
-            inhabited |= bool(foreground.any())
-            for channel, name in enumerate(case.modalities.values()):
-                if name.strip().lower() == "ct":
-                    voxels = volume.array[..., channel][foreground]
-                    samples.setdefault(channel, []).append(
-                        rng.choice(voxels, min(len(voxels), SAMPLES), replace=False)
-                        if len(voxels) else voxels)
+        rng = np.random.default_rng(seed)
+        found = [case if isinstance(case, Sample) else sample(case, *case.read(), rng)
+                 for case in cases]
         if not found:
             raise ValueError("found no cases to fit a plan to, expected at least one")
-        if not inhabited:
-            raise ValueError(f"{case.label.parent}: found no foreground voxel in any of"
+        if not any(each.inhabited for each in found):
+            raise ValueError(f"{found[-1].label.parent}: found no foreground voxel in any of"
                              f" {len(found)} label maps, expected labels above 0; are these the"
                              " label maps of the scans?")
         rules: list[tuple] = []
-        for channel in range(len(case.modalities)):
-            drawn = samples.get(channel, [])
+        for channel in range(found[-1].shape[3]):
+            drawn = [each.foreground[channel] for each in found if channel in each.foreground]
             pooled = np.concatenate([[], *drawn]).astype(np.float64)
             low, high = np.percentile(pooled, (0.5, 99.5)) if len(pooled) else (0, 0)
             if len(drawn) < len(found):
@@ -228,20 +247,21 @@ class Plan:
             elif low < high:
                 rules.append(((low, high), float(pooled.mean()), float(pooled.std())))
             else:
-                raise ValueError(f"{case.image.parent}: found the value {low:g} in all of the"
+                raise ValueError(f"{found[-1].image.parent}: found the value {low:g} in all of the"
                                  f" foreground of channel {channel}, a CT, expected Hounsfield"
                                  " units that differ; bring the scans of these label maps, or give"
                                  " the channel another modality than CT")
         same = len(set(rules)) == 1  # then one for all
-        plan = cls(tuple(np.median([each[2] for each in found], axis=0)) if spacing is None
+        plan = cls(tuple(np.median([each.spacing for each in found], axis=0)) if spacing is None
                    else spacing, *(rules[0] if same else zip(*rules, strict=True)))
-        middle = [sorted(np.multiply(shape[:3], lengths))[1] for _, shape, lengths in found]
-        for (path, shape, lengths), extent in zip(found, middle, strict=True):
-            plan._grid(shape, lengths, path)
+        middle = [sorted(np.multiply(each.shape[:3], each.spacing))[1] for each in found]
+        for each, extent in zip(found, middle, strict=True):
+            plan._grid(each.shape, each.spacing, each.image)
             if not 1 / ODD < extent / np.median(middle) < ODD:
-                warnings.warn(f"{path}: found a scan of {shape[:3]} voxels of {_mm(lengths)}, while"
-                              f" the others are about {np.median(middle):.3g} mm wide; is its unit"
-                              " of length right?", stacklevel=2)
+                warnings.warn(f"{each.image}: found a scan of {each.shape[:3]} voxels of"
+                              f" {mm(each.spacing)}, while the others are about"
+                              f" {np.median(middle):.3g} mm wide; is its unit of length right?",
+                              stacklevel=2)
         return plan
 
     def _rules(self, channels: int) -> list[tuple]:
@@ -310,13 +330,14 @@ class Plan:
         if lost or 4 * math.prod(grid) * math.prod(shape[3:]) > LARGEST:
             what = "less than half a voxel along an axis" if lost else f"over {LARGEST >> 30} GiB"
             raise ValueError(f"{path}: " * bool(path) + f"found a scan of {shape[:3]} voxels of"
-                             f" {_mm(spacing)}, which the plan's spacing of {_mm(self.spacing)}"
+                             f" {mm(spacing)}, which the plan's spacing of {mm(self.spacing)}"
                              f" makes {grid} voxels, {what}; ask for another spacing, or mend the"
                              " file if its unit of length is wrong")
         return grid
 
 
-def _mm(lengths: Iterable[float]) -> str:
+def mm(lengths: Iterable[float]) -> str:
+    """Lengths as a person reads them, 2.5 x 0.8 x 0.8 mm."""
     return f"{' x '.join(f'{length:.3g}' for length in lengths)} mm"
 
 
