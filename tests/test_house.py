@@ -17,7 +17,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
 ORDER = ["backend", "parallel", "files", "cuda", "windows", "graph", "arithmetic", "tensor",
          "normalisation", "ops", "losses", "module", "nn", "models", "inflate", "checkpoint",
-         "pretrained", "optim", "train", "infer", "report", "__main__"]
+         "pretrained", "optim", "train", "infer", "report", "job", "__main__"]
 ARRAYS_ONLY = {"data", "metrics"}
 MAY_USE_DATA = set(ORDER[ORDER.index("checkpoint") :])
 DATA_MAY_USE = {"files"}

@@ -141,8 +141,9 @@ class Sample:
     foreground: dict[int, np.ndarray]
 
 
-def sample(case: Any, volume: Volume, label: np.ndarray, rng: np.random.Generator) -> Sample:
-    """The sample of a case, given what `case.read()` returned."""
+def sample(case: Any, content: tuple[Volume, np.ndarray], rng: np.random.Generator) -> Sample:
+    """The sample of a case, given its content: what `case.read()` returned."""
+    volume, label = content
     labelled, drawn = label > 0, {}
     for channel, name in enumerate(case.modalities.values()):
         if name.strip().lower() == "ct":
@@ -229,7 +230,7 @@ class Plan:
         the others: a middle extent that is over 8 times theirs or under an eighth.
         """
         rng = np.random.default_rng(seed)
-        found = [case if isinstance(case, Sample) else sample(case, *case.read(), rng)
+        found = [case if isinstance(case, Sample) else sample(case, case.read(), rng)
                  for case in cases]
         if not found:
             raise ValueError("found no cases to fit a plan to, expected at least one")

@@ -1,0 +1,1 @@
+"""The main job: from a folder of scans to a trained network and its scores."""
