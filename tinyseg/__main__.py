@@ -1,4 +1,5 @@
-"""python -m tinyseg: segment scans, score label maps, import checkpoints, look into models."""
+"""python -m tinyseg: plan a task, segment scans, score label maps, import checkpoints, look into
+models."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from . import checkpoint, infer, metrics, models, nn, pretrained, report
 from .data import decathlon, nifti
 from .data.augment import LEFT_RIGHT
+from .job.plan import describe
 
 
 def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
@@ -225,11 +227,25 @@ def inspect(model: Path) -> None:
                       "parameters": sum(p.data.size for p in net.parameters())}, indent=1))
 
 
+def plan(folder: Path | None, *, images: Path | None, label_maps: Path | None, modality: str,
+         out: Path, **options: Any) -> int:
+    """Read all cases in FOLDER, a Decathlon or nnU-Net task, and propose how to train on them.
+
+    What they are like and the plan are printed; plan.json and plan.png, a picture of three cases,
+    go to OUT. A training step and a prediction are timed here for it. Cases that cannot be read are
+    told and left out; the exit code is then 1.
+    """
+    bar = partial(tqdm, desc="labels")
+    dataset = decathlon.load(folder) if folder else decathlon.pair(
+        images or "", label_maps or "", modality, progress=bar)
+    return int(bool(describe(dataset, out, **options).broken))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tinyseg", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function, names in ((predict, ("MODEL", "SCAN", "OUT")),
+    for function, names in ((plan, ()), (predict, ("MODEL", "SCAN", "OUT")),
                             (evaluate, ("PREDICTIONS", "LABELS")),
                             (convert, ("SOURCE", "TARGET")), (inspect, ("MODEL",))):
         about = function.__doc__ or ""
@@ -238,6 +254,18 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             sub.add_argument(name.lower(), metavar=name, type=Path)
         sub.set_defaults(run=function)
+    add = commands.choices["plan"].add_argument
+    add("folder", metavar="FOLDER", type=Path, nargs="?", help="the task, with dataset.json")
+    add("--images", type=Path, metavar="FOLDER", help="instead: a folder of scans")
+    add("--labels", type=Path, dest="label_maps", metavar="FOLDER",
+        help="and one of label maps of the same names")
+    add("--modality", default="unknown", metavar="NAME", help="of --images: CT keeps its units, "
+        "others are standardised scan by scan (%(default)s)")
+    add("--out", type=Path, default=Path(), metavar="FOLDER", help="where plan.json and plan.png "
+        "go (the current folder)")
+    add("--minutes", type=float, metavar="M", help="of training, for which steps are counted")
+    add("--memory", type=float, metavar="GIB", help="that training may take")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
     add = commands.choices["predict"].add_argument
     add("--with", dest="others", metavar="MODEL", type=Path, action="append", default=[],
         help="another network, to average its probabilities too; may be repeated")
@@ -270,6 +298,13 @@ def main(argv: list[str] | None = None) -> int:
     report.spell_out()
     options = vars(parser.parse_args(argv))
     command, run = options.pop("command"), options.pop("run")
+    if command == "plan":
+        two = options["images"], options["label_maps"]
+        if not (all(two) and not options["folder"] or options["folder"] and not any(two)):
+            parser.error("plan takes FOLDER, or --images and --labels")
+        for name in ("minutes", "memory"):
+            if options[name] is not None and not 0 < options[name] < inf:
+                parser.error(f"--{name} is {options[name]}, expected more than 0")
     if command == "predict" and not 0 <= options["overlap"] < 1:
         parser.error(f"--overlap is {options['overlap']}, expected 0 <= X < 1")
     if command == "predict" and not 0 <= options["smallest"] < inf:

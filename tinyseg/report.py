@@ -20,6 +20,7 @@ from .files import whole
 COLOURS = ("#ffb000", "#dc267f", "#648fff", "#fe6100", "#785ef0", "#009e73", "#56b4e9", "#d55e00")
 STYLES = ("-", "--", ":", "-.")  # of lines, after the last colour
 PER_ROW = 3  # names in a row of a legend
+PLANES = (("axial", 0, (1, 2)), ("coronal", 1, (0, 2)), ("sagittal", 2, (0, 1)))  # axes of each
 
 
 def spell_out() -> None:
@@ -116,44 +117,80 @@ def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
     thin are left out.
     """
     reference = next(iter(maps.values()))
-    low, high = np.percentile(image, (1, 99.5))
-    planes = [("axial", 0, (1, 2)), ("coronal", 1, (0, 2)), ("sagittal", 2, (0, 1))]
-    planes = [plane for plane in planes if min(image.shape[a] for a in plane[2]) > 1] or planes
+    window = np.percentile(image, (1, 99.5))
+    planes = [plane for plane in PLANES if min(image.shape[a] for a in plane[2]) > 1] or PLANES
     extent = np.multiply(image.shape, spacing)
     heights = [extent[rest[0]] / extent[rest[1]] for _, _, rest in planes]
-    classes = [number for number in labels if number]
-    lines = dict(zip(classes, cycle(product(STYLES, COLOURS)), strict=False))
-    rows = -(-len(classes) // PER_ROW)
+    rows = -(-(len(labels) - 1) // PER_ROW)
     figure = _figure(3 * (1 + len(maps)), 3 * sum(heights) + 0.8 + 0.25 * rows)
     panels = figure.subplots(len(planes), 1 + len(maps), squeeze=False, height_ratios=heights)
     for row, (plane, axis, rest) in enumerate(planes):
         at = int((reference > 0).sum(axis=rest).argmax())
-        aspect = spacing[rest[0]] / spacing[rest[1]]
         for column, (name, shown) in enumerate([("scan", None), *maps.items()]):
             panel = panels[row, column]
-            panel.imshow(_view(image.take(at, axis)), cmap="gray", vmin=low, vmax=high,
-                         aspect=aspect, interpolation="nearest")
-            if shown is not None:
-                cut = _view(shown.take(at, axis))
-                edges = [np.arange(-1, n + 1) for n in reversed(cut.shape)]
-                for number, (style, colour) in lines.items():
-                    if (cut == number).any():  # a border around it: a line needs two voxels
-                        panel.contour(*edges, np.pad(cut == number, 1), [0.5], linewidths=1.4,
-                                      colors=colour, linestyles=style)
-                panel.set_xlim(-0.5, cut.shape[1] - 0.5)
-                panel.set_ylim(cut.shape[0] - 0.5, -0.5)
-            panel.set_xticks([])
-            panel.set_yticks([])
+            _cut(panel, image, shown, axis, rest, at, spacing, window, labels)
             if row == 0:
                 panel.set_title(name)
             if column == 0:
                 panel.set_ylabel(f"{plane} {at}")
-    for number, (style, colour) in lines.items():
-        panels[-1, 0].plot([], [], style, color=colour, label=labels[number])
-    figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=min(PER_ROW, len(classes)))
+    _legend(figure, panels[-1, 0], labels)
     figure.suptitle(title)
     _save(figure, path)
+
+
+def examples(path: str | Path, cases: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]],
+             labels: Mapping[int, str], title: str = "") -> None:
+    """Cases below each other, each in three planes: (name, image (D, H, W), label map, spacing).
+
+    Planes, axes and lines are those of `overlay`.
+    """
+    extent = np.max([np.multiply(image.shape, spacing) for _, image, _, spacing in cases], axis=0)
+    depth, height, width = extent / extent.max()
+    scale = 10 / (2 * width + height)  # inches
+    rows = -(-(len(labels) - 1) // PER_ROW)
+    figure = _figure(10, scale * max(depth, height) * len(cases) + 0.8 + 0.25 * rows)
+    panels = figure.subplots(len(cases), len(PLANES), squeeze=False,
+                             width_ratios=(width, width, height))
+    for row, (name, image, shown, spacing) in enumerate(cases):
+        window = np.percentile(image, (1, 99.5))
+        for panel, (plane, axis, rest) in zip(panels[row], PLANES, strict=True):
+            at = int((shown > 0).sum(axis=rest).argmax())
+            _cut(panel, image, shown, axis, rest, at, spacing, window, labels)
+            panel.set_title(f"{plane} {at}", fontsize="small")
+        panels[row, 0].set_ylabel(name)
+    _legend(figure, panels[-1, 0], labels)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _lines(labels: Mapping[int, str]) -> dict[int, tuple[str, str]]:
+    """{number: (style, colour)} of the outlines of all classes but the background."""
+    return dict(zip(filter(None, labels), cycle(product(STYLES, COLOURS)), strict=False))
+
+
+def _cut(panel: Any, image: np.ndarray, shown: np.ndarray | None, axis: int, rest: tuple[int, int],
+         at: int, spacing: Sequence[float], window: Any, labels: Mapping[int, str]) -> None:
+    """One plane of a scan on a panel, the `at`-th along `axis`, with outlines of a label map."""
+    panel.imshow(_view(image.take(at, axis)), cmap="gray", vmin=window[0], vmax=window[1],
+                 aspect=spacing[rest[0]] / spacing[rest[1]], interpolation="nearest")
+    if shown is not None:
+        cut = _view(shown.take(at, axis))
+        edges = [np.arange(-1, n + 1) for n in reversed(cut.shape)]
+        for number, (style, colour) in _lines(labels).items():
+            if (cut == number).any():  # a border around it: a line needs two voxels
+                panel.contour(*edges, np.pad(cut == number, 1), [0.5], linewidths=1.4,
+                              colors=colour, linestyles=style)
+        panel.set_xlim(-0.5, cut.shape[1] - 0.5)
+        panel.set_ylim(cut.shape[0] - 0.5, -0.5)
+    panel.set_xticks([])
+    panel.set_yticks([])
+
+
+def _legend(figure: Any, panel: Any, labels: Mapping[int, str]) -> None:
+    for number, (style, colour) in _lines(labels).items():
+        panel.plot([], [], style, color=colour, label=labels[number])
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center",
+                  ncols=min(PER_ROW, len(labels) - 1))
 
 
 def _view(plane: np.ndarray) -> np.ndarray:

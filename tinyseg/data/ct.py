@@ -195,7 +195,7 @@ class Plan:
         if isinstance(self.mean, tuple) and (len(counts) > 1 or counts == {0}):
             raise ValueError(f"found clip {self.clip}, mean {self.mean} and std {self.std},"
                              " expected one of each for every channel")
-        for clip, mean, std in self._rules(1):
+        for clip, mean, std in self.rules(1):
             if clip is not None and not (
                     isinstance(clip, tuple) and [float] * 2 == list(map(type, clip))
                     and clip[0] < clip[1]):
@@ -265,7 +265,7 @@ class Plan:
                               stacklevel=2)
         return plan
 
-    def _rules(self, channels: int) -> list[tuple]:
+    def rules(self, channels: int) -> list[tuple]:
         """(clip, mean, std) of each channel: of as many as the plan has, or of `channels` alike."""
         rule: tuple[Any, ...] = self.clip, self.mean, self.std
         return list(zip(*rule, strict=True)) if isinstance(self.mean, tuple) else [rule] * channels
@@ -273,7 +273,7 @@ class Plan:
     @property
     def window(self) -> tuple[float, float]:
         """(low, high) to show the first channel between; infinite where it is not clipped."""
-        return self._rules(1)[0][0] or (-np.inf, np.inf)
+        return self.rules(1)[0][0] or (-np.inf, np.inf)
 
     def shape(self, shape: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:
         """The shape of a grid of this spacing over the same extent, max(1, round(n s / s'))."""
@@ -290,7 +290,7 @@ class Plan:
         image = np.array(volume.array, dtype=np.float32, order="C")  # a copy, changed in place
         image = image[..., None] if image.ndim == 3 else image
         grid = self._grid(image.shape, volume.spacing, volume.path)
-        rules = self._rules(image.shape[3])
+        rules = self.rules(image.shape[3])
         if len(rules) != image.shape[3]:
             raise ValueError(f"{volume.path}: found {image.shape[3]} channels, expected"
                              f" {len(rules)}, of which the plan was made")

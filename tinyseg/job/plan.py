@@ -1,40 +1,37 @@
-"""What the job decides before it trains: spacing, patches, depth strides and steps, by rules.
-
-Each rule is a function of what the fingerprint found, with its source; the constants above them are
-what measurements may change. The result is one small file, plan.json, that anyone may edit.
-"""
+"""What the job decides before it trains, in one small file, plan.json, that anyone may edit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import ceil, isfinite, prod
+from functools import partial
+from math import isfinite, prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from .. import infer, losses, models, optim, train
+from .. import infer, losses, models, optim, report, train
 from ..data import ct
+from ..data.decathlon import Dataset
 from ..files import read_json
 from ..nn import to_device
-from ..report import write_json
-from .fingerprint import Fingerprint, Progress
-from .fingerprint import fingerprint as fingerprint
+from .fingerprint import Fingerprint, Progress, fingerprint
+from .rules import (
+    CELL,
+    depth_strides,
+    patch_of_slices,
+    patch_of_volumes,
+    slots,
+    working_spacing,
+)
 
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
 PER_VOXEL = 6_000  # bytes that training takes for a voxel of a batch: ResNet-18, float32
-CELL = 8  # voxels that sides of patches are multiples of
-CONTEXT = 256  # voxels along a side of a patch of a slice, at most
 BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more than a third
 SLICES = 32  # slices a step, at most
-SMALL = 64  # voxels along every axis of a case that is seen enlarged
-ENLARGED = 2**19  # voxels of such a case, at most
-COVER = 16  # patches in the median case, at most, before its spacing is coarsened
-COARSE = 2.0  # mm, to which a spacing is coarsened at most
-LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap_min_edge_length)
-KEPT = (True, False, False, False, False)  # halvings that leave depth as it is, rule or not
 STEPS = 400  # of each stage, where no time is given
 SHARE_2D = 0.25  # of the time is the 2D network's
 REPEATS = 3  # steps that are timed
@@ -125,9 +122,39 @@ class Plan:
         """The arguments of `inflate`, and of `models.resnet_seg` at rank 3, about depth."""
         return {"depth": self.depth, "depth_stride": self.depth_stride}
 
+    def __str__(self) -> str:
+        one = self.preprocessing
+        rules = [f"clipped to [{clip[0]:g}, {clip[1]:g}], less {mean:.4g}, over {std:.4g}" if clip
+                 else "less the mean of its scan, over the deviation"
+                 for clip, mean, std in one.rules(1)]
+        return "\n".join(f"{name:14}{told}" for name, told in {
+            "spacing": ct.mm(one.spacing),
+            "intensities": "; ".join(rules),
+            "mirror": "nothing is mirrored" if one.mirror is None else "left-right" + "".join(
+                f"; {a} and {b} change places" for a, b in one.mirror),
+            "augmentation": self.augmentation,
+            "network": f"{self.backbone}, {self.head} {' '.join(map(str, self.decoder))}",
+            "along depth": f"strides {' '.join(map(str, self.depth_stride))} of stem, pool, layer2"
+                           f" on; slots {' '.join(map(str, self.depth))} of stem, layer1 on",
+            "2D": f"{self.steps_2d} steps of {self.batch_2d} slices of"
+                  f" {' x '.join(map(str, self.patch_2d))} voxels"
+                  + self._told(self.steps_2d, "2d"),
+            "3D": f"{self.steps_3d} steps of {self.batch_3d} volumes of"
+                  f" {' x '.join(map(str, self.patch_3d))} voxels"
+                  f" ({ct.mm(np.multiply(self.patch_3d, one.spacing))})"
+                  + self._told(self.steps_3d, "3d"),
+        }.items())
+
+    def _told(self, steps: int, stage: str) -> str:
+        if not {f"step_{stage}", f"scan_{stage}"} <= self.seconds.keys():
+            return ""
+        step, scan = self.seconds[f"step_{stage}"], self.seconds[f"scan_{stage}"]
+        return (f": {steps * step / 60:.3g} minutes at {step:.3g} s; the median scan is predicted"
+                f" in {scan:.3g} s")
+
     def write(self, path: str | Path) -> None:
         """The plan as a JSON file, whole or not at all."""
-        write_json(path, asdict(self))
+        report.write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -138,10 +165,12 @@ class Plan:
         content = read_json(path)
         try:
             _expect(cls, content, "")
-            _expect(ct.Plan, content["preprocessing"], "preprocessing.")
-            content["preprocessing"] = ct.Plan(**content["preprocessing"])
-            return cls(**content)
-        except (TypeError, ValueError) as fault:
+            _expect(ct.Plan, told := content["preprocessing"], "preprocessing.")
+            for name in ("spacing", "clip", "mean", "std"):
+                if not _numbers(told[name]):
+                    raise ValueError(f"found preprocessing.{name} {told[name]!r}, expected numbers")
+            return cls(**content | {"preprocessing": ct.Plan(**told)})
+        except (ArithmeticError, TypeError, ValueError) as fault:
             raise ValueError(f"{path}: {fault}; mend it, or make another with `tinyseg plan`"
                              ) from None
 
@@ -157,80 +186,9 @@ def _expect(kind: Any, content: Any, prefix: str) -> None:
             raise ValueError(f"found {told} {', '.join(prefix + name for name in wrong)}")
 
 
-def working_spacing(spacings: np.ndarray, extents: np.ndarray, voxels: int
-                    ) -> tuple[float, float, float]:
-    """The spacing in mm that scans of these spacings and extents (cases, 3), in mm, are seen at.
-
-    Their median; of thick slices (over 3 times the rest, and fewer than a third of its voxels) the
-    10th percentile, but no finer than the rest (nnU-Net: Isensee et al. 2021). The first halving of
-    a ResNet comes before anything is learned of detail, so a case of under SMALL voxels along every
-    axis is seen at half the spacing, as long as it then has no more than ENLARGED. Where a patch of
-    `voxels` would be under 1 / COVER of the median case, the finest axes are coarsened towards the
-    coarsest, up to COARSE mm.
-    """
-    spacing, extent = np.median(spacings, axis=0), np.median(extents, axis=0)
-    coarse = int(spacing.argmax())
-    rest = np.delete(spacing, coarse).max()
-    if (spacing[coarse] > ct.THICK * rest
-            and ct.THICK * extent[coarse] / spacing[coarse] < np.delete(extent / spacing,
-                                                                        coarse).min()):
-        spacing[coarse] = max(rest, np.percentile(spacings[:, coarse], 10))
-    while max(extent / spacing) < SMALL and prod(2 * extent / spacing) <= ENLARGED:
-        spacing = spacing / 2
-    limit = min(spacing.max(), COARSE)
-    while prod(extent / spacing) > COVER * voxels and spacing.min() < limit:
-        spacing = np.maximum(spacing, min(1.1 * spacing.min(), limit))
-    d, h, w = spacing.tolist()
-    return d, h, w
-
-
-def patch_of_volumes(shape: Sequence[int], spacing: Sequence[float], voxels: int
-                     ) -> tuple[int, int, int]:
-    """(D, H, W), a case of this shape in multiples of CELL, its longest side in mm cut until it is
-    of at most `voxels`: as cubic as the case allows."""
-    d, h, w = (CELL * ceil(n / CELL) for n in shape)
-    while d * h * w > voxels and max(d, h, w) > CELL:
-        long = int(np.argmax([n * s * (n > CELL)
-                              for n, s in zip((d, h, w), spacing, strict=True)]))
-        d, h, w = (n - CELL * (axis == long) for axis, n in enumerate((d, h, w)))
-    return d, h, w
-
-
-def patch_of_slices(shape: Sequence[int]) -> tuple[int, int]:
-    """(H, W), whole slices of a case of this shape, or as much of them as CONTEXT."""
-    h, w = (min(CONTEXT, CELL * ceil(n / CELL)) for n in shape[1:])
-    return h, w
-
-
-def depth_strides(spacing: Sequence[float], depth: int, halvings: int = 5,
-                  kept: Sequence[bool] = KEPT) -> tuple[int, ...]:
-    """The depth stride of each halving of the plane, for a patch of `depth` voxels.
-
-    nnU-Net's rule (get_pool_and_conv_props): an axis is halved while its spacing is under twice the
-    finest and at least LEAST voxels remain. Finer than that where `kept`: inflated kernels that
-    mix slices before the first halving lose least of what the 2D network knows.
-    """
-    strides: list[int] = []
-    along, across = spacing[0], min(spacing[1:])
-    for keep in kept[:halvings]:
-        halved = not keep and along < 2 * across and depth >= 2 * LEAST
-        strides.append(1 + halved)
-        along, across, depth = along * strides[-1], 2 * across, ceil(depth / strides[-1])
-    return tuple(strides)
-
-
-def slots(spacing: Sequence[float], strides: Sequence[int]) -> tuple[int, ...]:
-    """Slots along depth of the kernels of the stem and layers 1 to 4, given the strides.
-
-    3 where the spacing along depth is under twice that of the plane, on the grid that they answer
-    on, else 1, slice by slice (nnU-Net: get_pool_and_conv_props).
-    """
-    found = []
-    along, across = spacing[0], min(spacing[1:])
-    for stride in strides:  # stem, pool (layer 1 answers on its grid), layers 2 to 4
-        along, across = along * stride, across * 2
-        found.append(3 if along < 2 * across else 1)
-    return tuple(found + found[-1:] * (5 - len(found)))
+def _numbers(value: Any) -> bool:
+    return (all(map(_numbers, value)) if isinstance(value, list)
+            else value is None or type(value) in (int, float))
 
 
 def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
@@ -292,7 +250,8 @@ def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu",
     Networks of random weights see noise, a few steps each and a group of windows, of which the
     fastest counts; a scan takes as many as cover the median case.
     """
-    shape, seconds = median_shape(fingerprint, plan.preprocessing), {}
+    seconds: dict[str, float] = {}
+    shape = median_shape(fingerprint, plan.preprocessing)
     for rank, patch, count in progress([(2, plan.patch_2d, plan.batch_2d),
                                         (3, plan.patch_3d, plan.batch_3d)]):
         along = plan.inflation | {"depth_padding": "edge"} if rank == 3 else {}
@@ -320,3 +279,32 @@ def _timed(net: models.Segmenter, patch: tuple[int, ...], count: int) -> tuple[f
         infer.sliding_window(net, volume, patch, batch=8, labels=True)
         times.append(perf_counter() - began)
     return step, min(times) / (len(volume) if len(patch) == 2 else 1)
+
+
+def describe(dataset: Dataset, out: Path, *, minutes: float | None = None,
+             memory: float | None = None, device: str = "cpu") -> Fingerprint:
+    """Print the fingerprint of a dataset and the plan for it, and write plan.json and plan.png, a
+    picture of three cases, to the folder `out`. Arguments and errors are those of `propose`, and
+    ValueError where `out` holds a run, whose plan would be replaced."""
+    if (out / "run.json").exists():
+        raise ValueError(f"{out}: holds a run, and its plan; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    found = fingerprint(dataset, partial(tqdm, desc="read", unit="case"))
+    print(found)
+    plan = propose(found, memory=memory, device=device)
+    seconds = measure(plan, found, device, partial(tqdm, desc="measure", unit="network"))
+    plan = replace(plan, seconds=seconds) if minutes is None else within(plan, minutes, seconds)
+    print(f"\nplan\n{plan}")
+    plan.write(out / "plan.json")
+    by_size = sorted(found.digests, key=lambda each: sum(list(each.voxels.values())[1:]))
+    ids = {by_size[at].id: None for at in (0, len(by_size) // 2, -1)}
+    cases = {case.id: case for case in dataset.cases}
+    shown = []
+    for id in ids:
+        scan, label = cases[id].read()
+        image = np.clip(scan.array[..., 0], *plan.preprocessing.window)
+        shown.append((id, image, label, scan.spacing))
+    report.examples(out / "plan.png", shown, dataset.labels,
+                    f"{dataset.name}: cases of least, median and most foreground")
+    print(f"\nwritten to {out / 'plan.json'} and {out / 'plan.png'}")
+    return found

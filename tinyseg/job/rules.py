@@ -1,0 +1,99 @@
+"""Rules by which a plan is made of what cases are like: spacing, patches, what is done along depth.
+
+Each is a function with its source; the constants are what measurements may change. Axes are
+(D, H, W), lengths in mm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+import numpy as np
+
+from ..data import ct
+
+CELL = 8  # voxels that sides of patches are multiples of
+CONTEXT = 256  # voxels along a side of a patch of a slice, at most
+SMALL = 64  # voxels along every axis of a case that is seen enlarged
+ENLARGED = 2**19  # voxels of such a case, at most
+COVER = 16  # patches in the median case, at most, before its spacing is coarsened
+COARSE = 2.0  # mm, to which a spacing is coarsened at most
+LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap_min_edge_length)
+KEPT = (True, False, False, False, False)  # halvings that leave depth as it is, rule or not
+
+
+def working_spacing(spacings: np.ndarray, extents: np.ndarray, voxels: int
+                    ) -> tuple[float, float, float]:
+    """The spacing in mm that scans of these spacings and extents (cases, 3), in mm, are seen at.
+
+    Their median; of thick slices (over 3 times the rest, and fewer than a third of its voxels) the
+    10th percentile, but no finer than the rest (nnU-Net: Isensee et al. 2021). The first halving of
+    a ResNet comes before anything is learned of detail, so a case of under SMALL voxels along every
+    axis is seen at half the spacing, as long as it then has no more than ENLARGED. Where a patch of
+    `voxels` would be under 1 / COVER of the median case, the finest axes are coarsened towards the
+    coarsest, up to COARSE mm.
+    """
+    spacing, extent = np.median(spacings, axis=0), np.median(extents, axis=0)
+    coarse = int(spacing.argmax())
+    rest = np.delete(spacing, coarse).max()
+    if (spacing[coarse] > ct.THICK * rest
+            and ct.THICK * extent[coarse] / spacing[coarse] < np.delete(extent / spacing,
+                                                                        coarse).min()):
+        spacing[coarse] = max(rest, np.percentile(spacings[:, coarse], 10))
+    while max(extent / spacing) < SMALL and prod(2 * extent / spacing) <= ENLARGED:
+        spacing = spacing / 2
+    limit = min(spacing.max(), COARSE)
+    while prod(extent / spacing) > COVER * voxels and spacing.min() < limit:
+        spacing = np.maximum(spacing, min(1.1 * spacing.min(), limit))
+    d, h, w = spacing.tolist()
+    return d, h, w
+
+
+def patch_of_volumes(shape: Sequence[int], spacing: Sequence[float], voxels: int
+                     ) -> tuple[int, int, int]:
+    """(D, H, W), a case of this shape in multiples of CELL, its longest side in mm cut until it is
+    of at most `voxels`: as cubic as the case allows."""
+    d, h, w = (CELL * ceil(n / CELL) for n in shape)
+    while d * h * w > voxels and max(d, h, w) > CELL:
+        long = int(np.argmax([n * s * (n > CELL)
+                              for n, s in zip((d, h, w), spacing, strict=True)]))
+        d, h, w = (n - CELL * (axis == long) for axis, n in enumerate((d, h, w)))
+    return d, h, w
+
+
+def patch_of_slices(shape: Sequence[int]) -> tuple[int, int]:
+    """(H, W), whole slices of a case of this shape, or as much of them as CONTEXT."""
+    h, w = (min(CONTEXT, CELL * ceil(n / CELL)) for n in shape[1:])
+    return h, w
+
+
+def depth_strides(spacing: Sequence[float], depth: int, halvings: int = 5,
+                  kept: Sequence[bool] = KEPT) -> tuple[int, ...]:
+    """The depth stride of each halving of the plane, for a patch of `depth` voxels.
+
+    nnU-Net's rule (get_pool_and_conv_props): an axis is halved while its spacing is under twice the
+    finest and at least LEAST voxels remain. Finer than that where `kept`: inflated kernels that
+    mix slices before the first halving lose least of what the 2D network knows.
+    """
+    strides: list[int] = []
+    along, across = spacing[0], min(spacing[1:])
+    for keep in kept[:halvings]:
+        halved = not keep and along < 2 * across and depth >= 2 * LEAST
+        strides.append(1 + halved)
+        along, across, depth = along * strides[-1], 2 * across, ceil(depth / strides[-1])
+    return tuple(strides)
+
+
+def slots(spacing: Sequence[float], strides: Sequence[int]) -> tuple[int, ...]:
+    """Slots along depth of the kernels of the stem and layers 1 to 4, given the strides.
+
+    3 where the spacing along depth is under twice that of the plane, on the grid that they answer
+    on, else 1, slice by slice (nnU-Net: get_pool_and_conv_props).
+    """
+    found = []
+    along, across = spacing[0], min(spacing[1:])
+    for stride in strides:  # stem, pool (layer 1 answers on its grid), layers 2 to 4
+        along, across = along * stride, across * 2
+        found.append(3 if along < 2 * across else 1)
+    return tuple(found + found[-1:] * (5 - len(found)))
