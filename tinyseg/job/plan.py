@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -16,20 +17,15 @@ from tqdm import tqdm
 from .. import infer, losses, models, optim, report, train
 from ..data import ct
 from ..data.decathlon import Dataset
-from ..files import read_json
+from ..files import read_json, whole
 from ..nn import to_device
 from .fingerprint import Fingerprint, Progress, fingerprint
-from .rules import (
-    CELL,
-    depth_strides,
-    patch_of_slices,
-    patch_of_volumes,
-    slots,
-    working_spacing,
-)
+from .rules import depth_strides, patch_of_slices, patch_of_volumes, slots, working_spacing
 
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
-PER_VOXEL = 6_000  # bytes that training takes for a voxel of a batch: ResNet-18, float32
+FIXED = 2**30  # bytes that training takes for weights, gradients, moments and libraries
+PER_VOXEL = 1_000  # and for a voxel of a batch: twice what tracemalloc tells of ResNet-18's U-Net
+LEAST = 32**3  # voxels of a patch of a volume: the deepest layer of a U-Net keeps one of these
 BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more than a third
 SLICES = 32  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
@@ -53,7 +49,7 @@ RIGHT = {  # what a field may hold: (whether a value is right, how that is said)
     "preprocessing": (lambda x: isinstance(x, ct.Plan), "a preparation of scans"),
     "head": (lambda x: x in HEADS, f"one of {', '.join(HEADS)}"),
     "decoder": (_each(_whole(1), *range(6)), "up to five numbers of channels"),
-    "backbone": (lambda x: x in models.BACKBONES, f"one of {', '.join(models.BACKBONES)}"),
+    "backbone": (lambda x: x in list(models.BACKBONES), f"one of {', '.join(models.BACKBONES)}"),
     "depth": (_each(_whole(1), 5), "five numbers of slots: of the stem and of layers 1 to 4"),
     "depth_stride": (_each(_whole(1, 2), 3, 5), "1 or 2 for each halving of the trunk"),
     "patch_2d": (_each(_whole(1), 2), "two positive numbers of voxels"),
@@ -153,8 +149,9 @@ class Plan:
                 f" in {scan:.3g} s")
 
     def write(self, path: str | Path) -> None:
-        """The plan as a JSON file, whole or not at all."""
-        report.write_json(path, asdict(self))
+        """The plan as a JSON file with a line for each entry, whole or not at all."""
+        with whole(Path(path)) as draft:
+            draft.write_text(_text(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -173,6 +170,14 @@ class Plan:
         except (ArithmeticError, TypeError, ValueError) as fault:
             raise ValueError(f"{path}: {fault}; mend it, or make another with `tinyseg plan`"
                              ) from None
+
+
+def _text(content: Any, indent: str = "\n ") -> str:
+    if not isinstance(content, dict) or not content:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False)
+    lines = [f"{json.dumps(name, ensure_ascii=False)}: {_text(value, indent + ' ')}"
+             for name, value in content.items()]
+    return f"{{{indent}{f',{indent}'.join(lines)}{indent[:-1]}}}"
 
 
 def _expect(kind: Any, content: Any, prefix: str) -> None:
@@ -203,10 +208,10 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
     """
     voxels = VOXELS[device]
     if memory is not None:
-        voxels = min(voxels, int(memory * 2**30 / (BATCH * PER_VOXEL)))
-        if voxels < CELL**3:
-            raise ValueError(f"found {memory:g} GiB of memory, expected "
-                             f"{BATCH * PER_VOXEL * CELL**3 / 2**30:.2g} at least")
+        voxels = min(voxels, int((memory * 2**30 - FIXED) / (BATCH * PER_VOXEL)))
+        if voxels < LEAST:
+            raise ValueError(f"found {memory:g} GiB of memory, expected"
+                             f" {(FIXED + BATCH * PER_VOXEL * LEAST) / 2**30:.3g} at least")
     if spacing is None:
         spacing = working_spacing(fingerprint.spacings, fingerprint.extents, voxels)
     preprocessing = replace(ct.Plan.fit(fingerprint.samples, tuple(spacing)),
