@@ -90,12 +90,13 @@ def test_the_fingerprint_counts_what_the_arrays_hold(source):
             each.append((label == n).sum() * prod(scan.spacing) / 1000)
     lines = {line[:24].strip(): line[24:].split() for line in str(found).splitlines()}
     for n, name in ((1, "pancreas"), (2, "cancer")):
-        low, middle, high, share, count = lines[name]
+        low, middle, high, share, count, largest = lines[name]
         np.testing.assert_allclose([float(low), float(middle), float(high)],
                                    [min(sizes[n]), np.median(sizes[n]), max(sizes[n])], rtol=1e-3)
         total = 5 * prod(SHAPE) * prod(SPACING) / 1000
         assert abs(float(share.rstrip("%")) - 100 * sum(sizes[n]) / total) < 0.006
         assert count == str(sum(size > 0 for size in sizes[n]))
+        assert largest == dataset.cases[int(np.argmax(sizes[n]))].id
     assert lines["voxels, width"] == ["26"] * 3
     assert [float(x) for x in lines["spacing in mm, height"]] == [4.1] * 3
 

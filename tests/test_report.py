@@ -62,6 +62,31 @@ def test_scans_of_one_slice_are_drawn_in_the_planes_that_they_have(tmp_path, fig
     assert drawn == len(shown)  # the voxel has its line in every plane
 
 
+def test_cases_are_drawn_below_each_other_where_they_have_most_foreground(tmp_path, figures):
+    cases = []
+    for row, shape in enumerate([(9, 20, 24), (1, 7, 6), (12, 5, 8)]):
+        labels = np.zeros(shape, np.uint8)
+        middle = tuple(n // 2 for n in shape)
+        labels[middle] = 7 if row < 2 else 2
+        cases.append((f"case {row}", RNG(row).standard_normal(shape), labels, (5, 3, 2)))
+    report.examples(tmp_path / "a.png", cases, {0: "background", 2: "tumour", 7: "liver"}, "three")
+    panels = np.reshape([axes for axes in figures[0].axes], (3, 3))
+    for (name, image, labels, spacing), row in zip(cases, panels, strict=True):
+        assert row[0].get_ylabel() == name
+        for axis, (panel, plane) in enumerate(zip(row, ("axial", "coronal", "sagittal"),
+                                                  strict=True)):
+            at = labels.shape[axis] // 2
+            assert panel.get_title() == f"{plane} {at}"
+            np.testing.assert_array_equal(panel.images[0].get_array(),
+                                          image.take(at, axis)[::-1, ::-1])
+            up, across = (spacing[a] for a in range(3) if a != axis)
+            assert panel.get_aspect() == up / across and len(panel.collections) == 1
+    legend = figures[0].legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["tumour", "liver"]
+    assert legend.get_window_extent().y0 >= figures[0].bbox.y0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_both_kinds_of_dice_are_drawn_over_the_steps(tmp_path, figures):
     rows = [{"stage": "3d", "step": step, "loss": 1.0, "lr": 0.1,
              **({"patch_dice liver": 0.5} if step % 2 == 0 else {}),

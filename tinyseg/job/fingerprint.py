@@ -93,13 +93,14 @@ class Fingerprint:
                 if len(found):
                     yield _row(f"{channel} {name}, {where}", np.median(found, axis=0))
         yield (f"\n{'class sizes in ml':24}" + "".join(f"{x:>12}" for x in (
-            "smallest", "median", "largest", "of the scan", "in cases")))
+            "smallest", "median", "largest", "share", "in cases")) + "  the largest in")
         for number, name in list(self.labels.items())[1:]:
             sizes = np.array([d.voxels[number] * d.volume for d in self.digests])
             share = sizes.sum() / sum(sum(d.voxels.values()) * d.volume for d in self.digests)
             held = sizes[sizes > 0]
             yield (_row(name, (held.min(), np.median(held), held.max()) if len(held)
-                        else (0, 0, 0)) + f"{share:>12.2%}{len(held):>12}")
+                        else (0, 0, 0)) + f"{share:>12.2%}{len(held):>12}"
+                   + f"  {self.digests[sizes.argmax()].id}" * bool(len(held)))
         yield "\nleft and right: " + (
             f"{', '.join(self.alone)} may have a side and no partner, so nothing is mirrored"
             if self.alone else
