@@ -199,10 +199,11 @@ def _numbers(value: Any) -> bool:
 def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
             patch: Sequence[int] | None = None, minutes: float | None = None,
             memory: float | None = None, device: str = "cpu", backbone: str = "resnet18",
-            head: str = "unet") -> Plan:
+            head: str = "unet", progress: Progress = iter) -> Plan:
     """The plan for the cases of a fingerprint; spacing (mm) and patch (D, H, W) by rule, or given.
 
-    minutes of training: steps that take as long here, which is measured; else STEPS of each stage.
+    minutes of training: steps that take as long here, which is measured, within `progress` (tqdm,
+    say); else STEPS of each stage.
     memory: GiB that training may take; patches are of VOXELS[device] at most.
     Errors are those of `ct.Plan.fit`, and ValueError for too little time or memory.
     """
@@ -227,7 +228,8 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
         patch_2d=slices, patch_3d=volume, batch_3d=BATCH,
         batch_2d=min(SLICES, max(1, round(BATCH * prod(volume) / prod(slices)))),
         steps_2d=STEPS, steps_3d=STEPS, augmentation="mild")
-    return plan if minutes is None else within(plan, minutes, measure(plan, fingerprint, device))
+    return plan if minutes is None else within(
+        plan, minutes, measure(plan, fingerprint, device, progress))
 
 
 def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int, int, int]:
