@@ -101,6 +101,18 @@ def test_the_fingerprint_counts_what_the_arrays_hold(source):
     assert [float(x) for x in lines["spacing in mm, height"]] == [4.1] * 3
 
 
+def test_a_class_that_a_case_lacks_is_not_in_it(task):
+    case = decathlon.load(task).cases[2]
+    image = nib.load(case.label)
+    nib.save(nib.Nifti1Image(np.minimum(np.asarray(image.dataobj), 1), image.affine), case.label)
+    found = plans.fingerprint(decathlon.load(task))
+    assert found.digests[2].voxels[2] == 0 < found.digests[1].voxels[2]
+    row = next(line for line in str(found).splitlines() if line.startswith("cancer"))
+    sizes = [digest.voxels[2] * digest.volume for digest in found.digests]
+    assert row.split()[5] == "4" and float(row.split()[1]) == pytest.approx(
+        min(size for size in sizes if size), rel=1e-3)
+
+
 def test_percentiles_of_long_scans_are_those_of_evenly_drawn_voxels(source, monkeypatch):
     case = decathlon.load(source).cases[0]
     every = plans.fingerprint(decathlon.load(source)).digests[0].intensities
@@ -164,7 +176,7 @@ def like(shape, spacing, count=4):
 
 @pytest.mark.parametrize(("shape", "spacing", "voxels", "expected"), [
     ((36, 50, 35), (1, 1, 1), 2**18, (0.5, 0.5, 0.5)),  # a hippocampus
-    ((36, 64, 35), (1, 1, 1), 2**18, (1, 1, 1)),  # as long as SMALL along an axis
+    ((30, 64, 30), (1, 1, 1), 2**18, (1, 1, 1)),  # as long as SMALL along an axis
     ((50, 50, 50), (1, 1, 1), 2**18, (1, 1, 1)),  # a million voxels at half
     ((15, 15, 15), (1, 1, 1), 2**18, (0.25, 0.25, 0.25)),  # twice
     ((40, 96, 96), (2.5, 1.6, 1.6), 2**18, (2.5, 1.6, 1.6)),
@@ -264,6 +276,7 @@ def test_depth_is_halved_by_nnunets_rule_and_never_more(along, across, depth):
     ((3, 1.5, 1.5), 64, (1, 2, 2, 2, 2), (3, 3, 3, 3, 3)),
     ((5, 0.8, 0.8), 32, (1, 1, 2, 2, 2), (1, 3, 3, 3, 3)),
     ((10, 1.0, 1.4), 16, (1, 1, 1, 2, 2), (1, 1, 3, 3, 3)),
+    ((6, 1.5, 1.5), 16, (1, 1, 2, 2, 1), (1, 3, 3, 3, 3)),  # twice the plane is too much
     ((10, 0.2, 0.2), 16, (1, 1, 1, 1, 1), (1, 1, 1, 1, 3)),
 ])
 def test_strides_and_slots_go_by_millimetres(spacing, depth, strides, depths):
@@ -272,6 +285,12 @@ def test_strides_and_slots_go_by_millimetres(spacing, depth, strides, depths):
     three = rules.depth_strides(spacing, depth, 3)  # of a trunk that stops at stride 8
     assert three == strides[:3]
     assert rules.slots(spacing, three) == (*depths[:3], depths[2], depths[2])
+
+
+def test_an_axis_of_twice_the_finest_spacing_is_not_halved():
+    rule = rules.depth_strides((3, 1.5, 1.5), 64, kept=(False,) * 5)
+    assert rule == (1, 2, 2, 2, 2) == tuple(
+        1 + halved[0] for halved in nnunet((3, 1.5, 1.5), (64, 4096, 4096), 5)[0])
 
 
 @given(st.floats(0.2, 12), st.floats(0.3, 4))
@@ -364,6 +383,11 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
                          (True, (2, 32, 64, 56, 1)), (False, (1, 32, 64, 56, 1))}
     assert set(made.seconds) == {"step_2d", "step_3d", "scan_2d", "scan_3d"}
     assert made.steps_2d == int(15 / made.seconds["step_2d"]) > 0
+
+    times = iter(range(0, 10**6, 4))  # seconds
+    monkeypatch.setattr(plans, "perf_counter", lambda: next(times))
+    for patch, window in (((64, 56), 4 / 8), ((32, 64, 56), 4)):  # eight slices go at a time
+        assert plans._timed(Pointwise(len(patch), 1, 3), patch, 9)[1] == window
 
     windows = [(made, 28, 1), (dataclasses.replace(made, patch_2d=(32, 56), patch_3d=(16, 64, 56)),
                                28 * 3, 3)]  # 28 x 60 x 52 voxels: windows of half overlap
