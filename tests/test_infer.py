@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 import tinyseg as ts
 from tinyseg.data.ct import Plan, resample, thick_axis
 from tinyseg.data.sampling import pad
-from tinyseg.infer import gaussian, islands, resampled, segment, slabs, sliding_window, starts
+from tinyseg.infer import (
+    fold,
+    gaussian,
+    islands,
+    resampled,
+    rows,
+    segment,
+    slabs,
+    sliding_window,
+    starts,
+)
+from tinyseg.infer import scan as scan_module
+from tinyseg.infer import windows as window_module
 
 NORMAL = np.random.default_rng(0).standard_normal
 overlaps = st.floats(0, 0.99)
@@ -216,6 +228,50 @@ def test_between_slabs_the_network_and_recording_are_as_they_were():
     for _ in streams[1]:
         assert net.training
     assert net.training and (net(volume[None]) * 1).requires_grad
+
+
+@pytest.mark.parametrize("size, patch", [((8, 9, 7), (3, 4, 2)), ((5, 12, 8), (5, 2))])
+@pytest.mark.parametrize("mirror", [(), (1, 2)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_windows_of_air_are_asked_once(size, patch, mirror, batch):
+    """The answer is that of a network that is asked every time; a volume of two channels whose air
+    differs between them, and lies on all sides of a body."""
+    volume, net, asked = np.full((*size, 2), (-1.5, 0.25), "float16"), small(len(patch)).eval(), []
+    volume[3:5, 5:8, 3:4] = NORMAL((2, 3, 1, 2))
+
+    def model(x):
+        asked.append(np.ptp(x.data, axis=tuple(range(1, x.data.ndim - 1))).max(axis=-1) == 0)
+        return net(x)
+
+    found = sliding_window(model, volume, patch, batch=batch, mirror=mirror)
+    constant = np.concatenate(asked)
+    assert constant.sum() == 2 ** len(mirror) and len(constant) > constant.sum()
+    with pytest.MonkeyPatch.context() as every:
+        every.setattr(window_module, "_constant", lambda window: None)
+        asked.clear()
+        truth = sliding_window(model, volume, patch, batch=batch, mirror=mirror)
+    assert np.concatenate(asked).sum() > 20
+    np.testing.assert_allclose(found, truth, rtol=1e-6, atol=1e-6)
+    assert batch > 1 or np.array_equal(found, truth)
+
+
+def test_each_constant_has_an_answer_of_its_own():
+    """Three regions of one value each, and what is not a number, which is like nothing."""
+    volume = np.repeat(np.float32([1, 2, 1, np.nan]), 6)[:, None]
+    found = sliding_window(lambda x: ts.Tensor(x.data * 3), volume, (3,), 0)
+    np.testing.assert_allclose(found, volume * 3, rtol=1e-6)
+
+
+def test_groups_hold_as_many_windows_as_the_network_may_see():
+    groups, volume = [], np.zeros((24, 1), "float32")
+    volume[[4, 7, 10, 20]] = 1  # windows 1, 2, 3 and 6 of 8 are not constant
+
+    def progress(windows):
+        groups.extend(map(len, windows))
+        return iter(windows)
+
+    sliding_window(lambda x: x, volume, (3,), 0, batch=3, progress=progress)
+    assert sum(groups) == 8 and groups == [6, 2]
 
 
 def test_modules_without_parameters():
@@ -449,10 +505,14 @@ def scan(size=(13, 9, 10), spacing=(1.2, 1.1, 1.3), channels=()):
     return SimpleNamespace(array=array, spacing=spacing, path="scan.nii.gz")
 
 
-def logits_at_once(net, volume, **options):
-    plan, patch = Plan(**net.metadata["plan"]), net.metadata["patch"][-net.config["rank"] :]
+def logits_at_once(net, volume, patch=None, **options):
+    """On the scan's grid; without a patch, a network of slices sees them whole."""
+    plan = Plan(**net.metadata["plan"])
     image = plan.prepare(volume).astype("float16")
-    logits = sliding_window(net, image, tuple(patch), **options)
+    if net.config["rank"] == 2 and patch is None:  # to multiples of 32, as the network tells none
+        patch = [-(-n // 32) * 32 for n in image.shape[1:3]]
+    patch = patch or net.metadata["patch"]
+    logits = sliding_window(net, image, tuple(patch[-net.config["rank"] :]), **options)
     thick = None if plan.blend_slices else thick_axis(plan.spacing, volume.spacing)
     orders = [0 if axis == thick else 1 for axis in range(3)]
     return resample(logits, volume.array.shape[:3], orders)
@@ -486,6 +546,163 @@ def test_segment_of_a_scan_smaller_than_the_patch_and_of_two_channels():
     labels = segment(net, volume)
     assert labels.shape == (3, 5, 7)
     assert_largest(labels, logits_at_once(net, volume))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_window_module_a_size_are_asked_for(rank):
+    net, volume = network(rank=rank), scan()
+    labels = segment(net, volume, patch=(5, 4, 6))
+    assert_largest(labels, logits_at_once(net, volume, [5, 4, 6]))
+    assert (labels != segment(net, volume)).any()
+    net.metadata["patch"] = [5, 4, 6]
+    np.testing.assert_array_equal(labels, segment(net, volume, patch=net.metadata["patch"]))
+
+
+@pytest.mark.parametrize("stride", [8, None])
+def test_slices_are_seen_whole_in_multiples_of_the_stride(stride):
+    """As many of them at a time as hold a bounded number of voxels."""
+    net, volume, seen = network(rank=2, spacing=[1.2, 1.1, 1.3]), scan(), []
+    net.config["output_stride"] = stride
+    forward = ts.nn.Sequential.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ts.nn.Sequential, "forward",
+                      lambda self, x: seen.append(x.shape) or forward(self, x))
+        patch.setattr(scan_module, "BATCH", 16 * 5 * (16 * 16 if stride else 32 * 32))
+        segment(net, volume)
+    plane = (16, 16) if stride else (32, 32)
+    assert seen == [(n, *plane, 1) for n in (5, 5, 3)]
+
+
+def test_a_network_that_was_never_saved_is_told_plan_and_patch():
+    net, volume = network(), scan()
+    known, plan = segment(net, volume), Plan(**net.metadata["plan"])
+    patch = net.metadata["patch"]
+    del net.metadata
+    np.testing.assert_array_equal(segment(net, volume, plan=plan, patch=patch), known)
+    with pytest.raises(ValueError, match="without a plan"):
+        segment(net, volume, patch=patch)
+    with pytest.raises(ValueError, match="without a patch"):
+        segment(net, volume, plan=plan)
+    del net.config
+    with pytest.raises(ValueError, match="config with its rank"):
+        segment(net, volume, plan=plan, patch=patch)
+    flat = ts.models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3)
+    assert segment(flat, volume, plan=plan).shape == volume.array.shape
+
+
+def test_another_plan_than_that_of_training():
+    net, volume = network(), scan()
+    other = Plan((1.2, 1.1, 1.3), mirror=None)
+    labels = segment(net, volume, plan=other)
+    np.testing.assert_array_equal(labels, segment(network(
+        spacing=[1.2, 1.1, 1.3], clip=None, mean=None, std=None), volume))
+    with pytest.raises(ValueError, match="without left-right"):
+        segment(net, volume, plan=other, mirror=[2])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_probabilities_on_the_scans_grid(count):
+    volume, nets = scan(), [network(seed) for seed in range(count)]
+    found = segment(nets, volume, probabilities=True)
+    truth = sum(softmax(logits_at_once(net, volume)) for net in nets) / count
+    assert found.shape == (*volume.array.shape, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-6)
+    assert_largest(segment(nets, volume), found)
+    numbers, stream = rows(nets, volume)
+    assert numbers == [0, 1, 2]
+    np.testing.assert_array_equal(list(stream), found)
+    with pytest.raises(ValueError, match="clean label maps"):
+        segment(nets, volume, probabilities=True, largest=True)
+
+
+def test_probabilities_are_those_of_the_numbers():
+    """Of five classes of which two have no name, and are never answered."""
+    net, volume = network(classes=5), scan()
+    net.metadata["labels"] = {"0": "background", "1": "necrosis", "4": "enhancing"}
+    found = segment(net, volume, probabilities=True)
+    np.testing.assert_allclose(found, softmax(logits_at_once(net, volume)[..., [0, 1, 4]]),
+                               rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_wrong_is_said_before_any_row():
+    with pytest.raises(ValueError, match="one or more"):
+        rows([], scan())
+
+
+def seasoned(net, seed=0):
+    """A network in which every batch-norm does something."""
+    rng = np.random.default_rng(seed)
+    for module in net.modules():
+        if isinstance(module, ts.nn.BatchNorm):
+            n = len(module.running_mean)
+            module.running_mean[:], module.bias.data[:] = 0.3 * rng.standard_normal((2, n))
+            module.running_var[:], module.weight.data[:] = rng.uniform(0.5, 1.5, (2, n))
+    return net.eval()
+
+
+def norms(net):
+    return sum(isinstance(module, ts.nn.BatchNorm) for module in net.modules())
+
+
+@pytest.mark.parametrize("options", [
+    {"rank": 2}, {"rank": 3, "depth": 3, "depth_padding": "edge", "depth_dilation": 1},
+    {"rank": 2, "head": "fcn"}, {"rank": 2, "head": "deeplabv3", "output_stride": 16},
+    {"rank": 2, "backbone": "resnet50"}])
+def test_a_folded_network_answers_as_before_without_a_batch_norm(options, monkeypatch):
+    for name, (_, bottleneck) in list(ts.models.BACKBONES.items()):
+        monkeypatch.setitem(ts.models.BACKBONES, name, ((1, 1, 1, 1), bottleneck))
+    net = seasoned(ts.models.resnet_seg(**{"backbone": "resnet18", "in_channels": 2, "classes": 3,
+                                           **options}))
+    before = {name: array.copy() for name, array in net.state().items()}
+    folded, x = fold(net), NORMAL((2, *(17, 16, 19)[-options["rank"] :], 2)).astype("float32")
+    with ts.no_grad():
+        truth = net(x).data
+        ours, again = folded(x).data, folded(x).data
+    assert norms(net) and not norms(folded) and ours.dtype == np.float32
+    assert np.linalg.norm(ours - truth) <= 1e-5 * np.linalg.norm(truth)
+    np.testing.assert_array_equal(ours, again)  # what is written over is nothing of the network's
+    assert all(np.array_equal(before[name], a) for name, a in net.state().items())
+
+
+def test_only_what_follows_a_convolution_is_folded():
+    """A norm before, one behind a ReLU, a convolution that stands twice, and one with a bias."""
+    rng = np.random.default_rng(1)
+
+    def conv(**options):
+        return ts.nn.Conv(2, 2, (3,), padding=1, rng=rng, **options)
+
+    class Before(ts.nn.Module):  # torchvision's names, in the order of pre-activation
+        def __init__(self):
+            self.conv1, self.bn1 = conv(), ts.nn.BatchNorm(2)
+
+        def forward(self, x):
+            return self.conv1(self.bn1(x))
+
+    twice = conv()
+    net = seasoned(ts.nn.Sequential(
+        Before(), ts.nn.Sequential(twice, ts.nn.BatchNorm(2)), twice, ts.nn.BatchNorm(2),
+        ts.nn.ReLU(), ts.nn.BatchNorm(2), conv(), ts.nn.BatchNorm(2), conv(bias=False),
+        ts.nn.BatchNorm(2)))
+    folded, x = fold(net), NORMAL((2, 9, 2)).astype("float32")
+    assert norms(net) == 6 and norms(folded) == 4
+    np.testing.assert_allclose(folded(x).data, net(x).data, rtol=1e-4, atol=1e-5)
+
+
+def test_prediction_follows_training():
+    """Nothing of one prediction is left in the next: a step between two changes the answer as it
+    changes the network's."""
+    net, volume = seasoned(ts.nn.Sequential(*network().__iter__(), ts.nn.BatchNorm(3))), scan()
+    net.config, net.metadata = network().config, network().metadata
+    optimizer, x = ts.optim.SGD(net.parameters(), 0.5), NORMAL((1, 6, 8, 10, 1)).astype("float32")
+    answers = []
+    for _ in range(2):
+        answers.append(segment(net, volume, probabilities=True))
+        np.testing.assert_allclose(answers[-1], softmax(logits_at_once(net, volume)), rtol=1e-3,
+                                   atol=1e-5)
+        net.train()
+        ts.losses.cross_entropy(net(x), np.ones(x.shape[:-1], int)).backward()
+        optimizer.step()
+    assert abs(answers[1] - answers[0]).max() > 0.01
 
 
 def softmax(x):

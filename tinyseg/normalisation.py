@@ -9,7 +9,7 @@ from .backend import array_module
 from .tensor import op
 
 
-def _slabs(rows) -> list[slice]:
+def row_slabs(rows) -> list[slice]:
     """Rows (M, C) cut so that what is computed of a slab stays in cache, on all cores; uncut
     where the array is not NumPy's."""
     size = max(1, parallel.SLAB // rows.shape[-1]) if array_module(rows) is np else len(rows)
@@ -19,7 +19,7 @@ def _slabs(rows) -> list[slice]:
 def _moments(rows):
     """Mean and biased variance of each column: (M, C) -> (C,), (C,); those of slabs, each in cache
     for both, put together (Chan, Golub and LeVeque 1983)."""
-    slabs, library = _slabs(rows), array_module(rows)
+    slabs, library = row_slabs(rows), array_module(rows)
     means, squares = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
 
     def add(i):
@@ -50,7 +50,7 @@ def _normalize(rows, mean, scale, gamma, beta, residual, relu):
         if relu:
             library.maximum(part, 0, out=part)
 
-    parallel.run(normalize, _slabs(rows))
+    parallel.run(normalize, row_slabs(rows))
     return y
 
 
@@ -59,7 +59,7 @@ def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, res
 
     A body may recompute y from beta where no residual was added; this one reads it.
     """
-    library, slabs = array_module(rows), _slabs(rows)
+    library, slabs = array_module(rows), row_slabs(rows)
     passed = library.empty_like(rows) if relu else g  # the gradient behind the ReLU
     sums = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
 

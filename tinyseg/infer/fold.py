@@ -1,0 +1,76 @@
+"""A network as it is at inference: batch-norm is part of the convolution before it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from .. import parallel
+from ..backend import array_module
+from ..models import Residual, ResNet
+from ..module import held
+from ..nn import BatchNorm, Conv, Module, Network, Sequential
+from ..normalisation import row_slabs
+from ..tensor import Tensor
+
+
+class Shift(Module):
+    """x + bias [+ residual], then max(., 0) where asked: what is left of a batch-norm whose scale
+    is in the kernel before it. Written over x (N, *S, C), and without a gradient."""
+
+    def __init__(self, bias: Tensor):
+        self.bias = bias
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        y, bias = x.data.reshape(-1, x.shape[-1]), self.bias.data
+        added = residual.data.reshape(y.shape) if residual is not None else None
+        library = array_module(y)
+
+        def shift(part: slice) -> None:
+            rows = y[part]
+            rows += bias
+            if added is not None:
+                rows += added[part]
+            if relu:
+                library.maximum(rows, 0, out=rows)
+
+        parallel.run(shift, row_slabs(y))
+        return Tensor(y.reshape(x.shape))
+
+
+def fold(net: Network) -> Network:
+    """A copy of a network, for evaluation only, with batch-norm folded into the convolutions.
+
+    gamma (w * x + b - mean) / sqrt(var + eps) + beta is the convolution with the kernel s w, plus
+    s (b - mean) + beta, s = gamma / sqrt(var + eps). This holds where nothing else reads what the
+    convolution gives, which is known of `Sequential` and of the trunk and blocks of `models`; any
+    other batch-norm stays as it is. Answers differ by rounding; later changes of `net` do not
+    reach the copy.
+    """
+    net = net.copy().eval()
+    uses = Counter(id(thing) for holder in net.modules() for _, thing in held(holder))
+    for holder in net.modules():
+        for first, second in list(_followers(holder)):
+            conv, norm = getattr(holder, first), getattr(holder, second)
+            if uses[id(conv)] > 1:
+                continue
+            library = array_module(norm.running_var)
+            scale = norm.weight.data / library.sqrt(norm.running_var + norm.eps)
+            before = -norm.running_mean if conv.bias is None else conv.bias.data - norm.running_mean
+            conv.weight, conv.bias = Tensor(conv.weight.data * scale), None
+            setattr(holder, second, Shift(Tensor(before * scale + norm.bias.data)))
+    return net
+
+
+def _followers(holder: Module) -> Iterator[tuple[str, str]]:
+    """The names of convolutions in a module, each with that of the batch-norm that reads it."""
+    names = [name for name, thing in vars(holder).items() if isinstance(thing, Module)]
+    if type(holder) is Sequential:
+        pairs = list(zip(names, names[1:], strict=False))
+    elif isinstance(holder, ResNet | Residual):
+        pairs = [(name, name.replace("conv", "bn")) for name in names]
+    else:
+        pairs = []
+    for first, second in pairs:
+        if type(getattr(holder, first)) is Conv and type(vars(holder).get(second)) is BatchNorm:
+            yield first, second
