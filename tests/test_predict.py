@@ -183,7 +183,51 @@ def test_options_do_what_they_say(models, one, tmp_path):
         assert words == ["--device", "cpu"] or (expected != plain).any(), words
 
 
+@pytest.mark.parametrize("name", ["out.nii.gz", "out.nii"])
+def test_probabilities_are_written_as_a_fourth_axis(models, one, tmp_path, capsys, name):
+    """In the file's own order of axes; the largest is the label map's."""
+    nets, out = [ts.load(models / "a.npz"), ts.load(models / "b.npz")], tmp_path / name
+    words = models / "a.npz", "--with", models / "b.npz", one
+    assert predict(*words, out, "--probabilities") == 0
+    told, scan, found = capsys.readouterr().out, nib.load(one), nib.load(out)
+    assert found.shape == (*scan.shape, 3) and found.get_data_dtype() == np.float32
+    assert (found.affine == scan.affine).all() and {p.name for p in tmp_path.iterdir()} == {
+        "scan.nii.gz", name}
+    expected = segment(nets, nifti.read(one), probabilities=True)
+    np.testing.assert_array_equal(nifti.read(out).array, expected)
+    volume = expected.sum((0, 1, 2))[1] * 0.0225
+    assert f"scan.nii.gz: pancreas {volume:.1f} ml expected, cancer " in told
+    assert predict(*words, tmp_path / "labels.nii") == 0
+    np.testing.assert_array_equal(labels_in(out).argmax(-1), labels_in(tmp_path / "labels.nii"))
+
+
+@pytest.mark.parametrize("name", ["out.nii.gz", "out.nii"])
+def test_probabilities_are_whole_or_not_there(models, one, tmp_path, monkeypatch, capsys, name):
+    out, rows = tmp_path / name, commands.infer.rows
+    out.write_bytes(b"what was there before")
+    before = sorted(tmp_path.iterdir())
+
+    def broken(*args, **options):
+        numbers, stream = rows(*args, **options)
+
+        def some():
+            yield next(stream)
+            raise KeyboardInterrupt
+
+        return numbers, some()
+
+    monkeypatch.setattr(commands.infer, "rows", broken)
+    with pytest.raises(KeyboardInterrupt):
+        predict(models / "a.npz", one, out, "--probabilities")
+    monkeypatch.setattr(commands.infer, "rows", lambda *_, **__: ([0, 1, 2], iter(
+        [np.zeros((4, 18, 3))])))
+    assert predict(models / "a.npz", one, out, "--probabilities") == 1
+    assert "found a row of shape (4, 18, 3), expected (21, 18, 3)" in capsys.readouterr().err
+    assert out.read_bytes() == b"what was there before" and sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("words", [
+    ["--probabilities", "--largest"], ["--probabilities", "--smallest", "1"],
     ["--overlap", "1"], ["--overlap", "-0.1"], ["--overlap", "nan"], ["--smallest", "-1"],
     ["--smallest", "inf"], ["--smallest", "much"], ["--device", "tpu"], ["--with"],
 ])

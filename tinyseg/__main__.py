@@ -26,7 +26,7 @@ from .job.plan import describe
 
 def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
             device: str = "cpu", overlap: float = 0.5, mirror: bool = False,
-            largest: bool = False, smallest: float = 0) -> int:
+            largest: bool = False, smallest: float = 0, probabilities: bool = False) -> int:
     """Segment SCAN with MODEL and write the label map to OUT, on the scan's own grid.
 
     SCAN may be a folder of .nii and .nii.gz files: OUT is then one too, and names are kept. Where
@@ -42,8 +42,9 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
         try:
             with tqdm(desc=f"{number}/{len(jobs)} {source.name}", unit="window") as bar:
                 told = _predict(nets, [source, *further], target, overlap=overlap,
-                                mirror=[LEFT_RIGHT] * mirror, largest=largest, smallest=smallest,
-                                progress=partial(_advance, bar))
+                                mirror=[LEFT_RIGHT] * mirror, progress=partial(_advance, bar),
+                                **({"probabilities": True} if probabilities else
+                                   {"largest": largest, "smallest": smallest}))
             print(f"{source.name}: {told}")
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failed.append(source.name)
@@ -54,16 +55,31 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
     return int(bool(failed))
 
 
-def _predict(nets: Sequence[nn.Module], files: Sequence[Path], target: Path, **options: Any) -> str:
+def _predict(nets: Sequence[nn.Module], files: Sequence[Path], target: Path,
+             probabilities: bool = False, **options: Any) -> str:
     """Segment one scan; returns how much of each class was found."""
     scan = nifti.join([nifti.read(path) for path in files])
+    names, voxel = nets[0].metadata.get("labels", {}), prod(scan.spacing) / 1000
+    if probabilities:
+        numbers, rows = infer.rows(nets, scan, **options)
+        sums = np.zeros(len(numbers))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nifti.write_maps(target, _added(rows, sums), len(numbers), scan)
+        return ", ".join(f"{names.get(str(number), number)} {n * voxel:.1f} ml expected"
+                         for number, n in zip(numbers, sums, strict=True) if number)
     labels = infer.segment(nets, scan, **options)
     target.parent.mkdir(parents=True, exist_ok=True)
     nifti.write(target, labels, scan)
-    names, voxel = nets[0].metadata.get("labels", {}), prod(scan.spacing) / 1000
     counts = {names.get(str(number), number): np.count_nonzero(labels == number)
               for number in infer.numbers(nets[0]) if number}
     return ", ".join(f"{name} {n * voxel:.1f} ml ({n} voxels)" for name, n in counts.items())
+
+
+def _added(rows: Iterator[np.ndarray], sums: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows (H, W, classes) as they are; their sum for each class is added to `sums`."""
+    for row in rows:
+        sums += row.sum(axis=(0, 1), dtype="float64")
+        yield row
 
 
 def _refuse(scan: Path, out: Path) -> None:
@@ -279,6 +295,9 @@ def main(argv: list[str] | None = None) -> int:
         "each class (26 neighbours)")
     add("--smallest", type=float, default=0, metavar="ML",
         help="drop connected components of fewer millilitres")
+    add("--probabilities", action="store_true", help="write the probabilities of all classes "
+        "instead of the label map, one after the other as a fourth axis of OUT, in the order of "
+        "the label numbers (float32)")
     commands.choices["evaluate"].add_argument(
         "--tolerance", type=float, default=5.0, metavar="MM", help="how far apart surfaces may be "
         "for the surface Dice (%(default)s, the Decathlon's for pancreas; also liver 7, brain 5, "
@@ -309,6 +328,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--overlap is {options['overlap']}, expected 0 <= X < 1")
     if command == "predict" and not 0 <= options["smallest"] < inf:
         parser.error(f"--smallest is {options['smallest']}, expected millilitres")
+    if command == "predict" and options["probabilities"] and (
+            options["largest"] or options["smallest"]):
+        parser.error("--largest and --smallest clean a label map, which --probabilities does not "
+                     "write")
     if command == "evaluate" and not 0 <= options["tolerance"] < inf:
         parser.error(f"--tolerance is {options['tolerance']}, expected millimetres")
     try:

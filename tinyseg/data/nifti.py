@@ -9,8 +9,9 @@ a label map is written under the scan's own header, byte for byte where it tells
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -227,24 +228,75 @@ def write(path: str | Path, array: np.ndarray, like: Volume) -> None:
     from nibabel.openers import ImageOpener
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
-    path, array = Path(path), np.asarray(array)
-    if not path.name.endswith(ENDINGS):
-        raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
+    path, array = _named(path), np.asarray(array)
     if array.shape != like.array.shape[:3]:
         raise ValueError(f"{path}: found a label map of shape {array.shape}, expected"
                          f" {like.array.shape[:3]} as in {like.path}")
     if array.dtype.kind not in "biu" or array.min() < 0:
         raise ValueError(f"{path}: found labels of {array.dtype} from {array.min()},"
                          " expected integers from 0")
-    header = like.header.copy()
-    header.set_data_dtype(np.min_scalar_type(int(array.max())))
-    header.set_slope_inter(1, 0)
-    header.set_intent("none")
-    header["dim"][0], header["dim"][4:] = 3, 1
-    header["cal_min"] = header["cal_max"] = 0  # the scan's display window would hide the labels
-    header["vox_offset"] = 0  # filled in as it is written
+    header = _header(like, np.min_scalar_type(int(array.max())))
     labels = apply_orientation(array, ornt_transform(SAR, io_orientation(like.affine)))
     labels = labels.astype(header.get_data_dtype())  # in the header's byte order
     with whole(path) as draft, ImageOpener(str(draft), "wb") as file:
         header.write_to(file)
         file.write(labels.tobytes(order="F"))
+
+
+def write_maps(path: str | Path, rows: Iterable[np.ndarray], count: int, like: Volume) -> None:
+    """Write `count` maps as a fourth axis, float32, under a header as in `write`.
+
+    They come as rows (H, W, count), one for each of the D of `like`, and go to the disk as they
+    come: memory does not grow with the scan. The file appears whole or not at all. ValueError where
+    a row or their number does not fit.
+    """
+    from nibabel.openers import ImageOpener
+    from nibabel.orientations import apply_orientation
+
+    path, header = _named(path), _header(like, np.dtype("float32"))
+    shape = (*like.original_shape[:3], count)
+    header["dim"][0], header["dim"][4] = 4, count
+    left = math.prod(shape) * 4
+    with whole(path) as draft:
+        # A packed file is written in one go, and the rows fill another in the file's own order.
+        plain = draft.with_suffix("") if path.suffix == ".gz" else draft
+        try:
+            with open(plain, "wb") as file:
+                header.write_to(file)
+                start = file.tell()
+                for at in range(0, left, PIECE):  # a disk too small says so now, mapped it cannot
+                    file.write(bytes(min(PIECE, left - at)))
+            maps = np.memmap(plain, header.get_data_dtype(), "r+", start, shape, order="F")
+            ours = apply_orientation(maps, _turn(like.affine))  # a view
+            for here, row in zip(ours, rows, strict=True):
+                if row.shape != here.shape:
+                    raise ValueError(f"{path}: found a row of shape {row.shape}, expected"
+                                     f" {here.shape}")
+                here[...] = row
+            maps.flush()
+            del maps, ours, here
+            if plain != draft:
+                with open(plain, "rb") as source, ImageOpener(str(draft), "wb") as packed:
+                    shutil.copyfileobj(source, packed, PIECE)
+        finally:
+            if plain != draft:
+                plain.unlink(missing_ok=True)
+
+
+def _named(path: str | Path) -> Path:
+    """The path of a file to write, if its name is that of a NIfTI file."""
+    if not Path(path).name.endswith(ENDINGS):
+        raise ValueError(f"{path}: expected a name that ends in .nii or .nii.gz")
+    return Path(path)
+
+
+def _header(like: Volume, dtype: np.dtype) -> Any:
+    """The header of `like` for other values, of one channel."""
+    header = like.header.copy()
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["dim"][0], header["dim"][4:] = 3, 1
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display window would hide the values
+    header["vox_offset"] = 0  # filled in as it is written
+    return header
