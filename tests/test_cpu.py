@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from tinyseg import losses, models, optim, parallel, train, windows
 from tinyseg.data import phantom
-from tinyseg.windows import Window, cpu, lines, reference, winograd
+from tinyseg.windows import Window, cpu, lines, products, reference, winograd
 
 
 @pytest.fixture(autouse=True)
@@ -293,13 +293,64 @@ def test_explain():
             "where 12 would be direct")
     assert deep.splitlines() == [f"y  {line}", f"dx {line}", f"dw {line}"]
     flat = windows.explain((2, 8, 12, 12, 64), (1, 1, 1, 64, 32), Window.of((1, 1, 1), 2))
-    assert flat.splitlines() == [f"{d:3}one matrix product: a kernel of one tap"
-                                 for d in ("y", "dx", "dw")]
+    product = "one matrix product: a kernel of one tap"
+    assert flat.splitlines() == [f"y  {product}", "dx taps: 1 products, each added to a strided "
+                                 "subgrid", f"dw {product}"]
     strided = windows.explain((1, 9, 9, 1), (3, 3, 1, 8), Window.of((3, 3), 2, 1))
     assert [line[:2] for line in strided.splitlines()] == ["y ", *["dx"] * 4, "dw"]
-    assert "dx taps: 4 products, each added to a comb of points" in strided
+    assert "dx taps: 4 products, each added to a strided subgrid" in strided
     with pytest.raises(ValueError, match="2 spatial axes"):
         windows.explain((1, 9, 9, 1), (3, 3, 3, 1, 8), Window.of((3, 3, 3), 2, 1))
+
+
+BEGINS = {"point": "one matrix", "lines": "Winograd along", "tiles": "Winograd:", "taps": "taps",
+          "columns": "columns"}  # what is told of each way
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([0, 90]), st.integers(0, 9))
+def test_what_is_explained_is_what_runs(problem, cost, seed):
+    """The functions that outputs and gradients in x are computed by, in number and name; they call
+    one another along lines, which is no way of its own."""
+    size, batch, channels, filters, window = problem
+    x, w = arrays(size, batch, channels, filters, window.kernel, seed)
+    y, ran, inside = windows.correlate(x, w, window), [], []
+    border = products.repeated(window)[1][1:]  # written out, it is a part of the grid
+    window = products.repeated(window)[0]
+    x = np.pad(x, [(0, 0), *border, (0, 0)], mode="edge")
+    size = x.shape[1:-1]
+
+    def noted(way, call):
+        def noting(*args):
+            if inside:
+                return call(*args)
+            ran.append(way)
+            inside.append(way == "lines")
+            try:
+                return call(*args)
+            finally:
+                inside.clear()
+
+        return noting
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (winograd, lines):
+            patch.setattr(module, "IMAGE", cost)
+            patch.setattr(module, "KERNEL", cost)
+        winograd.tiling.cache_clear()
+        told = windows.explain(x.shape, w.shape, window).splitlines()
+        for way, owner, name in (("point", cpu, "_points"), ("lines", lines, "product"),
+                                 ("tiles", winograd, "product"), ("taps", cpu, "_taps"),
+                                 ("columns", cpu, "_columns")):
+            patch.setattr(owner, name, noted(way, getattr(owner, name)))
+        for reading, call in (("y ", lambda: windows.correlate(x, w, window)),
+                              ("dx", lambda: windows.correlate_dx(y, w, size, window))):
+            ran.clear()
+            call()
+            mine = [line[3:] for line in told if line[:2] == reading]
+            assert len(mine) == len(ran)
+            for way in BEGINS:
+                assert sum(line.startswith(BEGINS[way]) for line in mine) == ran.count(way)
 
 
 @settings(max_examples=20, deadline=None)

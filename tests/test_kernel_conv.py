@@ -176,12 +176,12 @@ def test_columns(cuda, problem, seed):
 
 @given(size=st.integers(1, 12), kernel=st.integers(1, 5), stride=st.integers(1, 4),
        dilation=st.integers(1, 5), before=st.integers(0, 9))
-def test_combs_hold_every_pair_of_tap_and_output_once(size, kernel, stride, dilation, before):
-    """(input, tap, output) of the definition are those of the combs."""
+def test_phases_hold_every_pair_of_tap_and_output_once(size, kernel, stride, dilation, before):
+    """(input, tap, output) of the definition are those of the phases."""
     truth = {(p * stride + k * dilation - before, k, p) for p in range(-50, 50)
              for k in range(kernel) if 0 <= p * stride + k * dilation - before < size}
     found = []
-    for start, taps, step, padding in products.combs(size, kernel, stride, dilation, before):
+    for start, taps, step, padding in products.phases(size, kernel, stride, dilation, before):
         if taps is not None:
             (count,) = products.count((size,), (start,), (stride,))
             found += [(start + i * stride, k, i - padding + j * step) for i in range(count)

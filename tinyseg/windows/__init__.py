@@ -1,6 +1,6 @@
 """The convolution engine: arrays only, it knows nothing of tensors.
 
-`reference` is the specification, on arrays of any library, type and rank. Two bodies equal it for
+`reference` is the specification, on arrays of any library, type and rank. Two engines equal it for
 float32 and are fast: `cpu` on NumPy arrays, `kernels` on a GPU. Both compute the two products of
 `products`, which makes every convolution of them. This file is the one place that chooses.
 """
@@ -17,34 +17,34 @@ __all__ = ["Window", "correlate", "correlate_dw", "correlate_dx", "explain", "ma
 
 def correlate(x: Array, w: Array, window: Window) -> Array:
     """(N, *S, C_in), (*K, C_in, C_out) -> (N, *P, C_out); see reference.correlate."""
-    body = _body(window, x, w)
-    return products.correlate(body, x, w, window) if body else reference.correlate(x, w, window)
+    engine = _engine(window, x, w)
+    return products.correlate(engine, x, w, window) if engine else reference.correlate(x, w, window)
 
 
 def correlate_dx(y: Array, w: Array, size: tuple[int, ...], window: Window) -> Array:
     """(N, *P, C_out), (*K, C_in, C_out) -> (N, *size, C_in), the adjoint of `correlate` in x."""
-    body = _body(window, y, w)
-    return (products.correlate_dx(body, y, w, size, window) if body
+    engine = _engine(window, y, w)
+    return (products.correlate_dx(engine, y, w, size, window) if engine
             else reference.correlate_dx(y, w, size, window))
 
 
 def correlate_dw(x: Array, y: Array, window: Window) -> Array:
     """(N, *S, C_in), (N, *P, C_out) -> (*K, C_in, C_out), the adjoint of `correlate` in w."""
-    body = _body(window, x, y)
-    return products.correlate_dw(body, x, y, window) if body else reference.correlate_dw(
+    engine = _engine(window, x, y)
+    return products.correlate_dw(engine, x, y, window) if engine else reference.correlate_dw(
         x, y, window)
 
 
 def maximum(x: Array, window: Window) -> tuple[Array, Array]:
     """(N, *S, C) -> (N, *P, C) and the tap that won each; see reference.maximum."""
-    body = None if any(window.edge) else _body(window, x)
-    return (body or reference).maximum(x, window)
+    engine = None if any(window.edge) else _engine(window, x)
+    return (engine or reference).maximum(x, window)
 
 
 def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:
     """(N, *P, C) and the winning taps -> (N, *size, C), the adjoint of `maximum`."""
-    body = None if any(window.edge) else _body(window, g)
-    return (body or reference).maximum_adjoint(g, winner, size, window)
+    engine = None if any(window.edge) else _engine(window, g)
+    return (engine or reference).maximum_adjoint(g, winner, size, window)
 
 
 def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) -> str:
@@ -53,22 +53,24 @@ def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) 
     gradient in w."""
     lines = []
 
-    class Body:
-        """Writes down what the CPU's body would do."""
+    class Told:
+        """Writes down what the CPU's engine would do."""
 
         def __init__(self, reading: str):
             self.reading = reading
 
-        def note(self, *problem) -> None:
-            lines.append(f"{self.reading:3}{cpu.reason(*problem)}")
-
         def products(self, x, problems) -> None:
-            for w, into, start, step, *geometry in problems:
-                positions = products.count(into.shape[1:-1], start, step)
-                self.note(x, w.shape[:-2], w.shape[-1], positions, *geometry, max(step) > 1)
+            for problem in problems:
+                positions = cpu.outputs(problem).shape[1:-1]
+                self.note(cpu.method(x, problem), x, problem.w.shape[:-2], positions, *problem[4:])
 
-        def weights(self, x, y, kernel, stride, dilation, before) -> None:
-            self.note(x, kernel, y.shape[-1], y.shape[1:-1], stride, dilation, before)
+        def weights(self, x, y, kernel, *geometry) -> None:
+            positions = y.shape[1:-1]
+            self.note(cpu.choose(x.shape, kernel, y.shape[-1], positions, *geometry), x, kernel,
+                      positions, *geometry)
+
+        def note(self, *decided) -> None:
+            lines.append(f"{self.reading:3}{cpu.reason(*decided)}")
 
     batch, *grid, channels = x_shape
     positions = window.positions(tuple(grid))
@@ -76,12 +78,12 @@ def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) 
     size = tuple(n + sum(b) for n, b in zip(grid, border[1:], strict=True))
     x, w, y = (np.broadcast_to(np.float32(0), shape) for shape in (
         (batch, *size, channels), w_shape, (batch, *positions, w_shape[-1])))
-    products.correlate(Body("y"), x, w, window)
-    products.correlate_dx(Body("dx"), y, w, size, window)
-    products.correlate_dw(Body("dw"), x, y, window)
+    products.correlate(Told("y"), x, w, window)
+    products.correlate_dx(Told("dx"), y, w, size, window)
+    products.correlate_dw(Told("dw"), x, y, window)
     return "\n".join(lines)
 
 
-def _body(window: Window, *arrays: Array):
-    """The fast body that takes these arrays, or None."""
-    return next((body for body in (kernels, cpu) if body.serves(window, *arrays)), None)
+def _engine(window: Window, *arrays: Array):
+    """The fast engine that takes these arrays, or None."""
+    return next((engine for engine in (kernels, cpu) if engine.serves(window, *arrays)), None)

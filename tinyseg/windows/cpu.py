@@ -1,20 +1,24 @@
 """Convolution on the cores of a CPU: NumPy arrays of float32, any rank.
 
-Outputs are computed in blocks that stay in cache, side by side on all cores. For each block, the
-taps are taken in groups: what a group sees is gathered into columns, multiplied with its part of
-the kernel, and added to the block. A group is as many trailing axes of the kernel as make columns
-of at most WIDTH numbers, so that a product is long enough whatever the channels.
+Every product and every weight gradient is computed in one of five ways; `choose` is the one place
+that decides.
 
-Along the other axes a group is applied only to the positions from which it sees the grid: far taps
-of a dilated kernel on a small grid stand in the padding for most positions, and that product is
-never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
+    point    a kernel of one tap: one matrix product
+    lines    three taps along the first axis, wide kernels: see `lines`
+    tiles    three taps along several axes, enough channels and points: see `winograd`
+    taps     outputs on a strided subgrid, as in a strided gradient in x: tap by tap
+    columns  any other: im2col for some taps at a time
 
-The combs of a strided gradient in x have few taps, and what a tap sees lies together: nothing is
-gathered for them. Each tap is one product, added where it belongs.
+Columns: outputs are computed in blocks that stay in cache, side by side on all cores. For each
+block, the taps are taken in groups: the patches of the input that a group sees are copied into
+columns, multiplied with its part of the kernel, and added to the block. A group is as many trailing
+axes of the kernel as make columns of at most WIDTH elements, so that a product is long enough
+whatever the channels. Along the other axes a group is applied only to the positions from which it
+sees the grid: far taps of a dilated kernel on a small grid stand in the padding for most positions,
+and that product is never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
 
-A kernel of one tap needs none of this: it is one matrix product. Kernels of three taps with
-enough channels and points take fewer multiplications in `winograd`, and wide ones in depth in
-`lines`.
+Taps: the phases of a strided gradient in x have few taps each, and what a tap sees lies together:
+nothing is copied for them. Each tap is one product, added where it belongs.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce
 from itertools import product as every
 from math import ceil, prod
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -31,14 +36,15 @@ from .. import parallel
 from ..backend import Array
 from . import lines, reference, winograd
 from .geometry import Box, Window, blocks
+from .products import Correlation
 
-WIDTH = 640  # numbers in a row of columns, at most
-BLOCK = 1 << 19  # numbers in the columns of a block: 2 MiB
+WIDTH = 640  # elements in a row of columns, at most
+BLOCK = 1 << 19  # elements in the columns of a block: 2 MiB
 FEW = 3  # channels: columns of fewer are gathered one after another
 
 
 def serves(window: Window, *arrays: Array) -> bool:
-    """Whether this body takes these arrays; float64 is for checking and goes to the reference."""
+    """Whether this engine takes these arrays; float64 is for checking and goes to the reference."""
     return all(isinstance(a, np.ndarray) and a.dtype == np.float32 and a.size for a in arrays)
 
 
@@ -58,8 +64,8 @@ def _common(a: Box, b: Box) -> Box:
 
 
 class Columns:
-    """What the windows over x see, in groups of taps: `groups` lists (index of the group among the
-    kernel's leading axes, the box of positions that see anything of it), fullest first."""
+    """Partial im2col matrices of x, one for each group of taps: `groups` lists (index of the group
+    among the kernel's leading axes, the box of outputs that it affects), fullest first."""
 
     def __init__(self, x: Array, kernel, positions, stride, dilation, before):
         batch, *size, channels = x.shape
@@ -110,30 +116,53 @@ class Columns:
         return memory.reshape(-1, self.width)
 
 
-def _points(x: Array, kernel, positions, stride, before) -> Array | None:
-    """What a kernel of one tap sees, (N, *P, C); None for other kernels or if any see padding."""
-    last = [(p - 1) * s for p, s in zip(positions, stride, strict=True)]
-    if prod(kernel) > 1 or any(before) or any(a >= n for a, n in zip(last, x.shape[1:-1],
-                                                                     strict=True)):
-        return None
-    return x[(slice(None), *(slice(0, a + 1, s) for a, s in zip(last, stride, strict=True)))]
+class Method(NamedTuple):
+    """How something is computed: one of the five ways, and what that needs to know, the outputs of
+    a line or the `Tiling`."""
+
+    name: str
+    plan: Any = None
 
 
-def reason(x: Array, kernel, filters: int, positions, stride, dilation, before,
-           comb: bool = False) -> str:
-    """Which way a product or weight gradient of these sizes is computed, and why."""
-    sizes = kernel, len(x), x.shape[-1], filters, positions, stride, dilation
-    if _points(x, kernel, positions, stride, before) is not None:
-        return "one matrix product: a kernel of one tap"
+def choose(x_shape: tuple[int, ...], kernel, filters: int, positions, stride, dilation, before, *,
+           subgrid: bool = False, apart: bool = False) -> Method:
+    """The way that a product, or a weight gradient, of these sizes is computed.
+
+    subgrid: its outputs are a strided subgrid of an array; apart: they do not lie together there.
+    """
+    images, *size, channels = x_shape
+    sizes = kernel, images, channels, filters, positions, stride, dilation
     if m := lines.outputs(*sizes, before):
-        return (f"Winograd along the first axis: {m + 2} convolutions over the other axes for {m} "
-                f"outputs, where {3 * m} would be direct")
+        return Method("lines", m)
     if way := winograd.tiling(*sizes):
-        return (f"Winograd: {way.number} tiles of {'x'.join(map(str, way.steps))}, "
-                f"{way.frequencies} products where {prod(way.steps) * prod(kernel)} would be "
+        return Method("tiles", way)
+    inside = not any(before) and all((p - 1) * s < n for p, s, n in
+                                     zip(positions, stride, size, strict=True))
+    if prod(kernel) == 1 and inside and not apart:
+        return Method("point")
+    return Method("taps" if subgrid else "columns")
+
+
+def _points(x: Array, positions, stride) -> Array:
+    """What a kernel of one tap sees, (points, C), where it sees no padding."""
+    seen = (slice(0, (p - 1) * s + 1, s) for p, s in zip(positions, stride, strict=True))
+    return x[(slice(None), *seen)].reshape(-1, x.shape[-1])
+
+
+def reason(method: Method, x: Array, kernel, positions, stride, dilation, before) -> str:
+    """What `choose` decided for these sizes, and why."""
+    name, plan = method
+    if name == "point":
+        return "one matrix product: a kernel of one tap"
+    if name == "lines":
+        return (f"Winograd along the first axis: {plan + 2} convolutions over the other axes for "
+                f"{plan} outputs, where {3 * plan} would be direct")
+    if name == "tiles":
+        return (f"Winograd: {plan.number} tiles of {'x'.join(map(str, plan.steps))}, "
+                f"{plan.frequencies} products where {prod(plan.steps) * prod(kernel)} would be "
                 f"direct")
-    if comb:
-        return f"taps: {prod(kernel)} products, each added to a comb of points"
+    if name == "taps":
+        return f"taps: {prod(kernel)} products, each added to a strided subgrid"
     columns = Columns(x, kernel, positions, stride, dilation, before)
     taps = columns.width // x.shape[-1]
     seen = sum(_volume(sees) for _, sees in columns.groups) * taps
@@ -150,25 +179,37 @@ def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
     return list(blocks(positions, parallel.share(positions, number)))
 
 
-def products(x: Array, problems: Iterable[tuple]) -> None:
+def outputs(problem: Correlation) -> Array:
+    """Where the outputs of a problem stand, (N, *P, C_out): a view."""
+    return problem.into[(slice(None), *(slice(a, None, s) for a, s in zip(
+        problem.start, problem.step, strict=True)))]
+
+
+def method(x: Array, problem: Correlation) -> Method:
+    """How a problem is computed; see `choose`."""
+    w, out = problem.w, outputs(problem)
+    return choose(x.shape, w.shape[:-2], w.shape[-1], out.shape[1:-1], problem.stride,
+                  problem.dilation, problem.before, subgrid=max(problem.step) > 1,
+                  apart=not out.flags.c_contiguous)
+
+
+def products(x: Array, problems: Iterable[Correlation]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
     jobs: list = []
-    for w, into, start, step, stride, dilation, before in sorted(
-            problems, key=lambda problem: -problem[0].size):  # the longest jobs first
-        out = into[(slice(None), *(slice(a, None, s) for a, s in zip(start, step, strict=True)))]
-        kernel, positions = w.shape[:-2], out.shape[1:-1]
-        sizes = kernel, len(x), x.shape[-1], w.shape[-1], positions, stride, dilation
-        if m := lines.outputs(*sizes, before):
-            lines.product(products, x, w, out, m, stride, dilation, before)
-        elif way := winograd.tiling(*sizes):
-            winograd.product(way, x, w, out, before)
-        elif out.flags.c_contiguous and (
-                seen := _points(x, kernel, positions, stride, before)) is not None:
-            points, y, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, out, w))
+    for problem in sorted(problems, key=lambda problem: -problem.w.size):  # the longest jobs first
+        w, out, (name, plan) = problem.w, outputs(problem), method(x, problem)
+        *_, stride, dilation, before = problem
+        if name == "lines":
+            lines.product(products, x, w, out, plan, stride, dilation, before)
+        elif name == "tiles":
+            winograd.product(plan, x, w, out, before)
+        elif name == "point":
+            points, matrix = _points(x, out.shape[1:-1], stride), w.reshape(w.shape[-2:])
+            y = out.reshape(-1, out.shape[-1])
             jobs += [partial(np.matmul, points[rows], matrix, out=y[rows])
                      for rows in parallel.parts(len(points))]
         else:
-            terms, boxes = (_taps(x, w, out, dilation, before) if max(step) > 1 else
+            terms, boxes = (_taps(x, w, out, dilation, before) if name == "taps" else
                             _columns(x, w, out, stride, dilation, before))
             jobs += [partial(_add, terms, block, out) for block in boxes]
     parallel.run(lambda job: job(), jobs)
@@ -234,14 +275,15 @@ def _taps(x: Array, w: Array, out: Array, dilation, before):
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     """See products: the gradient of correlate(x, w) in w, (*K, C_in, C_out)."""
     filters = y.shape[-1]
-    sizes = kernel, len(x), x.shape[-1], filters, y.shape[1:-1], stride, dilation
-    if m := lines.outputs(*sizes, before):
-        return lines.weights(weights, x, y, m, kernel, stride, dilation, before)
-    if way := winograd.tiling(*sizes):
-        return winograd.weights(way, x, y, before)
-    if (seen := _points(x, kernel, y.shape[1:-1], stride, before)) is not None:
+    name, plan = choose(x.shape, kernel, filters, y.shape[1:-1], stride, dilation, before)
+    if name == "lines":
+        return lines.weights(weights, x, y, plan, kernel, stride, dilation, before)
+    if name == "tiles":
+        return winograd.weights(plan, x, y, before)
+    if name == "point":
         dw = np.empty((*kernel, x.shape[-1], filters), x.dtype)
-        points, rows, matrix = (a.reshape(-1, a.shape[-1]) for a in (seen, y, dw))
+        points = _points(x, y.shape[1:-1], stride)
+        rows, matrix = (a.reshape(-1, a.shape[-1]) for a in (y, dw))
         parallel.run(lambda part: np.matmul(points[:, part].T, rows, out=matrix[part]),
                      parallel.parts(len(matrix)))
         return dw

@@ -99,7 +99,7 @@ class Window:
             )
 
     def region(self, block: Box, size: tuple[int, ...]) -> tuple[Box, tuple[tuple[int, int], ...]]:
-        """The part of the grid that a block of windows sees, and how far it must be padded."""
+        """The receptive field of a block of outputs, and how far it stands over the grid."""
         inside, missing = [], []
         for b, n, s, (before, _), span, edge in zip(
             block, size, self.stride, self.padding, self.span, self.edge, strict=True

@@ -16,7 +16,7 @@ from .. import cuda
 from ..backend import Array, array_module
 from ..cuda import plain, pool
 from .geometry import Window
-from .products import count, repeated
+from .products import Correlation, count, repeated
 from .reference import pad, pad_adjoint
 
 AXES = 3
@@ -63,7 +63,7 @@ def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, i
                              "STAGES": 3 if columns == 128 else 4}
 
 
-def products(x: Array, problems: Iterable[tuple]) -> None:
+def products(x: Array, problems: Iterable[Correlation]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
     x = plain(x)
     for problem in problems:

@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import parallel
 from ..backend import Array
+from .products import Correlation
 from .reference import pad
 from .winograd import FILTERS, pairs, per_pair, tiling, transform
 
@@ -98,8 +99,8 @@ def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, di
     answers = np.empty((m + 2, *out.shape[2:-1], len(x) * tiles, out.shape[-1]), x.dtype)
     zeros, ones = (0,) * len(stride), (1,) * len(stride)
     for image, row, into in zip(seen[:, None], kernel, answers[:, None], strict=True):
-        others(image, [(combined(w, row), into, zeros, ones,
-                        (*stride[1:], 1), (*dilation[1:], 1), (*before[1:], 0))])
+        others(image, [Correlation(combined(w, row), into, zeros, ones, (*stride[1:], 1),
+                                   (*dilation[1:], 1), (*before[1:], 0))])
 
     def back(part: slice) -> None:
         here = answers[:, part]

@@ -1,7 +1,7 @@
-"""Every convolution as one of two products with zero padding, for bodies that compute just those.
+"""Every convolution as one of two primitives with zero padding, which an engine implements.
 
-    products  into[:, start::step] = correlate(x, w)       (the output may be a comb of points),
-              for an x and a list of (w, into, start, step, stride, dilation, before)
+    products  into[:, start::step] = correlate(x, w), for an x and several `Correlation`s: the
+              output may be a strided subgrid
     weights   the gradient of correlate(x, w) in w
 
 - A border that repeats is written out before (`pad`) and added up after (`pad_adjoint`).
@@ -12,15 +12,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from math import ceil, gcd
-from typing import Any
+from typing import NamedTuple, Protocol
 
 from ..backend import Array, array_module
 from .geometry import Window
 from .reference import pad, pad_adjoint
+
+
+class Correlation(NamedTuple):
+    """into[:, start::step] = correlate(x, w): w (*K, C_in, C_out), into (N, *S, C_out), and for
+    each axis where the outputs begin and how far apart they stand in `into`, stride and dilation of
+    the kernel, and how far before the grid (of zeros outside) its first tap stands."""
+
+    w: Array
+    into: Array
+    start: tuple[int, ...]
+    step: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """What computes the two primitives."""
+
+    def products(self, x: Array, problems: Iterable[Correlation]) -> None:
+        """Each of the problems, for x (N, *S, C_in)."""
+
+    def weights(self, x: Array, y: Array, kernel: tuple[int, ...], stride: tuple[int, ...],
+                dilation: tuple[int, ...], before: tuple[int, ...]) -> Array:
+        """The gradient, (*K, C_in, C_out), for x (N, *S, C_in) and y (N, *P, C_out)."""
 
 
 def repeated(window: Window) -> tuple[Window, list[tuple[int, int]]]:
@@ -30,17 +55,17 @@ def repeated(window: Window) -> tuple[Window, list[tuple[int, int]]]:
     return replace(window, padding=zeros, edge=(False,) * len(zeros)), [(0, 0), *border]
 
 
-def correlate(body: Any, x: Array, w: Array, window: Window) -> Array:
+def correlate(engine: Engine, x: Array, w: Array, window: Window) -> Array:
     """See reference.correlate."""
     window, border = repeated(window)
     x, rank = pad(x, border, [True] * len(border)), len(window.kernel)
     y = array_module(x).empty((len(x), *window.positions(x.shape[1:-1]), w.shape[-1]), x.dtype)
-    body.products(x, [(w, y, (0,) * rank, (1,) * rank, window.stride, window.dilation,
-                       tuple(p[0] for p in window.padding))])
+    engine.products(x, [Correlation(w, y, (0,) * rank, (1,) * rank, window.stride, window.dilation,
+                                    tuple(p[0] for p in window.padding))])
     return y
 
 
-def combs(size: int, kernel: int, stride: int, dilation: int, before: int) -> Iterator[tuple]:
+def phases(size: int, kernel: int, stride: int, dilation: int, before: int) -> Iterator[tuple]:
     """The inputs a, a + stride, ... along one axis, for each a, as a convolution of the output.
 
     Yields (a, the slice of taps, their dilation, padding before); the slice is None where no tap
@@ -57,29 +82,29 @@ def combs(size: int, kernel: int, stride: int, dilation: int, before: int) -> It
                -((a + before - last * dilation) // stride))
 
 
-def correlate_dx(body: Any, y: Array, w: Array, size: tuple[int, ...],
+def correlate_dx(engine: Engine, y: Array, w: Array, size: tuple[int, ...],
                  window: Window) -> Array:
     """See reference.correlate_dx."""
     library = array_module(y)
     window, border = repeated(window)
     grid = tuple(n + sum(b) for n, b in zip(size, border[1:], strict=True))
-    axes = [list(combs(n, k, s, d, p[0])) for n, k, s, d, p in zip(
+    axes = [list(phases(n, k, s, d, p[0])) for n, k, s, d, p in zip(
         grid, window.kernel, window.stride, window.dilation, window.padding, strict=True)]
     untouched = any(taps is None for axis in axes for _, taps, _, _ in axis)
     dx = (library.zeros if untouched else library.empty)((len(y), *grid, w.shape[-2]), y.dtype)
     swapped, ones = w.swapaxes(-1, -2), (1,) * len(size)
-    body.products(y, [
-        (swapped[taps], dx, start, window.stride, ones, dilation, before)
+    engine.products(y, [
+        Correlation(swapped[taps], dx, start, window.stride, ones, dilation, before)
         for start, taps, dilation, before in (zip(*c, strict=True) for c in product(*axes))
         if None not in taps])
     return library.ascontiguousarray(pad_adjoint(dx, border, [True] * len(border)))
 
 
-def correlate_dw(body: Any, x: Array, y: Array, window: Window) -> Array:
+def correlate_dw(engine: Engine, x: Array, y: Array, window: Window) -> Array:
     """See reference.correlate_dw."""
     window, border = repeated(window)
-    return body.weights(pad(x, border, [True] * len(border)), y, window.kernel, window.stride,
-                        window.dilation, tuple(p[0] for p in window.padding))
+    return engine.weights(pad(x, border, [True] * len(border)), y, window.kernel, window.stride,
+                          window.dilation, tuple(p[0] for p in window.padding))
 
 
 def count(grid: tuple[int, ...], start: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:

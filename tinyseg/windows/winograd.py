@@ -96,7 +96,7 @@ def pairs(kernel, positions, dilation) -> int:
 
 
 def per_pair(channels: int, filters: int) -> float:
-    """What a number more of each channel and each filter costs for each pair of them."""
+    """What transforming an element of each tile costs, spread over channels x filters products."""
     return sum(max(1, SHORT / n) / n for n in (channels, filters))
 
 
@@ -137,9 +137,9 @@ class Tiling:
         return list(every(*map(range, self.apart)))
 
     def groups(self) -> list[list[Box]]:
-        """Boxes of images and tiles, in groups whose products are taken together: of BLOCK numbers,
-        or of more where the products' rows would be fewer than a quarter of the channels; as many
-        groups for each thread. Where all is less than one such, threads share it, a box each."""
+        """The tiles in batches whose products are taken together: of about BLOCK elements, or more
+        where the products would have fewer rows than a quarter of the channels; as many batches
+        for each thread. Where all is less than one such, threads share it, a box each."""
         grid, threads = (len(self.phases) * self.images, *self.tiles), parallel.threads()
         widest = max(self.channels, self.filters)
         limit = max(BLOCK / (self.frequencies * widest), widest / 4)
