@@ -506,11 +506,9 @@ def scan(size=(13, 9, 10), spacing=(1.2, 1.1, 1.3), channels=()):
 
 
 def logits_at_once(net, volume, patch=None, **options):
-    """On the scan's grid; without a patch, a network of slices sees them whole."""
+    """On the scan's grid, of windows of this size or of training's."""
     plan = Plan(**net.metadata["plan"])
     image = plan.prepare(volume).astype("float16")
-    if net.config["rank"] == 2 and patch is None:  # to multiples of 32, as the network tells none
-        patch = [-(-n // 32) * 32 for n in image.shape[1:3]]
     patch = patch or net.metadata["patch"]
     logits = sliding_window(net, image, tuple(patch[-net.config["rank"] :]), **options)
     thick = None if plan.blend_slices else thick_axis(plan.spacing, volume.spacing)
@@ -568,9 +566,12 @@ def test_slices_are_seen_whole_in_multiples_of_the_stride(stride):
         patch.setattr(ts.nn.Sequential, "forward",
                       lambda self, x: seen.append(x.shape) or forward(self, x))
         patch.setattr(scan_module, "BATCH", 16 * 5 * (16 * 16 if stride else 32 * 32))
-        segment(net, volume)
+        labels = segment(net, volume, patch="whole")
     plane = (16, 16) if stride else (32, 32)
     assert seen == [(n, *plane, 1) for n in (5, 5, 3)]
+    assert_largest(labels, logits_at_once(net, volume, plane))
+    with pytest.raises(ValueError, match="rank 3 and patch whole"):
+        segment(network(), volume, patch="whole")
 
 
 def test_a_network_that_was_never_saved_is_told_plan_and_patch():
@@ -581,13 +582,13 @@ def test_a_network_that_was_never_saved_is_told_plan_and_patch():
     np.testing.assert_array_equal(segment(net, volume, plan=plan, patch=patch), known)
     with pytest.raises(ValueError, match="without a plan"):
         segment(net, volume, patch=patch)
-    with pytest.raises(ValueError, match="without a patch"):
+    with pytest.raises(ValueError, match="rank 3 and patch None"):
         segment(net, volume, plan=plan)
     del net.config
     with pytest.raises(ValueError, match="config with its rank"):
         segment(net, volume, plan=plan, patch=patch)
     flat = ts.models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3)
-    assert segment(flat, volume, plan=plan).shape == volume.array.shape
+    assert segment(flat, volume, plan=plan, patch="whole").shape == volume.array.shape
 
 
 def test_another_plan_than_that_of_training():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from math import ceil, prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -73,21 +73,24 @@ def segment(nets: Module | Sequence[Module], scan: Volume, *, largest: bool = Fa
 
 
 def rows(nets: Module | Sequence[Module], scan: Volume, *, plan: Plan | None = None,
-         patch: Sequence[int] | None = None, overlap: float = OVERLAP, mirror: Sequence[int] = (),
-         probabilities: bool = True, progress: Progress = iter
+         patch: Sequence[int] | Literal["whole"] | None = None, overlap: float = OVERLAP,
+         mirror: Sequence[int] = (), probabilities: bool = True, progress: Progress = iter
          ) -> tuple[list[int], Iterator[np.ndarray]]:
     """The label numbers, and what their voxels get on the scan's own grid, (H, W, numbers) float32
     for each of its D rows: memory does not grow with the scan.
 
     They are probabilities, or of one network asked without, its logits. Preparation is that each
     network was trained with (`net.metadata`), or `plan`; a network on its own needs no more than a
-    `config` with rank, classes and in_channels. A network of volumes sees windows of the size that
-    it was trained with, one of slices sees each of them whole; or both see windows of the size
-    `patch` (D, H, W). Logits are interpolated to the scan's grid before anything is decided. Of
-    several networks the softmax is averaged there, not the logits: those of networks trained apart
-    have no common scale, and the one that boasts most would decide alone. `mirror`, `overlap` and
-    `progress` are those of `sliding_window`; which classes are left and right of each other stands
-    in the plan. Networks run as they are at the call, in evaluation (`fold`).
+    `config` with rank, classes and in_channels. It sees windows of the size that it was trained
+    with, or of the size `patch` (D, H, W), of which a network of slices takes the last two; "whole"
+    shows it each slice in one piece. That is several times as fast, and for networks trained on as
+    much: one of patches of 40 x 40 fell from a Dice of 0.32 to 0.13 on slices of 47 x 60.
+
+    Logits are interpolated to the scan's grid before anything is decided. Of several networks the
+    softmax is averaged there, not the logits: those of networks trained apart have no common scale,
+    and the one that boasts most would decide alone. `mirror`, `overlap` and `progress` are those of
+    `sliding_window`; which classes are left and right of each other stands in the plan. Networks
+    run as they are at the call, in evaluation (`fold`).
 
     Raises ValueError where networks differ in classes, do not fit the scan's channels, have neither
     a plan nor a patch, or are asked for the left-right reflection that their training left out.
@@ -151,16 +154,18 @@ def _planned(net: Module) -> Plan:
     return Plan(**net.metadata["plan"])
 
 
-def _window(net: Module, patch: Sequence[int] | None, size: tuple[int, ...]) -> tuple[int, ...]:
+def _window(net: Module, patch: Sequence[int] | str | None, size: tuple[int, ...]
+            ) -> tuple[int, ...]:
     """How much of a volume (D, H, W) a network sees at a time; see `rows`."""
     rank = net.config["rank"]
-    if patch is None and rank == 2:
+    if patch == "whole" and rank == 2:
         stride = net.config.get("output_stride") or STRIDE
         return tuple(ceil(n / stride) * stride for n in size[1:])
-    if patch is None and "patch" not in _metadata(net):
-        raise ValueError(f"found a {type(net).__name__} without a patch in its metadata, expected"
-                         " patch=, the size of the windows it was trained with")
-    return tuple((patch or net.metadata["patch"])[-rank:])
+    patch = _metadata(net).get("patch") if patch is None else patch
+    if patch is None or patch == "whole":
+        raise ValueError(f"found a {type(net).__name__} of rank {rank} and patch {patch}, expected"
+                         " patch=(D, H, W), the size of the windows it was trained with")
+    return tuple(patch[-rank:])
 
 
 def numbers(net: Module) -> dict[int, int]:
