@@ -11,12 +11,14 @@ Every number of minutes has complete runs of its own, whose schedules end with i
              nnUNetv2_predict with its defaults: windows half overlapping, all mirror images
 
 Both hold out fold 0 of 5, the same cases (tinyseg.data.decathlon.folds), and tinyseg.metrics scores
-the label maps of both. All processes of a side share the two cores; nnU-Net augments in two of them
-(nnUNet_n_proc_DA=2, what it takes by itself on two cores). Only training counts as minutes. What
-comes before and after is told apart: before, nnU-Net's fingerprint, plan and preprocessing, once
-per data set and of all cases, and the job's reading and preparing; after, nnU-Net's prediction, and
-the job's prediction and scores of its 3D network and of its 2D one too. A seed names a run: it
-fixes all of the job's, but of nnU-Net's the first weights alone.
+the label maps of both. All processes of a side share the two cores; nnU-Net augments in two of its
+own (nnUNet_n_proc_DA=2, what it takes by itself on two cores). Minutes are those of training steps,
+waiting for their patches included. The table tells the rest apart. Before: nnU-Net's fingerprint,
+plan and preprocessing, once per data set and of all cases, held out or not; all that the job does
+beside its steps until its networks are there, looking at held-out patches meanwhile included (what
+nnU-Net does of the kind is left out). After: nnU-Net's prediction; the job's prediction and scoring
+of its 3D network, and of its 2D one too. A seed names a run: it fixes all of the job's, but of
+nnU-Net's the first weights alone.
 
 nnU-Net is installed in an environment of its own, nnunet_env in the system's folder of temporary
 files (TMPDIR moves it); converted data and runs lie beside it in beside_nnunet, and runs are
@@ -33,6 +35,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -171,7 +174,7 @@ def nnunet(data: Path, out: Path, minutes: float, seed: int) -> dict:
 
 
 def tinyseg(data: Path, out: Path, minutes: float, seed: int) -> dict:
-    """The same of the main job; its steps are those on slices and on volumes."""
+    """The same of the main job; its steps are those on slices and those on volumes."""
     took = call([sys.executable, JOB, "--data", data, "--minutes", f"{minutes:g}", "--seed", seed,
                  "--out", out], out / "log.txt")
     after = time.time() - (out / "model_3d.npz").stat().st_mtime
@@ -204,28 +207,29 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def measure(side: str, data: Path, minutes: float, seed: int, keep: bool = False) -> dict:
-    """One run of one side, scored, as a row of the table."""
+def measure(side: str, data: Path, out: Path, minutes: float, seed: int) -> dict:
+    """One run of one side in `out`, scored, as a row of the table."""
     dataset = decathlon.load(data)
     train, held_out = decathlon.folds([case.id for case in dataset.cases])[0]
-    out = WORK / f"run_{dataset.name}_{side}_{minutes:g}_{seed}"
     shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.mkdir(parents=True)
     told = SIDES[side](data, out, minutes, seed)
     dice = score(out / "predictions", [case for case in dataset.cases if case.id in held_out])
-    if not keep:
-        shutil.rmtree(out)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
-                            capture_output=True).stdout.strip()
+    commit, changed = (subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True)
+                       .stdout.strip() for words in (
+                           ["rev-parse", "--short", "HEAD"],
+                           ["status", "--porcelain", "tinyseg", "examples", "kernels"]))
     processor = next((line.partition(":")[2].strip() for line in
                       Path("/proc/cpuinfo").read_text("utf-8").splitlines()
                       if line.startswith("model name")), "unknown")
-    return {"side": side, "minutes": f"{minutes:g}", "seed": seed, "mean Dice": mean(dice.values()),
-            **{f"Dice {name}": value for name, value in dice.items()}, "steps": told["steps"],
+    return {"side": side, "minutes": f"{minutes:g}", "seed": seed,
+            "mean Dice": round(mean(dice.values()), 4),
+            **{f"Dice {name}": round(value, 4) for name, value in dice.items()},
+            "steps": told["steps"],
             **{f"seconds {part}": round(told[part], 1) for part in ("training", "before", "after")},
             "training cases": len(train), "held-out cases": len(held_out),
-            "version": told["version"], "commit": commit, "date": time.strftime("%Y-%m-%d"),
-            "cores": CORES, "machine": processor}
+            "version": told["version"], "commit": commit + "+" * bool(changed),
+            "date": time.strftime("%Y-%m-%d"), "cores": CORES, "machine": processor}
 
 
 def draw(path: Path, rows: Sequence[dict], title: str) -> None:
@@ -288,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     try:
         dataset = decathlon.load(args.data)
-        table = args.out / f"beside_nnunet_{dataset.name.lower()}.csv"
+        name = re.sub(r"\W+", "_", dataset.name.lower())
+        table = args.out / f"beside_nnunet_{name}.csv"
         args.out.mkdir(parents=True, exist_ok=True)
         WORK.mkdir(parents=True, exist_ok=True)
         with files.held(WORK):
@@ -302,8 +307,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for number, (side, minutes, seed) in enumerate(runs, 1):
                 print(f"run {number} of {len(runs)}: {LINES[side][0]}, {minutes:g} minutes, seed "
                       f"{seed}", flush=True)
-                row = measure(side, args.data, minutes, seed, args.keep)
+                out = WORK / f"run_{name}_{side}_{minutes:g}_{seed}"
+                row = measure(side, args.data, out, minutes, seed)
                 report.write_table(table, rows := [*rows, row])
+                if not args.keep:
+                    shutil.rmtree(out)
                 print(", ".join(f"{key} {row[key]:.3f}" for key in row if "Dice" in key),
                       flush=True)
             if rows:

@@ -9,7 +9,7 @@ nnU-Net's. Three things are not, each in its favour where minutes are few:
   the T seconds given, so that its rate 0.01 (1 - i/n)^0.9 is 0.01 (1 - t/T)^0.9. The number n is
   thus measured anew at each iteration, and the schedule is complete at the end, however fast the
   machine is or becomes. No further iteration begins if the end of the one before lies nearer to T.
-- No time goes to nnU-Net's online validation (50 iterations after every 250), of which its last
+- No time goes to nnU-Net's online validation (50 iterations after every 250), on which its last
   weights, the ones used by default, do not depend.
 - The clock starts when the first batches are augmented and waiting.
 """

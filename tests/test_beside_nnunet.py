@@ -20,6 +20,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import beside_nnunet as beside  # noqa: E402
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script needs Linux")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -133,7 +135,7 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(data, tmp_path, monkeypat
         assert float(row["Dice pancreas"]) == pytest.approx(2 * share / (1 + share), abs=0.02)
     assert {(row["training cases"], row["held-out cases"]) for row in found} == {("4", "2")}
     kept = {path.name for path in (tmp_path / "work").iterdir() if path.is_dir()}
-    assert kept == {f"run_Phantom_{side}_{run}" for side in beside.SIDES
+    assert kept == {f"run_phantom_{side}_{run}" for side in beside.SIDES
                     for run in ("2_1", "4_0", "4_1")}  # --keep was not said of the first ones
 
     assert beside.main(command) == 0
@@ -171,6 +173,57 @@ def test_curves_go_through_the_means_over_seeds(tmp_path, monkeypatch):
     points = [line for line in drawn[0].axes[1].lines if line.get_linestyle() == "None"]
     assert sum(len(line.get_xydata()) for line in points) == 2 * len(table)
     assert (tmp_path / "x.png").read_bytes() == b"png"
+
+
+NNUNET = """#!{python}
+# A stand-in for nnU-Net's three commands: notes what it is told, and knows the truth.
+import json, os, shutil, sys
+from pathlib import Path
+
+command = Path(sys.argv[0]).name.removeprefix("nnUNetv2_")
+results = Path(os.environ["nnUNet_results"])
+told = {{key: os.environ[key] for key in ("nnUNet_n_proc_DA", "nnUNet_compile", "OMP_NUM_THREADS",
+                                        "MINUTES", "SEED")}}
+with open(Path(os.environ["nnUNet_raw"]).parent / "told.jsonl", "a") as file:
+    print(json.dumps([command, sys.argv[1:], told]), file=file)
+if command == "plan_and_preprocess":
+    Path(os.environ["nnUNet_preprocessed"], "Dataset001_Beside").mkdir(parents=True)
+if command == "train":
+    fold = results / "Dataset001_Beside/trainer/fold_0"
+    fold.mkdir(parents=True)
+    (fold / "clock.json").write_text('{{"seconds": 58.5, "iterations": 7}}')
+if command == "predict":
+    source, target = (Path(sys.argv[sys.argv.index(word) + 1]) for word in ("-i", "-o"))
+    target.mkdir()
+    for scan in source.iterdir():
+        name = scan.name.replace("_0000", "")
+        shutil.copy(source.parent / "raw/Dataset001_Beside/labelsTr" / name, target)
+"""
+
+
+def test_nnunet_plans_once_and_holds_out_the_same_cases(data, tmp_path, monkeypatch):
+    (tmp_path / "environment/bin").mkdir(parents=True)
+    for command in ("plan_and_preprocess", "train", "predict"):
+        script = tmp_path / f"environment/bin/nnUNetv2_{command}"
+        script.write_text(NNUNET.format(python=sys.executable), encoding="utf-8")
+        script.chmod(0o755)
+    monkeypatch.setattr(beside, "install", lambda: None)
+    for seed in (0, 1):
+        row = beside.measure("nnunet", data, tmp_path / f"run{seed}", 2.5, seed)
+        assert (row["mean Dice"], row["steps"], row["seconds training"]) == (1, 7, 58.5)
+    folder, = (tmp_path / "work").iterdir()
+    told = [json.loads(line) for line in (folder / "told.jsonl").read_text("utf-8").splitlines()]
+    assert [command for command, *_ in told] == ["plan_and_preprocess", "train", "predict",
+                                                 "train", "predict"]
+    assert {(variables["MINUTES"], variables["nnUNet_n_proc_DA"], variables["OMP_NUM_THREADS"],
+             variables["nnUNet_compile"]) for *_, variables in told} == {("2.5", "2", "2", "f")}
+    assert [variables["SEED"] for *_, variables in told] == ["0", "0", "0", "1", "1"]
+    assert told[1][1] == ["1", "3d_fullres", "0", "-tr", "nnUNetTrainerByTheClock",
+                          "-device", "cpu"]
+    assert not {"--disable_tta", "-step_size"} & {*told[2][1]}
+    splits = json.loads((folder / "preprocessed/Dataset001_Beside/splits_final.json").read_text())
+    assert [(split["train"], split["val"]) for split in splits] == decathlon.folds(
+        [case.id for case in decathlon.load(data).cases])
 
 
 JOB = """
