@@ -267,6 +267,8 @@ def test_depth_is_halved_by_nnunets_rule_and_never_more(along, across, depth):
         before = prod(1 + halved[0] for halved in pools[: n + rested])
         assert prod(ours[:n]) <= prod(rule[:n]) <= before
     assert ours[0] == 1 and prod(ours) <= prod(rule)
+    three = rules.depth_strides(spacing, depth, rules.KEPT[3])
+    assert three[:2] == (1, 1) and prod(three) <= prod(rule[:3])
     assert ceil(depth / prod(ours)) >= min(depth, 4)
 
 
@@ -282,7 +284,7 @@ def test_depth_is_halved_by_nnunets_rule_and_never_more(along, across, depth):
 def test_strides_and_slots_go_by_millimetres(spacing, depth, strides, depths):
     assert rules.depth_strides(spacing, depth) == strides
     assert rules.slots(spacing, strides) == depths
-    three = rules.depth_strides(spacing, depth, 3)  # of a trunk that stops at stride 8
+    three = rules.depth_strides(spacing, depth, rules.KEPT[5][:3])  # a trunk of stride 8
     assert three == strides[:3]
     assert rules.slots(spacing, three) == (*depths[:3], depths[2], depths[2])
 
@@ -323,7 +325,7 @@ def test_what_is_given_is_taken(source):
     assert made.preprocessing.spacing == (5, 2, 3) and made.patch_3d == (16, 24, 40)
     assert made.patch_2d == (64, 40)  # 123 and 111.8 mm
     assert made.batch_2d == round(2 * 16 * 24 * 40 / (64 * 40))
-    assert made.decoder == () and made.depth_stride == (1, 2, 2)
+    assert made.decoder == () and made.depth_stride == (1, 1, 2)
     assert made.depth == (3, 3, 3, 3, 3) and made.architecture == {"backbone": "resnet50",
                                                                    "head": "linear"}
 

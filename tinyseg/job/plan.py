@@ -20,7 +20,7 @@ from ..data.decathlon import Dataset
 from ..files import read_json, whole
 from ..nn import to_device
 from .fingerprint import Fingerprint, Progress, fingerprint
-from .rules import depth_strides, patch_of_slices, patch_of_volumes, slots, working_spacing
+from .rules import KEPT, depth_strides, patch_of_slices, patch_of_volumes, slots, working_spacing
 
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
 FIXED = 2**30  # bytes that training takes for weights, gradients, moments and libraries
@@ -221,7 +221,7 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
     volume = patch_of_volumes(shape, preprocessing.spacing, voxels) if patch is None \
         else (int(patch[0]), int(patch[1]), int(patch[2]))
     slices = patch_of_slices(shape)
-    strides = depth_strides(preprocessing.spacing, volume[0], 5 if head == "unet" else 3)
+    strides = depth_strides(preprocessing.spacing, volume[0], KEPT[5 if head == "unet" else 3])
     plan = Plan(
         preprocessing=preprocessing, head=head, decoder=DECODER if head == "unet" else (),
         backbone=backbone, depth=slots(preprocessing.spacing, strides), depth_stride=strides,
