@@ -7,7 +7,6 @@ however long the volume is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate, combinations, groupby, product
 from math import ceil
 from types import ModuleType
@@ -17,8 +16,8 @@ import numpy as np
 from ..backend import Array, array_module, to_library, to_numpy
 from ..data.augment import permutation
 from ..data.sampling import pad
-from ..nn import Module
-from ..tensor import Tensor, no_grad
+from ..module import Module, evaluation
+from ..tensor import Tensor
 from ..windows.geometry import Box
 
 Progress = Callable[[Iterable], Iterable]
@@ -126,7 +125,7 @@ def _logits(net: Module | Callable, windows: np.ndarray, flips: list[tuple[int, 
     """The mean over flips of the answers (N, *P, classes) to windows (N, *P, C), flipped back;
     where the last spatial axis was, the classes of each pair change places."""
     answers, right = [], windows.ndim - 2
-    with _evaluation(net):
+    with evaluation(net):
         for axes in flips:
             seen = to_library(np.ascontiguousarray(np.flip(windows, axes)), library)
             answer = np.flip(to_numpy(net(Tensor(seen)).data), axes)
@@ -134,21 +133,6 @@ def _logits(net: Module | Callable, windows: np.ndarray, flips: list[tuple[int, 
                 answer = answer[..., permutation(answer.shape[-1], pairs)]
             answers.append(answer)
     return np.mean(answers, axis=0)
-
-
-@contextmanager
-def _evaluation(net: Module | Callable) -> Iterator[None]:
-    """Evaluation mode and nothing recorded, and then everything as it was."""
-    modules = net.modules() if isinstance(net, Module) else []
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        with no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...],

@@ -83,8 +83,11 @@ def unet_head(build: Builder, channels: tuple[int, ...], classes: int, *, decode
     if not (isinstance(decoder, tuple) and 1 <= len(decoder) <= STAGES
             and all(map(positive, decoder))):
         raise ValueError(f"decoder is {decoder!r}; expected the channels of 1 to {STAGES} blocks")
+    # Logits of unit variance (LeCun et al. 1998): few channels, drawn as small as those of a linear
+    # head, would hardly learn.
+    std = (decoder[-1] * 3**build.rank) ** -0.5
     return (Decoder(build, channels, decoder, NORMS[norm]),
-            Sequential(build.conv(decoder[-1], classes, 3, bias=True, std=0.01)))
+            Sequential(build.conv(decoder[-1], classes, 3, bias=True, std=std)))
 
 
 class Decoder(Module):
