@@ -1,7 +1,7 @@
 """This library on the cores of a CPU beside PyTorch: time and memory, in one run.
 
   steps        forward, cross-entropy, backward, AdamW of whole networks, and memory
-  inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18
+  inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18, also as a U-Net
   growth       one step against depth, batch and cores
   layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
                1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w. Beside
@@ -46,13 +46,30 @@ from tinyseg import parallel
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("steps", "inference", "growth", "layers", "profile")
-STEPS = {  # name: (backbone, rank, batch, size, options of the inflated network)
+STEPS = {  # name: (backbone, rank, batch, size, options of the network: a kind is a row)
     "ResNet-18 3D": ("resnet18", 3, 1, (64, 96, 96), {}),
     "ResNet-18 3D, inflated": ("resnet18", 3, 1, (64, 96, 96), {
         "depth": 3, "depth_dilation": 1, "depth_padding": "edge"}),
+    "ResNet-18 3D, U-Net": ("resnet18", 3, 1, (64, 96, 96), {"head": "unet"}),
     "ResNet-18 2D": ("resnet18", 2, 8, (256, 256), {}),
     "ResNet-50 3D": ("resnet50", 3, 1, (32, 96, 96), {}),
 }
+
+
+def made(case: tuple) -> str:
+    try:
+        for make in (our_side, partial(torch_side, last=False)):
+            make(case, 1, False)
+    except (ValueError, TypeError, AttributeError) as fault:
+        return str(fault)
+    return ""
+
+
+def missing(case: tuple) -> str:
+    """Why one of the two sides has no network of this kind, or ""; found out in another process,
+    as the memory of this one would count as that of those to come."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(made, (case,))
 
 
 def layers(backbone: str, rank: int, size: tuple[int, ...]) -> dict:
@@ -207,7 +224,8 @@ def our_side(case: tuple, threads: int, train: bool):
     ts.parallel.set_threads(threads)
     net = ts.models.resnet_seg(backbone, rank=rank, in_channels=1, classes=3, **options)
     if not train:
-        return lambda x, _: ts.infer.sliding_window(net, x[0], size)
+        folded = ts.infer.fold(net)
+        return lambda x, _: ts.infer.sliding_window(folded, x[0], size)
     optimizer = ts.optim.AdamW(net.parameters(), 1e-4)
 
     def step(x, y):
@@ -230,8 +248,8 @@ def torch_side(case: tuple, threads: int, train: bool, last: bool):
     form = torch.contiguous_format
     if last:
         form = torch.channels_last if rank == 2 else torch.channels_last_3d
-    net = Net(backbone, rank, 1, 3)
-    if options:  # inflated: kernels of three in depth, dilated in the plane alone, zero-padded
+    net = Net(backbone, rank, 1, 3, **{k: v for k, v in options.items() if k == "head"})
+    if "depth" in options:  # kernels of three in depth, dilated in the plane alone, zero-padded
         for module in net.modules():
             if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] > 1:
                 shape = (*module.weight.shape[:2], 3, *module.weight.shape[3:])
@@ -328,6 +346,9 @@ def main() -> None:
     if "steps" in args.parts:
         print(f"\ntraining step\n{HEAD}")
         for name, case in STEPS.items():
+            if told := missing(case):
+                print(f"{name:34} left out: {told}")
+                continue
             size = tuple(n // 2 for n in case[3]) if args.quick else case[3]
             shape = (case[2], *size)
             print(row(f"{name} {'x'.join(map(str, shape))}",
@@ -335,9 +356,11 @@ def main() -> None:
                   flush=True)
     if "inference" in args.parts and not args.quick:
         print(f"\ninference\n{HEAD}")
-        case = STEPS["ResNet-18 3D"]
-        print(row("ResNet-18 3D, 96x256x256", side_by_side(
-            case, (1, 96, 256, 256), args.threads, max(1, turns // 2), train=False)), flush=True)
+        for name in ("ResNet-18 3D", "ResNet-18 3D, U-Net"):
+            if not missing(STEPS[name]):
+                print(row(f"{name}, 96x256x256", side_by_side(
+                    STEPS[name], (1, 96, 256, 256), args.threads, max(1, turns // 2),
+                    train=False)), flush=True)
     if "growth" in args.parts and not args.quick:
         print(f"\ngrowth of a step of ResNet-18 3D\n{HEAD}")
         for batch, depth, threads in ((1, 16, args.threads), (1, 32, args.threads),
