@@ -208,7 +208,11 @@ def test_who_takes_tiles():
     assert steps() == (4, 4, 4) and steps((1, 3, 3)) == (1, 4, 4)
     assert steps(dilation=(2, 2, 2)) == (4, 4, 4) and steps(positions=(6, 24, 24)) == (3, 4, 4)
     assert not steps(stride=(1, 2, 2)) and not steps((1, 1, 1)) and not steps((5, 3, 3))
-    assert not steps(channels=16) and not steps(filters=3) and not steps(positions=(3, 9, 9))
+    assert steps(channels=16, filters=16, positions=(20, 48, 48)) == (4, 4, 4)
+    assert not steps((3, 3), channels=16, filters=16, positions=(96, 96), stride=(1, 1),
+                     dilation=(1, 1))  # in the plane alone less is saved
+    assert not steps(channels=16, filters=3) and not steps(filters=3)
+    assert not steps(positions=(3, 9, 9))
     assert not steps(channels=512, filters=512)  # the transformed kernel alone is 67 MB or more
     # Tiles of three where tiles of four stand over the border.
     assert [winograd.tiling((3, 3), 32, 256, 256, (12, 12), (1, 1), (d, d)).steps

@@ -21,7 +21,7 @@ from .. import parallel
 from ..backend import Array
 from .products import Correlation
 from .reference import pad
-from .winograd import FILTERS, pairs, per_pair, tiling, transform
+from .winograd import FILTERS, direct, per_pair, tiling, transform
 
 IMAGE, KERNEL = 70, 160  # cost of a transformed number, in products; measured as in `winograd`
 
@@ -38,11 +38,11 @@ def outputs(kernel, images: int, channels: int, filters: int, positions, stride,
         return 0
     m = min((4, 3, 2), key=lambda m: ceil(positions[0] / m) * (m + 2))
     products = ceil(positions[0] / m) * (m + 2) * images
-    cost = (products * pairs(kernel[1:], positions[1:], dilation[1:])
+    cost = (direct(kernel[1:], products, filters, positions[1:], dilation[1:])
             + (m + 2) * prod(kernel[1:]) * KERNEL
             + products * prod(positions[1:]) * IMAGE * per_pair(channels, filters))
     tiles = tiling(kernel, images, channels, filters, positions, stride, dilation)
-    other = tiles.cost if tiles else images * pairs(kernel, positions, dilation)
+    other = tiles.cost if tiles else direct(kernel, images, filters, positions, dilation)
     return m if cost < other else 0
 
 

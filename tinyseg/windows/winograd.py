@@ -32,6 +32,7 @@ BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
 ROW = 1 << 14  # numbers in a row that a transform takes at a time
 IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products; measured on Zen 5, 2 threads
 SHORT = 48  # channels: rows of fewer cost more
+GATHER = 20  # cost of copying a column, in products; where filters are few it tells
 SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
 SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
 WHOLE = 10 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 40 MiB
@@ -93,6 +94,11 @@ def pairs(kernel, positions, dilation) -> int:
     """How many pairs of a tap and an output stand on the grid and not in its padding."""
     return prod(p + (k - 1) * max(0, p - d) for k, p, d in
                 zip(kernel, positions, dilation, strict=True))
+
+
+def direct(kernel, images: int, filters: int, positions, dilation) -> float:
+    """What the products of columns cost, in products for each pair of channels."""
+    return images * pairs(kernel, positions, dilation) * (1 + GATHER / filters)
 
 
 def per_pair(channels: int, filters: int) -> float:
@@ -213,7 +219,8 @@ def tiling(kernel, images: int, channels: int, filters: int, positions, stride,
             for steps in every(*((2, 3, 4) if k > 1 else (1,) for k in kernel))]
     best = min((way for way in ways if way.frequencies * channels * filters <= WHOLE),
                key=lambda way: way.cost, default=None)
-    return best if best and best.cost < images * pairs(kernel, positions, dilation) else None
+    other = direct(kernel, images, filters, positions, dilation)
+    return best if best and best.cost < other else None
 
 
 def transformed(w: Array, steps: tuple[int, ...], width: int) -> Array:
