@@ -1018,7 +1018,7 @@ def test_an_encoder_and_decoder(tmp_path, prefix):
     path = tmp_path / "unet.pth"
     torch.save({prefix + name: a for name, a in state.items()}, path)
     config = pretrained.recognise(pretrained.read(path))
-    assert config == {"model": "resnet_seg", "head": "unet", "decoder": [9, 8, 7, 6, 5],
+    assert config == {"model": "resnet_seg", "head": "unet", "decoder": (9, 8, 7, 6, 5),
                       "classes": 2, "backbone": "resnet18", "rank": 2, "in_channels": 3}
     net = ts.models.build(config)
     report = pretrained.load(net, path)

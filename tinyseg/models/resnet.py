@@ -92,8 +92,10 @@ class ResNet(Module):
     @property
     def channels(self) -> tuple[int, ...]:
         """How many each map of the pyramid has."""
-        layers = [getattr(self, f"layer{i}") for i in range(1, STAGES)]
-        return (self.conv1.weight.shape[-1], *(layer[-1].c_out for layer in layers))
+        found = [self.conv1.weight.shape[-1]]
+        for layer in (getattr(self, f"layer{i}") for i in range(1, STAGES)):
+            found.append(layer[-1].c_out if len(layer) else found[-1])
+        return tuple(found)
 
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
         x = self.bn1(self.conv1(x), relu=True)

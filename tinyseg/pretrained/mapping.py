@@ -13,6 +13,7 @@ import numpy as np
 from ..checkpoint import TEXT
 from ..checkpoint import read as read_ours
 from ..models import BACKBONES
+from ..models.depth import STAGES
 from ..nn import Module
 from .files import read
 from .names import HEADS, Renames, choose, first, matcher, places, renamed, under
@@ -139,8 +140,9 @@ def recognise(arrays: Mapping[str, np.ndarray], *, prefix: str | None = None,
         return {"model": "resnet_seg", "head": head, "classes": len(named["classifier.4.weight"]),
                 "dilate_first_block": False, "align_corners": False, **config}
     if "segmentation_head.0.weight" in named:
-        widths = [n for n in named if n.startswith("decoder.") and n.endswith("conv2.0.weight")]
-        return {"model": "resnet_seg", "head": "unet", "decoder": [len(named[n]) for n in widths],
+        ends = (named.get(f"decoder.blocks.{i}.conv2.0.weight") for i in range(STAGES))
+        return {"model": "resnet_seg", "head": "unet",
+                "decoder": tuple(len(w) for w in ends if w is not None),
                 "classes": len(named["segmentation_head.0.weight"]), **config}
     raise ValueError(f"a {found[0]} without a head that is known (fc, classifier, or decoder with "
                      "segmentation_head; beside it: "
