@@ -121,12 +121,8 @@ def test_arithmetic(strict, f):
     lambda _, x, w, b: ops.max_pool(x, kernel=(3, 2), stride=2, padding=(1, (1, 0))) + w.sum() + b,
     lambda _, x, w, b: ops.group_norm(x, b, b * 2, groups=2) * w.mean(),
     lambda _, x, w, b: ops.upsample(x, (3, 9), align_corners=False) * w.mean() + b,
-<<<<<<< ours
     lambda _, x, w, b: (ops.double(x, ops.double(x, size=(11, 7)), size=(11, 7)) * w.mean()
                         + b.sum()),
-=======
-    lambda _, x, w, b: ops.double(x * w.mean(), ops.double(x + b, size=(11, 7)), size=(11, 7)),
->>>>>>> theirs
     lambda lib, x, w, b: ops.batch_norm(
         x, b, b, train=True, running_mean=lib.zeros(4, "float32"),
         running_var=lib.ones(4, "float32")) + w.sum(),

@@ -175,6 +175,11 @@ def test_no_module_is_long():
     assert not long
 
 
+def test_the_main_job_reads_as_its_method():
+    example = HOUSE.parent / "examples" / "train_pancreas_3d.py"
+    assert len(example.read_text("utf-8").splitlines()) <= 150
+
+
 def code_lines(text):
     """How many lines hold code: no blank lines, comments or docstrings."""
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,

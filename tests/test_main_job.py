@@ -21,9 +21,9 @@ from tinyseg.data import decathlon, phantom
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_pancreas_3d.py"
 SMALL = ["--patch", "12", "24", "32", "--steps-2d", "4", "--steps-3d", "3", "--batch", "1",
-         "--folds", "2", "--seed", "3"]
+         "--folds", "2", "--seed", "3", "--head", "linear", "--spacing", "5", "3.6", "3.5"]
 FILES = {"model_2d.npz", "model_3d.npz", "history.csv", "metrics.json", "progress.png",
-         "checkpoint.npz", "run.json", "predictions", "predictions_2d", "prepared"}
+         "checkpoint.npz", "run.json", "plan.json", "predictions", "predictions_2d", "prepared"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +109,10 @@ def test_models_are_an_inflated_pair(done):
     flat, deep = ts.load(done / "model_2d.npz"), ts.load(done / "model_3d.npz")
     assert flat.config["rank"] == 2 and deep.config["rank"] == 3
     assert list(flat.state()) == list(deep.state())
-    assert flat.metadata["patch"] == [12, 24, 32] and flat.metadata["labels"]["2"] == "cancer"
+    decided = json.loads((done / "plan.json").read_text("utf-8"))
+    assert flat.metadata["patch"] == decided["patch_2d"]
+    assert flat.metadata["labels"]["2"] == "cancer"
+    assert deep.metadata == {**flat.metadata, "patch": [12, 24, 32]}
 
 
 @pytest.mark.parametrize("stage, step", [("2d", 2), ("3d", 0), ("3d", 2)])
@@ -296,8 +299,9 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_p
         out = tmp_path / str(number)
         assert job.main(["--data", str(folder), "--out", str(out), *steps, *words]) == 0
         assert told.replace("\\n", "\n") in capsys.readouterr().out
-        model, run = out / "model_3d.npz", json.loads((out / "run.json").read_text("utf-8"))
-        assert run["plan"]["mirror"] == ts.load(model).metadata["plan"]["mirror"] == plan
+        model, decided = out / "model_3d.npz", json.loads((out / "plan.json").read_text("utf-8"))
+        assert decided["preprocessing"]["mirror"] == plan
+        assert ts.load(model).metadata["plan"]["mirror"] == plan
         scoring = json.loads((out / "metrics.json").read_text("utf-8"))["scoring"]
         assert scoring["mean_with_mirror_image"] == (plan is not None)
         assert scoring["exchanged_classes"] == (plan or [])
@@ -337,7 +341,8 @@ def test_a_network_learns_left_from_right(undrawn, tmp_path):
         "labels": {"0": "background", "1": "left organ", "2": "right organ"}}))
     out = tmp_path / "run"
     assert job.main(["--data", str(task), "--out", str(out), "--patch", "8", "24", "32",
-                     "--steps-2d", "60", "--steps-3d", "0", "--batch", "1", "--folds", "4"]) == 0
+                     "--steps-2d", "60", "--steps-3d", "0", "--batch", "1", "--folds", "4",
+                     "--head", "linear", "--spacing", "5", "3", "3"]) == 0
     scores = json.loads((out / "metrics.json").read_text("utf-8"))["models"]["2d"]["mean"]
     assert all(scores[name]["dice"] > 0.75 for name in ("left organ", "right organ")), scores
 
@@ -373,7 +378,7 @@ with files.held(Path({str(out)!r})):
         holder.kill()
         holder.wait()
     assert job.main(["--data", str(data), "--out", str(out), *SMALL[:3], "24", "--steps-2d", "0",
-                     "--steps-3d", "0", *SMALL[-6:]]) == 0
+                     "--steps-3d", "0", *SMALL[-12:]]) == 0
 
 
 def test_a_scan_of_one_slice_is_scored_and_drawn(data, tmp_path):
@@ -453,8 +458,10 @@ def test_two_folders_or_nnu_nets_are_trained_on_as_they_are(undrawn, data, done,
     out = tmp_path / "pair"
     assert job.main([*words, "--modality", "CT", "--out", str(out), *steps]) == 0
     assert "left out: 1 (imagesTr/._phantom_000.nii.gz)" in capsys.readouterr().out
-    plans = [json.loads((o / "run.json").read_text("utf-8"))["plan"] for o in (out, done)]
-    assert plans[0] == plans[1]
+    plans = [json.loads((o / "plan.json").read_text("utf-8")) for o in (out, done)]
+    for plan in plans:
+        plan["steps"] = [plan.pop("steps_2d"), plan.pop("steps_3d")]
+    assert [plan.pop("steps") for plan in plans] == [[1, 1], [4, 3]] and plans[0] == plans[1]
     (out / "metrics.json").unlink()
     assert job.main(["--resume", "--out", str(out)]) == 0
     assert set(json.loads((out / "metrics.json").read_text("utf-8"))["models"]["3d"]["mean"]) == {
@@ -468,7 +475,7 @@ def test_two_folders_or_nnu_nets_are_trained_on_as_they_are(undrawn, data, done,
         "numTraining": 4, "file_ending": ".nii.gz"}))
     out = tmp_path / "nnunet"
     assert job.main(["--data", str(folder), "--out", str(out), *steps]) == 0
-    assert json.loads((out / "run.json").read_text("utf-8"))["plan"] == plans[1]
+    assert plans[1].items() <= json.loads((out / "plan.json").read_text("utf-8")).items()
     assert commands.main(["evaluate", str(out / "predictions"), str(folder / "labelsTr"),
                           "--missing", "ignore"]) == 0
     assert "pancreas" in capsys.readouterr().out

@@ -1,5 +1,4 @@
-"""python -m tinyseg: plan a task, segment scans, score label maps, import checkpoints, look into
-models."""
+"""tinyseg: plan a task, segment scans, score label maps, import checkpoints, look into models."""
 
 from __future__ import annotations
 
@@ -18,9 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoint, infer, metrics, models, nn, pretrained, report
+from . import checkpoint, infer, models, nn, pretrained, report
 from .data import decathlon, nifti
 from .data.augment import LEFT_RIGHT
+from .job.evaluate import TOLERANCE, Scores
 from .job.plan import describe
 
 
@@ -132,8 +132,8 @@ def _advance(bar: tqdm, groups: Sequence[Sequence]) -> Iterator[Sequence]:
         bar.update(len(group))
 
 
-def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0, missing: str = "fail",
-             out: Path | None = None) -> int:
+def evaluate(predictions: Path, labels: Path, *, tolerance: float = TOLERANCE,
+             missing: str = "fail", out: Path | None = None) -> int:
     """Score every label map in PREDICTIONS against the file of the same name in LABELS.
 
     Overlap, distances between surfaces and volumes of each class go to metrics.csv, a row for each
@@ -148,21 +148,14 @@ def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0, missing
                                 f" predictions, such as {lost[0]}")
     absent = sorted(references - found)
     source = labels.resolve().parent / "dataset.json"
-    classes, cases = decathlon.class_names(source) if source.is_file() else {}, {}
+    scores = Scores(decathlon.class_names(source) if source.is_file() else {}, tolerance)
     for name in tqdm(sorted(found), desc="evaluate", unit="case"):
         prediction, truth = _label_map(predictions / name), _label_map(labels / name)
         prediction.expect_grid_of(truth)
-        for number in np.union1d(prediction.array, truth.array).tolist():
-            classes.setdefault(number, f"class {number}")
-        cases[name] = metrics.per_class(prediction.array, truth.array, classes, truth.spacing,
-                                        tolerance)
-    # Without dataset.json a class may first be met in a late case: in the others it is absent.
-    nothing = np.zeros((1, 1, 1), "uint8")
-    none = metrics.per_class(nothing, nothing, dict(sorted(classes.items())), (1, 1, 1), tolerance)
-    cases = {case: none | scores for case, scores in cases.items()}
-    means, counts = metrics.mean(cases), metrics.counts(cases)
-    print(report.summary(means, counts))
-    print(f"means over {len(cases)} of {len(references)} references; surface Dice at {tolerance:g} "
+        scores.add(name, prediction.array, truth.array, truth.spacing)
+    told = scores.told()
+    print(report.summary(told["mean"], told["counts"]))
+    print(f"means over {len(found)} of {len(references)} references; surface Dice at {tolerance:g} "
           "mm")
     if absent:
         print(f"no prediction for {', '.join(absent)}", file=sys.stderr)
@@ -171,10 +164,8 @@ def evaluate(predictions: Path, labels: Path, *, tolerance: float = 5.0, missing
         out.mkdir(parents=True, exist_ok=True)
         report.write_table(out / "metrics.csv", [
             {"case": case, "class": name, **measures}
-            for case, scores in cases.items() for name, measures in scores.items()])
-        report.write_json(out / "metrics.json", {
-            "tolerance_mm": tolerance, "cases": cases, "mean": means, "counts": counts,
-            "missing": absent})
+            for case, classes in told["cases"].items() for name, measures in classes.items()])
+        report.write_json(out / "metrics.json", {**told, "missing": absent})
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; --out names another place",
                       error.filename) from None
@@ -259,7 +250,7 @@ def plan(folder: Path | None, *, images: Path | None, label_maps: Path | None, m
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tinyseg", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tinyseg", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for function, names in ((plan, ()), (predict, ("MODEL", "SCAN", "OUT")),
                             (evaluate, ("PREDICTIONS", "LABELS")),
@@ -299,9 +290,10 @@ def main(argv: list[str] | None = None) -> int:
         "instead of the label map, one after the other as a fourth axis of OUT, in the order of "
         "the label numbers (float32)")
     commands.choices["evaluate"].add_argument(
-        "--tolerance", type=float, default=5.0, metavar="MM", help="how far apart surfaces may be "
-        "for the surface Dice (%(default)s, the Decathlon's for pancreas; also liver 7, brain 5, "
-        "heart, colon and prostate 4, spleen and hepatic vessels 3, lung 2, hippocampus 1)")
+        "--tolerance", type=float, default=TOLERANCE, metavar="MM", help="how far apart surfaces "
+        "may be for the surface Dice (%(default)s, the Decathlon's for pancreas; also liver 7, "
+        "brain 5, heart, colon and prostate 4, spleen and hepatic vessels 3, lung 2, hippocampus "
+        "1)")
     add = commands.choices["evaluate"].add_argument
     add("--missing", choices=["fail", "ignore"], default="fail", help="what references without a "
         "prediction do to the exit code (%(default)s)")

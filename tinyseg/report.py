@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, product
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from .files import whole
 
@@ -54,12 +55,20 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def drawn(figure: Callable, path: Path, *content: Any) -> None:
+    """`figure(path, *content)`; a picture that cannot be drawn is told, and ends nothing."""
+    try:
+        figure(path, *content)
+    except Exception as error:  # whatever a drawing library raises
+        tqdm.write(f"{path}: not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+
+
 def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Loss, Dice on training patches and learning rate over the steps, one column a stage.
 
-    `history` rows have "stage", "step", "loss", "lr", "patch_dice CLASS" and "uniform_dice CLASS",
-    of patches drawn anywhere, dashed. Thin lines are single steps, thick ones an average over the
-    last tenth.
+    `history` rows have "stage", "step", "loss", "lr", "patch_dice CLASS", "uniform_dice CLASS", of
+    patches drawn anywhere, dashed, and "validation CLASS", of held-out cases, dotted. Thin lines
+    are single steps, thick ones an average over the last tenth.
     """
     stages = list(dict.fromkeys(row["stage"] for row in history))
     if not stages:
@@ -69,12 +78,14 @@ def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
     for column, stage in enumerate(stages):
         rows = [row for row in history if row["stage"] == stage]
         keys = {kind: list(dict.fromkeys(k for row in rows for k in row if k.startswith(kind)))
-                for kind in ("patch_dice", "uniform_dice")}
+                for kind in ("patch_dice", "uniform_dice", "validation")}
         panels[0, column].set_title(f"{stage}: {len(rows)} steps")
         _curves(panels[0, column], rows, ["loss"], "loss (cross-entropy + Dice)")
         _curves(panels[1, column], rows, keys["patch_dice"], "Dice on training patches")
         _curves(panels[1, column], rows, keys["uniform_dice"],
-                "Dice on training patches\n(dashed: drawn anywhere)", average=False, style="--")
+                "", average=False, style="--")
+        _curves(panels[1, column], rows, keys["validation"], "Dice on training patches\n(dashed: "
+                "drawn anywhere, dotted: of held-out cases)", average=False, style=":o")
         panels[1, column].set_ylim(0, 1)
         _curves(panels[2, column], rows, ["lr"], "learning rate", average=False)
         panels[2, column].set_xlabel("step")

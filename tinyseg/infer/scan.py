@@ -26,9 +26,6 @@ from .windows import Progress, slabs
 OVERLAP = 0.5  # of a window, with the next
 STRIDE = 32  # whole slices are padded to multiples of it where a network does not tell its own
 BATCH = 1 << 25  # numbers in the widest map of the windows that go through together, 128 MiB: of
-OVERLAP = 0.5  # of a window, with the next
-STRIDE = 32  # whole slices are padded to multiples of it where a network does not tell its own
-BATCH = 1 << 25  # numbers in the widest map of the windows that go through together, 128 MiB: of
 WIDE = 16  # logits, or of a stem, 64 channels at half the size in a plane: 16 numbers a voxel
 
 

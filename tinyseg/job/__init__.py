@@ -1,1 +1,8 @@
-"""The main job: from a folder of scans to a trained network and its scores."""
+"""The main job: from a folder of scans to trained networks and their scores."""
+
+from .fingerprint import fingerprint
+from .plan import Plan, propose
+from .run import Run
+from .settings import Settings, SettingsError, parser
+
+__all__ = ["Plan", "Run", "Settings", "SettingsError", "fingerprint", "parser", "propose"]

@@ -18,6 +18,7 @@ from .. import infer, losses, models, optim, report, train
 from ..data import ct
 from ..data.decathlon import Dataset
 from ..files import read_json, whole
+from ..infer.scan import OVERLAP
 from ..nn import to_device
 from .fingerprint import Fingerprint, Progress, fingerprint
 from .rules import KEPT, depth_strides, patch_of_slices, patch_of_volumes, slots, working_spacing
@@ -31,7 +32,6 @@ SLICES = 32  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
 SHARE_2D = 0.25  # of the time is the 2D network's
 REPEATS = 3  # steps that are timed
-OVERLAP = 0.5  # of windows, in predictions
 DECODER = (256, 128, 64, 32, 16)
 HEADS = ("unet", "linear", "fcn", "deeplabv3")
 

@@ -1,0 +1,231 @@
+"""The job from Python: settings, runs in a folder, what they take from others, one evaluation."""
+
+import argparse
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tinyseg as ts
+from tinyseg import job, metrics, report
+from tinyseg.data import phantom
+from tinyseg.job import evaluate, stages
+from tinyseg.job import settings as asking
+
+SMALL = {"patch": (8, 16, 16), "steps_2d": 2, "steps_3d": 3, "batch": 1, "folds": 2, "seed": 3,
+         "head": "linear", "spacing": (5, 6, 6)}
+EXAMPLES = st.fixed_dictionaries({}, optional={
+    "data": st.text("ab/", min_size=1).map(Path), "minutes": st.floats(0.1, 1e3),
+    "patch": st.tuples(*[st.integers(33, 99)] * 3), "batch": st.integers(1, 9),
+    "depth_stride": st.lists(st.sampled_from([1, 2]), min_size=3, max_size=5) | st.just(["plane"]),
+    "mirror": st.lists(st.sampled_from(["a=b", "2=3"]), min_size=1),
+    "order": st.sampled_from([1, 3]),
+    "lr": st.tuples(*[st.floats(1e-6, 1)] * 2), "quick": st.booleans(), "seed": st.integers(0, 9),
+    "freeze": st.lists(st.sampled_from(["conv1", "layer1"])), "folds": st.integers(2, 9)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(EXAMPLES)
+def test_settings_from_python_json_and_words_are_the_same(asked):
+    made = job.Settings(**asked)
+    assert job.Settings(**json.loads(json.dumps(made.json()))) == made
+    words = []
+    for each in fields(made):
+        value, flag = getattr(made, each.name), asking._flag(each)
+        if value is True:
+            words.append(flag)
+        elif value not in (None, False, ()):
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    assert job.Settings(**vars(job.parser().parse_args(words))) == made
+
+
+def test_a_command_line_says_every_default_and_only_what_was_given():
+    assert vars(job.parser().parse_args([])) == {}
+    told = job.parser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=200))
+    told = told.format_help()
+    for each in fields(job.Settings):
+        assert asking._flag(each) in told
+        if each.default not in (None, False, ()):
+            assert f"({asking._shown(each.default)})" in told, each.name
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"seed": -1}, "seed"), ({"seed": 1.5}, "--seed"), ({"seed": True}, "--seed"),
+    ({"patch": (8, 8)}, "--patch"), ({"patch": "888"}, "--patch"),
+    ({"patch": (8, 0, 8)}, "--patch"),
+    ({"patch": (8, 8, 8), "batch": 1}, "one value per channel"),
+    ({"patch": (32, 32, 32), "batch": 1, "head": "unet"}, "output stride 32"),
+    ({"quick": 1}, "--quick"), ({"head": "head"}, "--head"), ({"order": 2}, "--order"),
+    ({"depth_stride": [3]}, "--depth-stride"), ({"depth_stride": ["plane", 1]}, "--depth-stride"),
+    ({"minutes": 0}, "minutes"), ({"lr": (1e-3,)}, "--lr"), ({"folds": 2, "fold": 2}, "--fold"),
+    ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
+    ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
+    ({"profile": "noise"}, "--profile"),
+])
+def test_what_no_run_can_be_asked_for_is_named(wrong, said):
+    with pytest.raises(job.SettingsError, match=said):
+        job.Settings(**wrong)
+
+
+def test_a_resumed_run_moves_and_grows_and_changes_nothing_else():
+    begun = job.Settings(**SMALL)
+    assert begun.resumed() == begun
+    assert begun.resumed(data="x", steps_3d=9) == replace(begun, data=Path("x"), steps_3d=9)
+    assert replace(begun, steps_2d=None).resumed(steps_2d=1).steps_2d == 1  # the plan's may be less
+    for wrong in ({"steps_3d": 2}, {"seed": 4}, {"head": "fcn"}, {"pretrained": "x"}):
+        with pytest.raises(job.SettingsError, match=next(iter(wrong))):
+            begun.resumed(**wrong)
+
+
+def test_patches_are_scored_one_by_one_and_by_slices_where_a_network_sees_slices():
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, 3, 16, 24, 1), "float32")
+    labels = rng.integers(0, 3, (2, 3, 16, 24)).astype("uint8")
+    labels[0, 0, 0] = 255
+    net = ts.models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3)
+    before = net.state()
+    with ts.no_grad():
+        answers = net.eval()(images.reshape(-1, 16, 24, 1)).data.argmax(-1).reshape(labels.shape)
+    known = labels < 3
+    want = {c: metrics.dice((answers == c) & known, labels == c) for c in (1, 2)}
+    assert stages.patch_dice(net.train(), (images, labels)) == pytest.approx(want)
+    assert net.training and all((a == before[k]).all() for k, a in net.state().items())
+
+
+def test_classes_that_are_met_late_are_absent_before():
+    scores = evaluate.Scores({0: "background", 1: "organ"}, tolerance=2)
+    one, two = np.zeros((2, 3, 4, 5), "uint8")
+    one[0, 0], two[0] = 1, 7
+    scores.add("a", one, one, (1, 2, 3))
+    scores.add("b", two, one, (1, 2, 3))
+    told = scores.told()
+    assert set(told) == {"tolerance_mm", "cases", "mean", "counts"} and told["tolerance_mm"] == 2
+    assert list(told["mean"]) == ["organ", "class 7"]
+    assert told["cases"]["a"]["organ"] == metrics.per_class(one, one, {1: "organ"}, (1, 2, 3),
+                                                            2)["organ"]
+    assert np.isnan(told["cases"]["a"]["class 7"]["dice"])
+    assert told["cases"]["b"]["class 7"]["dice"] == 0
+
+
+# From here on runs, of one residual block on a few thousand voxels.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return phantom.write(tmp_path_factory.mktemp("task"), 4, 1, (8, 24, 24), (5, 6, 6))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as change:
+        change.setitem(ts.models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
+        for figure in ("progress", "overlay"):
+            change.setattr(report, figure, lambda *content: None)
+        yield
+
+
+def network(run):
+    return ts.models.resnet_seg(rank=2, in_channels=run.channels, classes=len(run.labels),
+                                seed=run.settings.seed, **run.plan.architecture)
+
+
+def go(run, stop=lambda: False):
+    """The method, as a notebook has it."""
+    with run:
+        run.decide()
+        flat = (run.take("2d", run.settings.from_2d) if run.settings.from_2d
+                else run.train("2d", network(run)))
+        deep = ts.inflate(flat, profile=run.settings.profile, **run.plan.inflation)
+        kept = run.compare(flat, deep)
+        deep = run.train("3d", deep, stop=stop)
+        return kept, run.evaluate({"2d": flat, "3d": deep})
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "done"
+    go(job.Run(out, job.Settings(data=data, **SMALL)))
+    return out
+
+
+def weights(path):
+    return ts.load(path).state()
+
+
+def test_a_run_is_stopped_grows_and_is_finished(data, tmp_path, done):
+    out, calls = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        go(job.Run(out, job.Settings(data=data, **SMALL)), stop=lambda: calls.append(1) or True)
+    assert len(calls) == 1
+    arrays, told = ts.checkpoint.read(out / "checkpoint.npz")
+    assert (told["stage"], told["step"]) == ("3d", 1) and arrays
+    with pytest.raises(job.SettingsError, match="holds a run already"):
+        job.Run(out, job.Settings())
+    with pytest.raises(job.SettingsError, match="steps_2d was 2, not 5"):
+        go(job.Run.resume(out, steps_2d=5))
+    go(job.Run.resume(out, steps_3d=4))
+    rows = (out / "history.csv").read_text("utf-8").splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [
+        ["2d", "0"], ["2d", "1"], *(["3d", str(i)] for i in range(4))]
+    assert json.loads((out / "plan.json").read_text("utf-8"))["steps_3d"] == 4
+    mine, theirs = weights(out / "model_2d.npz"), weights(done / "model_2d.npz")
+    assert all((mine[name] == a).all() for name, a in theirs.items())
+    assert ts.checkpoint.read(out / "checkpoint.npz")[0] == {}
+    with pytest.raises(job.SettingsError, match="steps_3d was 4, not 6"):
+        go(job.Run.resume(out, steps_3d=6))
+    before = (out / "model_3d.npz").read_bytes()
+    kept, found = go(job.Run.resume(out))
+    assert (out / "model_3d.npz").read_bytes() == before
+    told = json.loads((out / "metrics.json").read_text("utf-8"))
+    assert told["models"].keys() == found.keys() == {"2d", "3d"}
+    assert told["equivalence"] == kept and kept["max_abs_difference"] < 1e-4
+    assert kept["held_out_patches"].keys() == {"2d", "3d"}
+    scores = told["models"]["3d"]["mean"]["pancreas"]
+    assert {"dice", "iou", "surface_dice", "hausdorff95"} <= scores.keys()
+
+
+def test_held_out_patches_have_a_curve(done):
+    rows = (done / "history.csv").read_text("utf-8").splitlines()
+    names = rows[0].split(",")
+    assert "waited" in names and "validation pancreas" in names
+    at = names.index("validation pancreas")
+    assert [bool(row.split(",")[at]) for row in rows[1:]] == [False, True, False, False, True]
+
+
+def test_another_run_takes_network_and_plan_unless_it_holds_out_others(data, done, tmp_path):
+    out = tmp_path / "run"
+    asked = {**SMALL, "steps_3d": 1, "profile": "average", "head": None}
+    go(job.Run(out, job.Settings(data=data, from_2d=done, **asked)))
+    mine, theirs = weights(out / "model_2d.npz"), weights(done / "model_2d.npz")
+    assert all((mine[name] == a).all() for name, a in theirs.items())
+    rows = (out / "history.csv").read_text("utf-8").splitlines()
+    assert [row.split(",")[0] for row in rows] == ["stage", "3d"]
+    plans = [json.loads((o / "plan.json").read_text("utf-8")) for o in (out, done)]
+    assert [plan.pop("steps_3d") for plan in plans] == [1, 3] and plans[0] == plans[1]
+    with pytest.raises(ValueError, match="fold"), job.Run(
+            tmp_path / "b", job.Settings(data=data, from_2d=done, **{**asked, "fold": 1})):
+        pass
+    assert not (tmp_path / "b" / "run.json").exists()
+    with pytest.raises(job.SettingsError, match="model_2d.npz: no such file"):
+        job.Run(tmp_path / "b", job.Settings(from_2d=tmp_path))
+
+
+def test_a_plan_is_taken_as_it_is_but_for_what_is_asked(data, done, tmp_path):
+    asked = job.Settings(data=data, folds=2, seed=3, plan=done / "plan.json", order=3,
+                         depth_stride=("plane",), augment="none", minutes=3)
+    with job.Run(tmp_path / "run", asked) as run:
+        plan, theirs = run.decide(), job.Plan.read(done / "plan.json")
+        made = replace(theirs.preprocessing, order=3, mirror=None)
+        assert plan == replace(theirs, preprocessing=made, depth_stride=(2, 2, 2),
+                               augmentation="none")
+        assert job.Plan.read(tmp_path / "run" / "plan.json") == plan
+
+
+def test_nothing_can_be_trained_before_it_is_decided(data, tmp_path):
+    with job.Run(tmp_path / "run", job.Settings(data=data, **SMALL)) as run:
+        with pytest.raises(RuntimeError, match="decide"):
+            run.train("2d", None)

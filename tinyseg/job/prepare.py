@@ -1,0 +1,112 @@
+"""From what a run is asked for to prepared cases: the scans, their mirror pairs, their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data import augment, ct, decathlon, phantom, sampling
+from .fingerprint import fingerprint
+from .plan import Plan, propose
+from .settings import Settings
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block tells what was being done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
+def scans(settings: Settings, folder: Path, labels: dict[int, str] | None) -> decathlon.Dataset:
+    """The scans that the settings ask for; without any, a phantom that is written first, to
+    `folder`. labels: the classes of --images, where they are known already."""
+    source = settings.data or folder
+    if not (settings.data or settings.images or (source / "dataset.json").exists()):
+        print("no --data: writing a synthetic Decathlon folder to", source)
+        phantom.write(source, cases=10 if settings.quick else 25, seed=settings.seed)
+    if settings.images is None or settings.label_maps is None:
+        return decathlon.load(source)
+    return decathlon.pair(settings.images, settings.label_maps, settings.modality, labels,
+                          partial(tqdm, desc="labels"))
+
+
+def reflection(words: Sequence[str], labels: dict[int, str]) -> tuple[tuple[str, str], ...] | None:
+    """Which classes change places when a patch is mirrored; None where none is. Says which."""
+    names, asked = list(labels.values()), list(words)
+    pairs, alone = augment.sides(names)
+    if asked == ["none"] or asked == ["auto"] and alone:
+        print("nothing is mirrored" + (f": {', '.join(alone)} has a side and no partner; --mirror "
+                                       "names pairs" if asked == ["auto"] else ""))
+        return None
+    if asked != ["auto"]:
+        numbers = {str(number): name for number, name in labels.items()}
+        halves = [word.split("=", 1) for word in asked]
+        pairs = [(numbers.get(a, a), numbers.get(b, b)) for a, b in halves]
+        augment.numbered(pairs, names)  # or it says which is no class
+    print("patches are mirrored left-right" + "".join(
+        f"; {a} and {b} change places" for a, b in pairs))
+    return tuple(pairs)
+
+
+def taken(asked: Settings) -> Plan | None:
+    """The plan of a file or of another run that is asked for."""
+    source = asked.from_2d / "plan.json" if asked.from_2d else asked.plan
+    return Plan.read(source) if source else None
+
+
+def decide(asked: Settings, training: decathlon.Dataset,
+           mirror: tuple[tuple[str, str], ...] | None) -> Plan:
+    """The plan that is asked for, or one for these cases; what else is asked for, in its place."""
+    plan = taken(asked)
+    if plan is None:
+        wanted: dict[str, Any] = {
+            "spacing": asked.spacing, "patch": asked.patch, "minutes": asked.minutes,
+            "memory": asked.memory, "backbone": asked.backbone, "head": asked.head}
+        found = fingerprint(training, partial(tqdm, desc="read", unit="case"))
+        if found.broken:
+            raise ValueError("; ".join(found.broken.values()))
+        plan = propose(found, device=asked.device, **_given(wanted),
+                       progress=partial(tqdm, desc="measure", unit="network"))
+    depth = asked.depth_stride
+    if depth == ("plane",):
+        depth = (2,) * len(plan.depth_stride)
+    return replace(plan, **_given({
+        "preprocessing": replace(plan.preprocessing, mirror=mirror, **_given(
+            {"spacing": asked.spacing, "order": asked.order})),
+        "backbone": asked.backbone, "head": asked.head, "depth_stride": depth,
+        "patch_3d": asked.patch, "batch_3d": asked.batch,
+        "batch_2d": asked.batch and max(1, plan.batch_2d * asked.batch // plan.batch_3d),
+        "steps_2d": asked.steps_2d, "steps_3d": asked.steps_3d, "augmentation": asked.augment}))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def prepare(dataset: decathlon.Dataset, plan: ct.Plan, folder: Path,
+            seed: int) -> dict[str, sampling.Prepared]:
+    """All cases, normalised and resampled once and kept in `folder`, by id; what of them changed
+    since is refused, before anything is prepared."""
+    if other := [what for case in dataset.cases for what in sampling.changed(folder, case, plan)]:
+        raise ValueError(f"{folder}: made of other data: {', '.join(dict.fromkeys(other))} changed "
+                         "since this run began; bring that back, or begin again in another --out")
+    cases = {}
+    for number, case in enumerate(tqdm(dataset.cases, desc="prepare", unit="case")):
+        try:
+            cases[case.id] = sampling.open(folder, case.id)
+        except (FileNotFoundError, ValueError):
+            with during(f"preparing case {case.id}"):
+                source = sampling.source(case, plan)
+                sampling.store(folder, sampling.prepare(case, plan, seed + number), source)
+                cases[case.id] = sampling.open(folder, case.id)
+    return cases

@@ -1,0 +1,223 @@
+"""What a run is asked for: one frozen value, from Python, from JSON or from a command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from math import ceil, prod
+from operator import index
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..inflate import PROFILES
+
+# What --quick asks for, where nothing else is. A decoder from a random start has learned nothing
+# after so few steps: the Dice of training patches was still 0 after 40.
+QUICK = {"steps_2d": 40, "steps_3d": 22, "batch": 1, "head": "linear"}
+
+
+class SettingsError(ValueError):
+    """What a run cannot be asked for: of a command, bad usage."""
+
+
+def _halving(text: Any) -> Any:
+    """A stride along depth, or the word plane."""
+    return text if text == "plane" else int(text)
+
+
+def option(default: Any, about: str, **how: Any) -> Any:
+    """A setting: its default, what its help says, and how argparse reads it (type, nargs, ...).
+
+    movable: a resumed run may find it elsewhere; grows: it may ask for more.
+    """
+    return field(default=default, metadata={"about": about, **how})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for; None leaves it to the plan.
+
+    Raises SettingsError, a ValueError that names the option, for what no run can be asked for.
+    Settings(**settings.json()) == settings, also through JSON.
+    """
+
+    data: Path | None = option(
+        None, "Decathlon or nnU-Net folder with dataset.json (default: a phantom in OUT)",
+        type=Path, movable=True)
+    images: Path | None = option(None, "instead of --data: a folder of scans", type=Path,
+                                 movable=True)
+    label_maps: Path | None = option(None, "and one of label maps of the same names", type=Path,
+                                     movable=True, flag="--labels", metavar="LABELS")
+    modality: str = option("unknown", "of --images: CT keeps its units, others are standardised "
+                           "scan by scan", metavar="NAME")
+    plan: Path | None = option(None, "take this plan.json, of another run or of tinyseg plan",
+                               type=Path, metavar="FILE", movable=True)
+    minutes: float | None = option(None, "of training, which the plan's steps fill", type=float,
+                                   metavar="M")
+    memory: float | None = option(None, "that training may take, which the plan's patches fit",
+                                  type=float, metavar="GIB")
+    pretrained: Path | None = option(None, "start the 2D network from this checkpoint (PyTorch, "
+                                     "safetensors or ours)", type=Path)
+    from_2d: Path | None = option(None, "take the trained 2D network and the plan of this run's "
+                                  "folder", type=Path, metavar="RUN", movable=True)
+    backbone: str | None = option(None, "the residual network (default: the plan's)",
+                                  choices=list(models.BACKBONES)[:4])
+    head: str | None = option(None, "what makes labels of its features (default: the "
+                              "plan's; quick linear)",
+                              choices=["linear", "fcn", "deeplabv3", "unet"])
+    depth_stride: tuple[int | str, ...] | None = option(
+        None, "strides along depth: plane, as in the plane, or one of 1 and 2 for every halving: "
+        "stem, pool, layers 2, 3, 4 (default: the plan's)", type=_halving, nargs="+", metavar="N")
+    profile: str = option(
+        "zero", "how 2D kernels spread along depth, see tinyseg.PROFILES; zero keeps slices apart "
+        "and so starts closest to the 2D network on real volumes",
+        choices=[name for name, profile in PROFILES.items() if profile.exact])
+    freeze: tuple[str, ...] = option((), "parts of the 3D network that rest, by the beginning of "
+                                     "their names", nargs="+", metavar="PREFIX")
+    spacing: tuple[float, ...] | None = option(
+        None, "millimetres to resample to (default: the median of the training cases)", type=float,
+        nargs=3, metavar=("D", "H", "W"))
+    order: int | None = option(None, "how scans are interpolated: 1 linear, 3 cubic (default: the "
+                               "plan's)", type=int, choices=[1, 3])
+    patch: tuple[int, ...] | None = option(
+        None, "voxels the 3D network sees at a time (default: the plan's)", type=int, nargs=3,
+        metavar=("D", "H", "W"))
+    augment: str | None = option(None, "how training patches are varied (default: the plan's)",
+                                 choices=["none", "mild", "nnunet"])
+    mirror: tuple[str, ...] = option(
+        ("auto",), "classes that change places when a patch is mirrored left-right, by name or "
+        "number; none: nothing is mirrored; auto: by the sides in their names, and nothing where "
+        "one has no partner", nargs="+", metavar="A=B")
+    steps_2d: int | None = option(None, "steps on slices (default: the plan's; quick 40)", type=int,
+                                  metavar="N", grows=True)
+    steps_3d: int | None = option(None, "steps on volumes (default: the plan's; quick 22)",
+                                  type=int, metavar="N", grows=True)
+    batch: int | None = option(None, "volumes a step, and slices in proportion (default: the "
+                               "plan's; quick 1)", type=int, metavar="N")
+    lr: tuple[float, ...] = option((1e-3, 3e-4), "AdamW's rate on slices and on volumes",
+                                   type=float, nargs=2, metavar=("2D", "3D"))
+    folds: int = option(5, "parts of the cross-validation", type=int, metavar="K")
+    fold: int = option(0, "the part held out, from 0", type=int, metavar="I")
+    device: str = option("cpu", "where it computes", choices=["cpu", "cuda"], movable=True)
+    seed: int = option(0, "of all that is random", type=int)
+    quick: bool = option(False, "a small run of under two minutes")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, _value(each, getattr(self, each.name)))
+        decided = {"head"} if self.plan or self.from_2d else set()
+        for name in QUICK.keys() - decided if self.quick else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, QUICK[name])
+        if wrong := next(self._wrong(), ""):
+            raise SettingsError(wrong)
+
+    def _wrong(self) -> Iterator[str]:
+        """What cannot be, one sentence each."""
+        if min(self.steps_2d or 0, self.steps_3d or 0, self.seed) < 0 or self.batch == 0:
+            yield "steps and seed must be at least 0 and batch at least 1"
+        for name in ("spacing", "patch", "lr", "minutes", "memory", "batch"):
+            value = getattr(self, name)
+            if value is not None and not min(value if isinstance(value, tuple) else [value]) > 0:
+                yield f"--{name} is {value}, expected positive numbers"
+        if self.patch and self.batch == 1 and self.steps_3d != 0:
+            yield from starved(self.patch, (32 if self.head == "unet" else 8,) * 3, 1)
+        if not 0 <= self.fold < self.folds:
+            yield f"--fold must be 0 to {self.folds - 1}, found {self.fold}"
+        if (self.images is None) != (self.label_maps is None) or self.images and self.data:
+            yield "--images and --labels go together, and without --data"
+        if self.modality != "unknown" and not self.images:
+            yield "--modality is for --images; with --data it stands in dataset.json"
+        if self.mirror not in (("auto",), ("none",)) and not all("=" in p for p in self.mirror):
+            yield (f"--mirror is {' '.join(self.mirror)}; expected auto, none, or pairs such as "
+                   "'left kidney=right kidney'")
+        if self.depth_stride and self.depth_stride != ("plane",) and not (
+                {*self.depth_stride} <= {1, 2}):
+            yield (f"--depth-stride is {' '.join(map(str, self.depth_stride))}; expected plane, or "
+                   "1 or 2 for every halving")
+        if self.from_2d and (self.plan or self.pretrained or self.backbone or self.head):
+            yield ("--from-2d takes plan and network of that run, without --plan, --pretrained, "
+                   "--backbone and --head")
+
+    def json(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return {key: str(value) if isinstance(value, Path) else
+                list(value) if isinstance(value, tuple) else value
+                for key, value in asdict(self).items()}
+
+    def resumed(self, **asked: Any) -> Settings:
+        """These settings with what a resumed run may change; SettingsError names all else."""
+        if asked.get("pretrained") or asked.get("from_2d"):
+            raise SettingsError("a run goes on with its own network; --pretrained and --from-2d "
+                                "would replace it")
+        after = Settings(**{**self.json(), **asked})
+        changed = []
+        for each in fields(self):
+            was, now = getattr(self, each.name), getattr(after, each.name)
+            more = each.metadata.get("grows") and now is not None and (was is None or now > was)
+            if was != now and not more and not each.metadata.get("movable"):
+                changed.append(f"{each.name} was {_shown(was)}, not {_shown(now)}")
+        if changed:
+            raise SettingsError(f"a resumed run keeps its settings: {'; '.join(changed)}")
+        return after
+
+
+def starved(patch: Sequence[int], strides: Sequence[int], batch: int) -> Iterator[str]:
+    """What is wrong with patches that leave one value per channel at these output strides."""
+    if batch * prod(ceil(n / s) for n, s in zip(patch, strides, strict=True)) == 1:
+        yield (f"a batch of one patch of {' x '.join(map(str, patch))} voxels leaves one value per "
+               f"channel at output stride {max(strides)}, and batch-norm nothing to normalise by; "
+               "take a larger --patch or --batch")
+
+
+def parser(**how: Any) -> argparse.ArgumentParser:
+    """The command line of all settings; what it does not give is absent from the namespace."""
+    made = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, **how)
+    for each in fields(Settings):
+        told = {key: value for key, value in each.metadata.items()
+                if key in ("type", "nargs", "metavar", "choices")}
+        default = "" if each.default in (None, False, ()) else f" ({_shown(each.default)})"
+        made.add_argument(_flag(each), dest=each.name, help=each.metadata["about"] + default,
+                          **told or {"action": "store_true"})
+    return made
+
+
+def _flag(each: Field) -> str:
+    return each.metadata.get("flag", "--" + each.name.replace("_", "-"))
+
+
+def _shown(value: Any) -> str:
+    return " ".join(f"{x:g}" if isinstance(x, float) else str(x)
+                    for x in (value if isinstance(value, tuple) else [value]))
+
+
+def _value(each: Field, value: Any) -> Any:
+    """The value in the setting's type, a list as a tuple; SettingsError where it is none."""
+    how = each.metadata
+    if value is None and each.default is None:
+        return None
+    try:
+        if "nargs" in how:
+            if isinstance(value, str) or how["nargs"] not in ("+", len(value)):
+                raise TypeError
+            return tuple(_one(how.get("type", str), x) for x in value)
+        found = _one(how.get("type", bool if each.default is False else str), value)
+        if found not in how.get("choices", [found]):
+            raise TypeError
+        return found
+    except (TypeError, ValueError):
+        expected = how.get("choices", how["about"])
+        raise SettingsError(f"{_flag(each)} is {value!r}; expected {expected}") from None
+
+
+def _one(kind: Any, value: Any) -> Any:
+    """The value as one of this kind, where nothing of it gets lost; else TypeError."""
+    if isinstance(value, bool) != (kind is bool):
+        raise TypeError
+    if kind in (int, _halving):
+        return value if value == "plane" and kind is _halving else index(value)
+    if kind is not Path and not isinstance(value, (float, int) if kind is float else kind):
+        raise TypeError
+    return kind(value)
