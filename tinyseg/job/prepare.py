@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..data import augment, ct, decathlon, phantom, sampling
 from .fingerprint import fingerprint
 from .plan import Plan, propose
-from .settings import Settings
+from .settings import QUICK_SLICES, Settings
 
 
 @contextmanager
@@ -80,12 +80,14 @@ def decide(asked: Settings, training: decathlon.Dataset,
     depth = asked.depth_stride
     if depth == ("plane",):
         depth = (2,) * len(plan.depth_stride)
+    slices = QUICK_SLICES if asked.quick else asked.batch and max(
+        1, plan.batch_2d * asked.batch // plan.batch_3d)
     return replace(plan, **_given({
         "preprocessing": replace(plan.preprocessing, mirror=mirror, **_given(
             {"spacing": asked.spacing, "order": asked.order})),
         "backbone": asked.backbone, "head": asked.head, "depth_stride": depth,
         "patch_3d": asked.patch, "batch_3d": asked.batch,
-        "batch_2d": asked.batch and max(1, plan.batch_2d * asked.batch // plan.batch_3d),
+        "batch_2d": slices,
         "steps_2d": asked.steps_2d, "steps_3d": asked.steps_3d, "augmentation": asked.augment}))
 
 

@@ -15,7 +15,9 @@ from ..inflate import PROFILES
 
 # What --quick asks for, where nothing else is. A decoder from a random start has learned nothing
 # after so few steps: the Dice of training patches was still 0 after 40.
-QUICK = {"steps_2d": 40, "steps_3d": 22, "batch": 1, "head": "linear"}
+QUICK: dict[str, Any] = {"steps_2d": 40, "steps_3d": 22, "batch": 1, "head": "linear",
+                         "depth_stride": ("plane",)}
+QUICK_SLICES = 8  # a step
 
 
 class SettingsError(ValueError):
@@ -107,7 +109,7 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, _value(each, getattr(self, each.name)))
-        decided = {"head"} if self.plan or self.from_2d else set()
+        decided = {"head", "depth_stride"} if self.plan or self.from_2d else set()
         for name in QUICK.keys() - decided if self.quick else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, QUICK[name])

@@ -23,7 +23,7 @@ FOREGROUND = 0.5  # of all patches is centred on foreground
 RECENT = 50  # steps whose patches drawn anywhere are scored together
 TIMED = 5  # steps after which the time of all is told, the first of them apart
 AVERAGE = 0.99  # decay of the moving average of weights, which is what a stage leaves
-VALIDATIONS, LEAST = 10, 10  # how often held-out patches are looked at: times a stage, steps apart
+VALIDATIONS, LEAST = 10, 25  # how often held-out patches are looked at: times a stage, steps apart
 NEW = 3.0  # times the rate is that of a head that starts at random on a trained network
 
 Batch = Callable[..., Any]  # (step) -> (images, labels); (step, sampling.patches): with their cases
