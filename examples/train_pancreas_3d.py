@@ -42,16 +42,16 @@ examples:
 def method(run: job.Run) -> None:
     """From a folder of scans to two networks and their scores."""
     asked, plan = run.settings, run.decide()  # spacing, patches, depth strides, steps
-    flat: ts.nn.Module = ts.models.resnet_seg(
-        rank=2, in_channels=run.channels, classes=len(run.labels), seed=asked.seed,
-        **plan.architecture)
     if asked.from_2d:
         flat = run.take("2d", asked.from_2d)
     else:
+        new = ts.models.resnet_seg(rank=2, in_channels=run.channels, classes=len(run.labels),
+                                   seed=asked.seed, **plan.architecture)
+        new.prior(run.shares)  # background is common, a tumour rare
         if asked.pretrained and run.fresh:
-            run.pretrain(flat)
+            run.pretrain(new)
         with stopping() as stop:
-            flat = run.train("2d", flat, stop=stop)
+            flat = run.train("2d", new, stop=stop)
 
     deep = ts.inflate(flat, profile=asked.profile, **plan.inflation)
     run.compare(flat, deep)

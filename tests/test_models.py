@@ -337,3 +337,24 @@ def test_a_maker_of_ones_own_is_built_by_its_name(table):
         models.register("resnet", pair)
     with pytest.raises(TypeError, match="takes no seed"):
         models.register("other", lambda width: pair(width))
+
+
+@pytest.mark.parametrize("head", list(models.HEADS))
+def test_a_network_begins_at_the_shares_of_classes(head):
+    net = models.resnet_seg(rank=2, in_channels=1, classes=4, head=head, seed=3)
+    for conv in (m for m in net.modules() if isinstance(m, ts.nn.Conv) and m.bias is not None):
+        conv.weight.data[...] = 0  # of the logits, which the features leave to the bias
+    net.prior((6, 3, 1, 0))
+    with ts.no_grad():
+        found = ts.ops.softmax(net.eval()(np.ones((1, 32, 40, 1), "float32"))).data
+    expected = np.array([0.6, 0.3, 0.1, 0.001]) / 1.001  # a class that was not seen is rare
+    np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (1, -1, 1), (0, 0, 0), (1, np.nan, 1), 1.0])
+def test_what_is_no_share_is_no_prior(shares):
+    net = models.resnet_seg(rank=1, in_channels=1, classes=3)
+    before = net.fc.bias.data.copy()
+    with pytest.raises(ValueError, match="expected 3 numbers"):
+        net.prior(shares)
+    np.testing.assert_array_equal(net.fc.bias.data, before)

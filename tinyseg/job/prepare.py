@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .. import pretrained
 from ..data import augment, ct, decathlon, phantom, sampling
+from ..files import read_json
+from ..nn import Module
 from .fingerprint import fingerprint
 from .plan import Plan, propose
 from .settings import QUICK_SLICES, Settings
@@ -112,3 +116,20 @@ def prepare(dataset: decathlon.Dataset, plan: ct.Plan, folder: Path,
                 sampling.store(folder, sampling.prepare(case, plan, seed + number), source)
                 cases[case.id] = sampling.open(folder, case.id)
     return cases
+
+
+def expect_split(source: Path, told: dict[str, Any]) -> None:
+    """ValueError unless the run in `source` learned from the cases that one of this run.json
+    does."""
+    theirs = read_json(source / "run.json")
+    for key in ("labels", "cases", "folds", "fold"):
+        if theirs.get(key) != told[key]:
+            raise ValueError(f"{source}: its {key} are {theirs.get(key)}, not {told[key]}; scores "
+                             "would be of scans that its network has seen")
+
+
+def imported(flat: Module, path: Path) -> pretrained.Report:
+    """Load pretrained weights into a network, and its head only where it has these classes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of folded statistics: `recalibrate` replaces them
+        return pretrained.load(flat, path, head="fit")

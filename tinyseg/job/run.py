@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -20,12 +19,13 @@ from ..nn import Module, to_device
 from . import stages
 from .evaluate import compare, evaluate
 from .plan import Plan
-from .prepare import decide, during, prepare, reflection, scans, taken
+from .prepare import decide, during, expect_split, imported, prepare, reflection, scans, taken
 from .settings import Settings, SettingsError, starved
 
 PARTS = ("run.json", "checkpoint.npz", "prepared")  # by which a folder is known to hold a run
 ORDER = ("2d", "3d")  # of the stages
-RECALIBRATION: dict[str, Any] = {"salt": 1, "count": 8}  # slices, 8 batches of which are looked at
+LOOK: dict[str, Any] = {"salt": 1, "count": 8}  # slices of a batch that is looked at
+LOOKS = 8  # batches
 COMPARISON = 4  # salt, of patches of held-out cases
 SHOWN = {"2d": 32, "3d": 4}  # of them that a network is compared on
 
@@ -42,7 +42,7 @@ class Run:
     However that ends, `Run.resume(folder)` and the same lines go on to the same weights, bit for
     bit on one device: what was done is not done again.
 
-    run.json holds what was asked for, plan.json what was decided, checkpoint.npz where it stands.
+    run.json holds what was asked for, plan.json what was decided, checkpoint.npz how far it is.
     """
 
     def __init__(self, folder: str | Path, settings: Settings, kept: Mapping | None = None):
@@ -123,10 +123,10 @@ class Run:
         plan = self._plan or taken(asked)
         if asked.pretrained and self.fresh:
             backbone = asked.backbone or (plan.backbone if plan else "resnet18")
-            self._load(models.resnet_seg(backbone, rank=2, in_channels=self.channels,
-                                         classes=len(self.labels)))
+            imported(models.resnet_seg(backbone, rank=2, in_channels=self.channels,
+                                       classes=len(self.labels)), asked.pretrained)
         if asked.from_2d and self.fresh:
-            self._expect_split_of(asked.from_2d)
+            expect_split(asked.from_2d, self._told())
         self.mirror = reflection(["none"] if asked.augment == "none" else asked.mirror,
                                  self.dataset.labels)
         # Not before: a mistyped path begins no run.
@@ -225,21 +225,25 @@ class Run:
 
     def pretrain(self, flat: Module) -> None:
         """Load the weights asked for, and give batch-norm statistics of training slices."""
-        told = self._load(flat)
+        assert self.settings.pretrained
+        told = imported(flat, self.settings.pretrained)
         print(str(told).splitlines()[0])
         if any(note.startswith("the head stays") for note in told.notes):
             print("its head is for other classes: ours starts at random")
-        draw = replace(self.stages["2d"], **RECALIBRATION).batches(
-            self.prepared["training"], self.settings.seed, self._augment())
-        pretrained.recalibrate(flat, (draw(i)[0] for i in range(8)))
-        print("batch-norm recalibrated on 8 batches of training slices; in eval mode nothing "
-              "changed")
+        pretrained.recalibrate(flat, (images for images, _ in self._looked()))
+        print(f"batch-norm recalibrated on {LOOKS} batches of training slices; in eval mode "
+              "nothing changed")
 
-    def _load(self, flat: Module) -> pretrained.Report:
-        assert self.settings.pretrained
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of folded statistics: `recalibrate` replaces them
-            return pretrained.load(flat, self.settings.pretrained, head="fit")
+    @property
+    def shares(self) -> Array:
+        """What share of the voxels of training slices is of each class, (classes,)."""
+        return stages.shares(self._looked(), len(self.labels))
+
+    def _looked(self) -> Iterator[tuple[Array, Array]]:
+        """Some batches of training slices, always the same, before any step."""
+        draw = replace(self.stages["2d"], **LOOK).batches(
+            self.prepared["training"], self.settings.seed, self._augment())
+        return map(draw, range(LOOKS))
 
     def _augment(self) -> Callable | None:
         made = self.plan.preprocessing
@@ -267,14 +271,19 @@ class Run:
             try:
                 stages.run(stage, net, batch, self.history, partial(self._save, name),
                            place=(self.step, self.arrays) if self.stage == name else None,
-                           new=getattr(net, "head_names", ())
-                           if self.settings.pretrained and name == "2d" else (),
+                           new=self._new(name, net),
                            validate=partial(stages.patch_dice, patches=self._shown(name)),
                            stop=stop)
             finally:
                 report.drawn(report.progress, self.folder / "progress.png", self.history.rows)
             self._write(name, net)
         return checkpoint.load(model)
+
+    def _new(self, name: str, net: Module) -> tuple[str, ...]:
+        """The parts of a network that are to move faster: what makes logits, and of a network that
+        begins with pretrained weights, the whole head."""
+        names = getattr(net, "head_names", ()) if name == "2d" else ()
+        return names if self.settings.pretrained else names[-1:]
 
     def take(self, name: str, source: str | Path) -> Module:
         """The network of a stage of another run's folder, in place of training one here.
@@ -283,17 +292,9 @@ class Run:
         """
         path = Path(source) / f"model_{name}.npz"
         if not self._finished(name):
-            self._expect_split_of(path.parent)
+            expect_split(path.parent, self._told())
             self._write(name, checkpoint.load(path))
         return checkpoint.load(self.folder / path.name)
-
-    def _expect_split_of(self, source: Path) -> None:
-        """ValueError unless the run in `source` learned from the cases that this one does."""
-        theirs, mine = files.read_json(source / "run.json"), self._told()
-        for key in ("labels", "cases", "folds", "fold"):
-            if theirs.get(key) != mine[key]:
-                raise ValueError(f"{source}: its {key} are {theirs.get(key)}, not {mine[key]}; "
-                                 "scores would be of scans that its network has seen")
 
     def _write(self, name: str, net: Module) -> None:
         """The network of a finished stage, and a checkpoint that only says so."""

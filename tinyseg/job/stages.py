@@ -24,7 +24,7 @@ RECENT = 50  # steps whose patches drawn anywhere are scored together
 TIMED = 5  # steps after which the time of all is told, the first of them apart
 AVERAGE = 0.99  # decay of the moving average of weights, which is what a stage leaves
 VALIDATIONS, LEAST = 10, 25  # how often held-out patches are looked at: times a stage, steps apart
-NEW = 3.0  # times the rate is that of a head that starts at random on a trained network
+NEW = 5.0  # times the rate is that of parts which start at random, see `run`
 
 Batch = Callable[..., Any]  # (step) -> (images, labels); (step, sampling.patches): with their cases
 
@@ -104,8 +104,8 @@ def run(stage: Stage, net: Module, batch: Batch, history: History,
 
     save(step, arrays) keeps all that the rest of the stage depends on, every two minutes and
     however it ends. No generator is part of it, see `Stage.batches`. new: top-level parts that
-    start at random in a trained network, at a higher rate. validate: see `train.fit`. Where stop()
-    is true after a step, KeyboardInterrupt ends it.
+    have a rate NEW times as high. validate: see `train.fit`. Where stop() is true after a step,
+    KeyboardInterrupt ends it.
     """
     fresh = [p for name, p in net.named_parameters() if name.split(".")[0] in new]
     others = [p for name, p in net.named_parameters() if name.split(".")[0] not in new]
@@ -154,6 +154,13 @@ def run(stage: Stage, net: Module, batch: Batch, history: History,
             keep()
     net.load_state({name.removeprefix("average."): array
                     for name, array in average.state().items() if name != "steps"})
+
+
+def shares(batches: Iterable[tuple[Array, Array]], classes: int) -> Array:
+    """What share of the voxels of these batches is of each class, (classes,)."""
+    counts = np.sum([np.bincount(labels.ravel(), minlength=sampling.IGNORE + 1)[:classes]
+                     for _, labels in batches], axis=0)
+    return counts / counts.sum()
 
 
 def about(seconds: float) -> str:

@@ -7,16 +7,21 @@ window does along depth is one `Depth` value, which `inflate` uses too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from .. import ops
+from ..backend import array_module
 from ..nn import GlobalAverage, Linear, Module
 from ..tensor import Tensor
 from .decoders import HEADS
 from .depth import Builder, Depth, plain, positive
 from .resnet import ResNet
+
+RARE = 1e-3  # the least share that a class begins with
 
 
 def _check_classes(classes: Any) -> None:
@@ -58,6 +63,21 @@ class Segmenter(ResNet):
     def head_names(self) -> tuple[str, ...]:
         """The names of the parts behind the trunk: with these begin those of its parameters."""
         return HEADS[self.head].names
+
+    def prior(self, shares: Sequence[float]) -> None:
+        """Let logits begin at the log of the shares (classes,) that classes have of all voxels.
+
+        From a start where all are alike, a network first learns that each but the background is
+        rare, by weights that it must unlearn then (Lin et al. 2017, section 3.3). Shares of less
+        than RARE count as RARE. ValueError for another number of them, and for what is no share.
+        """
+        bias, found = dict(self.named_parameters())[HEADS[self.head].last], np.asarray(shares)
+        if found.shape != bias.shape or not (found >= 0).all() or not 0 < found.sum() < np.inf:
+            raise ValueError(f"shares are {shares}; expected {len(bias.data)} numbers from 0, not "
+                             "all of them 0")
+        found = np.maximum(found / found.sum(), RARE)
+        bias.data[...] = array_module(bias.data).asarray(np.log(found / found.sum()))
+        bias.version += 1
 
     def forward(self, x: Tensor) -> Tensor:
         first, *rest = (getattr(self, name) for name in self.head_names)
