@@ -648,7 +648,7 @@ def norms(net):
 @pytest.mark.parametrize("options", [
     {"rank": 2}, {"rank": 3, "depth": 3, "depth_padding": "edge", "depth_dilation": 1},
     {"rank": 2, "head": "fcn"}, {"rank": 2, "head": "deeplabv3", "output_stride": 16},
-    {"rank": 2, "backbone": "resnet50"}])
+    {"rank": 2, "backbone": "resnet50"}, {"rank": 2, "head": "unet", "decoder": (6, 5)}])
 def test_a_folded_network_answers_as_before_without_a_batch_norm(options, monkeypatch):
     for name, (_, bottleneck) in list(ts.models.BACKBONES.items()):
         monkeypatch.setitem(ts.models.BACKBONES, name, ((1, 1, 1, 1), bottleneck))
@@ -687,6 +687,21 @@ def test_only_what_follows_a_convolution_is_folded():
     folded, x = fold(net), NORMAL((2, 9, 2)).astype("float32")
     assert norms(net) == 6 and norms(folded) == 4
     np.testing.assert_allclose(folded(x).data, net(x).data, rtol=1e-4, atol=1e-5)
+
+
+def test_derived_classes_may_read_what_a_convolution_gives():
+    """Here conv1 is read once more behind bn1."""
+    class Derived(ts.models.Classifier):
+        def forward(self, x):
+            y = self.conv1(x)
+            return self.bn1(y) + y
+
+    net = seasoned(Derived(ts.models.Builder(2, ts.models.Depth(), 0), 2, backbone="resnet18",
+                           in_channels=1, output_stride=32, dilate_first_block=True))
+    x = NORMAL((1, 9, 8, 1)).astype("float32")
+    truth = net(x).data
+    with ts.no_grad():
+        np.testing.assert_allclose(fold(net)(x).data, truth, rtol=1e-4, atol=1e-5)
 
 
 def test_prediction_follows_training():

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 from .. import parallel
 from ..backend import array_module
-from ..models import Residual, ResNet
+from ..models import Classifier, Residual, ResNet, Segmenter
+from ..models.decoders import Normalised
 from ..module import held
 from ..nn import BatchNorm, Conv, Module, Network, Sequential
 from ..normalisation import row_slabs
 from ..tensor import Tensor
+
+NAMED = Residual, ResNet, Classifier, Segmenter  # whose conv1 is read by bn1 alone, and so on
 
 
 class Shift(Module):
@@ -43,9 +46,9 @@ def fold(net: Network) -> Network:
 
     gamma (w * x + b - mean) / sqrt(var + eps) + beta is the convolution with the kernel s w, plus
     s (b - mean) + beta, s = gamma / sqrt(var + eps). This holds where nothing else reads what the
-    convolution gives, which is known of `Sequential` and of the trunk and blocks of `models`; any
-    other batch-norm stays as it is. Answers differ by rounding; later changes of `net` do not
-    reach the copy.
+    convolution gives, which is known of `Sequential` and of the trunks, blocks and heads of
+    `models`, and not of classes derived from them; any other batch-norm stays as it is. Answers
+    differ by rounding; later changes of `net` do not reach the copy.
     """
     net = net.copy().eval()
     uses = Counter(id(thing) for holder in net.modules() for _, thing in held(holder))
@@ -65,9 +68,9 @@ def fold(net: Network) -> Network:
 def _followers(holder: Module) -> Iterator[tuple[str, str]]:
     """The names of convolutions in a module, each with that of the batch-norm that reads it."""
     names = [name for name, thing in vars(holder).items() if isinstance(thing, Module)]
-    if type(holder) is Sequential:
+    if type(holder) in (Sequential, Normalised):
         pairs = list(zip(names, names[1:], strict=False))
-    elif isinstance(holder, ResNet | Residual):
+    elif type(holder) in NAMED:
         pairs = [(name, name.replace("conv", "bn")) for name in names]
     else:
         pairs = []

@@ -126,13 +126,14 @@ class Block(Module):
 
 
 class Normalised(Sequential):
-    """Convolution, normalisation, ReLU; the ReLU in batch-norm's own pass."""
+    """Convolution, normalisation, ReLU; the ReLU in the pass of a batch-norm, or of what `fold`
+    puts in its place."""
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self
-        if isinstance(norm, BatchNorm):
-            return norm(conv(x), relu=True)
-        return ops.relu(norm(conv(x)))
+        if isinstance(norm, GroupNorm):
+            return ops.relu(norm(conv(x)))
+        return norm(conv(x), relu=True)
 
 
 HEADS = {
