@@ -195,6 +195,22 @@ def test_an_optimiser_of_another_network_is_refused_before_a_step():
         assert next(fit(flat, batch, ts.losses.cross_entropy, optimizer, 3)).step == 0
 
 
+def test_what_the_optimiser_does_not_move_has_no_part_in_the_clipping():
+    """A head alone moves as it does where all else is frozen: gradients that nobody asks for, and
+    that sum up from step to step, do not count; those of a loss that learns do."""
+    free, frozen = small(), small()
+    for p in frozen.parameters()[:-2]:
+        p.requires_grad = False
+    for net in (free, frozen):
+        list(fit(net, batch, ts.losses.cross_entropy, SGD(net.parameters()[-2:], 0.1), 6, clip=0.1))
+    assert equal(free.state(), frozen.state())
+    scale, net = ts.Tensor(np.ones(1, "float32"), requires_grad=True), small()
+    optimizer = SGD([*net.parameters(), scale], 1.0)
+    next(fit(net, batch, lambda logits, labels: (
+        ts.losses.cross_entropy(logits, labels) * scale).sum(), optimizer, 3, clip=0.1))
+    assert abs(scale.data - 1) < 0.1
+
+
 def poisoned(value):
     """cross_entropy whose value is finite or not, and whose gradient is multiplied by `value`."""
     @ts.tensor.op

@@ -198,8 +198,9 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     that was interrupted goes on exactly as it would have. Batches are made in a thread, `ahead`
     steps before their turn; 0 makes each when it is its turn, with the same results. The learning
     rate of a step is the optimiser's rate at the start of this call times schedule(step, steps);
-    gradients are clipped to the norm `clip` (nnU-Net's 12). The network's train or eval mode is the
-    caller's choice. An `average` of the network is updated after each step.
+    the gradients of its parameters are clipped to the norm `clip` (nnU-Net's 12). The network's
+    train or eval mode is the caller's choice. An `average` of the network is updated after each
+    step.
 
     validate(net) -> {class: Dice} is asked after every `every` steps and after the last, of the
     average where there is one, in evaluation mode; the network is then again as it was. With
@@ -242,7 +243,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
                     del logits
                     optimizer.zero_grad()
                     value.backward()
-                    norm = clip_norm(parameters, clip)
+                    norm = clip_norm(optimizer.parameters, clip)
                     if not (isfinite(number) and isfinite(norm)):
                         raise FloatingPointError(
                             f"loss {number}, norm of the gradient {norm} at step {step}; lower the "
