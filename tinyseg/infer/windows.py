@@ -109,7 +109,7 @@ def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap
 def _constant(window: np.ndarray) -> bytes | None:
     """The channels of a window (*P, C) all of whose voxels are alike, as bytes; else None."""
     first = window[(0,) * (window.ndim - 1)]
-    return first.tobytes() if (window == first).all() else None
+    return first.tobytes() if all((part == first).all() for part in window) else None
 
 
 def _groups(values: list[bytes | None], batch: int) -> list[list[int]]:
