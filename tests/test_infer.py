@@ -704,6 +704,22 @@ def test_derived_classes_may_read_what_a_convolution_gives():
         np.testing.assert_allclose(fold(net)(x).data, truth, rtol=1e-4, atol=1e-5)
 
 
+def test_a_network_of_ones_own_may_read_what_stands_inside_of_a_sequential():
+    class Taps(ts.nn.Module):
+        def __init__(self):
+            self.parts = ts.nn.Sequential(ts.nn.Conv(1, 2, (3,), padding=1, rng=0),
+                                          ts.nn.BatchNorm(2), ts.nn.ReLU())
+
+        def forward(self, x):
+            first = self.parts[0](x)
+            return self.parts[2](self.parts[1](first)) + first
+
+    net, x = seasoned(Taps()), NORMAL((2, 9, 1)).astype("float32")
+    truth = net(x).data
+    with ts.no_grad():
+        np.testing.assert_allclose(fold(net)(x).data, truth, rtol=1e-4, atol=1e-5)
+
+
 def test_prediction_follows_training():
     """Nothing of one prediction is left in the next: a step between two changes the answer as it
     changes the network's."""

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from .. import parallel
 from ..backend import array_module
 from ..models import Classifier, Residual, ResNet, Segmenter
-from ..models.decoders import Normalised
+from ..models.decoders import Block, Decoder, Normalised, Pyramid
 from ..module import held
 from ..nn import BatchNorm, Conv, Module, Network, Sequential
 from ..normalisation import row_slabs
 from ..tensor import Tensor
 
-NAMED = Residual, ResNet, Classifier, Segmenter  # whose conv1 is read by bn1 alone, and so on
+CHAINS = Sequential, Normalised  # each part is read by the next alone
+NAMED = Residual, ResNet, Classifier, Segmenter  # conv1 is read by bn1 alone, and so on
+KNOWN = *CHAINS, *NAMED, Pyramid, Decoder, Block  # which call their parts as a whole
 
 
 class Shift(Module):
@@ -46,13 +48,14 @@ def fold(net: Network) -> Network:
 
     gamma (w * x + b - mean) / sqrt(var + eps) + beta is the convolution with the kernel s w, plus
     s (b - mean) + beta, s = gamma / sqrt(var + eps). This holds where nothing else reads what the
-    convolution gives, which is known of `Sequential` and of the trunks, blocks and heads of
-    `models`, and not of classes derived from them; any other batch-norm stays as it is. Answers
-    differ by rounding; later changes of `net` do not reach the copy.
+    convolution gives, which is known of `Sequential` and of what `models` makes, from the network
+    down to the first module of another class: that may read any part of what it holds, and its
+    batch-norms stay as they are. Answers differ by rounding; later changes of `net` do not reach
+    the copy.
     """
     net = net.copy().eval()
     uses = Counter(id(thing) for holder in net.modules() for _, thing in held(holder))
-    for holder in net.modules():
+    for holder in _known(net):
         for first, second in list(_followers(holder)):
             conv, norm = getattr(holder, first), getattr(holder, second)
             if uses[id(conv)] > 1:
@@ -65,10 +68,19 @@ def fold(net: Network) -> Network:
     return net
 
 
+def _known(module: Module) -> Iterator[Module]:
+    """The module and those below it, as far as it is known how each uses its parts."""
+    if type(module) in KNOWN:
+        yield module
+        for _, part in held(module):
+            if isinstance(part, Module):
+                yield from _known(part)
+
+
 def _followers(holder: Module) -> Iterator[tuple[str, str]]:
     """The names of convolutions in a module, each with that of the batch-norm that reads it."""
     names = [name for name, thing in vars(holder).items() if isinstance(thing, Module)]
-    if type(holder) in (Sequential, Normalised):
+    if type(holder) in CHAINS:
         pairs = list(zip(names, names[1:], strict=False))
     elif type(holder) in NAMED:
         pairs = [(name, name.replace("conv", "bn")) for name in names]
