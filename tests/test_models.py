@@ -358,3 +358,9 @@ def test_what_is_no_share_is_no_prior(shares):
     with pytest.raises(ValueError, match="expected 3 numbers"):
         net.prior(shares)
     np.testing.assert_array_equal(net.fc.bias.data, before)
+
+
+@pytest.mark.parametrize("option", [{"decoder": (64, 32)}, {"norm": "group"}])
+def test_options_of_a_decoder_go_with_one(option):
+    with pytest.raises(ValueError, match="they go with"):
+        models.resnet_seg(rank=2, in_channels=1, classes=3, head="fcn", **option)

@@ -273,12 +273,12 @@ def test_depth_is_halved_by_nnunets_rule_and_never_more(along, across, depth):
 
 
 @pytest.mark.parametrize(("spacing", "depth", "strides", "depths"), [
-    ((0.5, 0.5, 0.5), 64, (1, 2, 2, 2, 2), (3, 3, 3, 3, 3)),
-    ((0.5, 0.5, 0.5), 40, (1, 2, 2, 2, 1), (3, 3, 3, 3, 3)),  # 5 slices are left
-    ((3, 1.5, 1.5), 64, (1, 2, 2, 2, 2), (3, 3, 3, 3, 3)),
-    ((5, 0.8, 0.8), 32, (1, 1, 2, 2, 2), (1, 3, 3, 3, 3)),
+    ((0.5, 0.5, 0.5), 64, (1, 1, 2, 2, 2), (1, 1, 3, 3, 3)),
+    ((0.5, 0.5, 0.5), 20, (1, 1, 2, 2, 1), (1, 1, 3, 3, 3)),  # 5 slices are left
+    ((3, 1.5, 1.5), 64, (1, 1, 2, 2, 2), (1, 1, 3, 3, 3)),
+    ((5, 0.8, 0.8), 32, (1, 1, 2, 2, 2), (1, 1, 3, 3, 3)),
     ((10, 1.0, 1.4), 16, (1, 1, 1, 2, 2), (1, 1, 3, 3, 3)),
-    ((6, 1.5, 1.5), 16, (1, 1, 2, 2, 1), (1, 3, 3, 3, 3)),  # twice the plane is too much
+    ((12, 1.5, 1.5), 16, (1, 1, 1, 2, 2), (1, 1, 3, 3, 3)),  # twice the plane is too much
     ((10, 0.2, 0.2), 16, (1, 1, 1, 1, 1), (1, 1, 1, 1, 3)),
 ])
 def test_strides_and_slots_go_by_millimetres(spacing, depth, strides, depths):
@@ -301,7 +301,9 @@ def test_slots_are_nnunets_kernels_at_nnunets_strides(along, across):
     pools, kernels = nnunet(spacing, size, 6)
     if all(halved[1] for halved in pools):
         strides = rules.depth_strides(spacing, 2**14, kept=(False,) * 5)
-        assert rules.slots(spacing, strides) == tuple(kernel[0] for kernel in kernels[1:])
+        theirs = tuple(kernel[0] for kernel in kernels[1:])
+        assert rules.slots(spacing, strides, flat=0) == theirs
+        assert rules.slots(spacing, strides) == (1, 1, *theirs[2:])
 
 
 # The plan.
@@ -312,8 +314,8 @@ def test_a_proposal_follows_the_rules(source):
     np.testing.assert_allclose(spacing, np.divide(SPACING, 2), rtol=1e-5)  # 11,000 voxels, then 8x
     assert made.patch_3d == (32, 64, 56) and made.patch_2d == (64, 56)
     assert made.batch_3d == 2 and made.batch_2d == 32  # 2 x 32 slices are more than enough
-    assert (made.depth, made.depth_stride) == ((3,) * 5, (1, 2, 2, 2, 1))
-    assert (made.head, len(made.decoder), made.backbone) == ("unet", 5, "resnet18")
+    assert (made.depth, made.depth_stride) == ((1, 1, 3, 3, 3), (2, 1, 2, 2, 1))  # enlarged
+    assert (made.head, len(made.decoder), made.backbone) == ("unet", 4, "resnet18")
     assert made.steps_2d == made.steps_3d == plans.STEPS and made.seconds == {}
     assert made.architecture == {"backbone": "resnet18", "head": "unet", "decoder": made.decoder}
     assert made.inflation == {"depth": made.depth, "depth_stride": made.depth_stride}
@@ -326,7 +328,7 @@ def test_what_is_given_is_taken(source):
     assert made.patch_2d == (64, 40)  # 123 and 111.8 mm
     assert made.batch_2d == round(2 * 16 * 24 * 40 / (64 * 40))
     assert made.decoder == () and made.depth_stride == (1, 1, 2)
-    assert made.depth == (3, 3, 3, 3, 3) and made.architecture == {"backbone": "resnet50",
+    assert made.depth == (1, 1, 3, 3, 3) and made.architecture == {"backbone": "resnet50",
                                                                    "head": "linear"}
 
 
@@ -455,7 +457,7 @@ GONE = object()
     (("preprocessing", "mean"), {}, "preprocessing.mean .* expected numbers"),
     (("preprocessing", "std"), 0, "std"), (("preprocessing", "std"), 10**400, "int too large"),
     (("preprocessing", "mirror"), [["a", "a"]], "mirrored"),
-    (("head",), "segformer", "head 'segformer', expected one of unet, linear"),
+    (("head",), "segformer", "head 'segformer', expected one of linear, fcn"),
     (("head",), ["unet"], "head"), (("head",), "linear", "expected a decoder and five"),
     (("decoder",), [], "expected a decoder and five"), (("decoder",), [1] * 6, "decoder"),
     (("decoder",), [8, 0], "decoder"), (("backbone",), "vgg", "backbone"),

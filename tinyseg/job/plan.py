@@ -21,7 +21,15 @@ from ..files import read_json, whole
 from ..infer.scan import OVERLAP
 from ..nn import to_device
 from .fingerprint import Fingerprint, Progress, fingerprint
-from .rules import KEPT, depth_strides, patch_of_slices, patch_of_volumes, slots, working_spacing
+from .rules import (
+    KEPT,
+    depth_strides,
+    enlarged,
+    patch_of_slices,
+    patch_of_volumes,
+    slots,
+    working_spacing,
+)
 
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
 FIXED = 2**30  # bytes that training takes for weights, gradients, moments and libraries
@@ -32,8 +40,6 @@ SLICES = 32  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
 SHARE_2D = 0.25  # of the time is the 2D network's
 REPEATS = 3  # steps that are timed
-DECODER = (256, 128, 64, 32, 16)
-HEADS = ("unet", "linear", "fcn", "deeplabv3")
 
 
 def _whole(least: int, most: float = float("inf")) -> Any:
@@ -47,7 +53,7 @@ def _each(right: Any, *counts: int) -> Any:
 
 RIGHT = {  # what a field may hold: (whether a value is right, how that is said)
     "preprocessing": (lambda x: isinstance(x, ct.Plan), "a preparation of scans"),
-    "head": (lambda x: x in HEADS, f"one of {', '.join(HEADS)}"),
+    "head": (lambda x: x in list(models.HEADS), f"one of {', '.join(models.HEADS)}"),
     "decoder": (_each(_whole(1), *range(6)), "up to five numbers of channels"),
     "backbone": (lambda x: x in list(models.BACKBONES), f"one of {', '.join(models.BACKBONES)}"),
     "depth": (_each(_whole(1), 5), "five numbers of slots: of the stem and of layers 1 to 4"),
@@ -221,9 +227,13 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
     volume = patch_of_volumes(shape, preprocessing.spacing, voxels) if patch is None \
         else (int(patch[0]), int(patch[1]), int(patch[2]))
     slices = patch_of_slices(shape)
-    strides = depth_strides(preprocessing.spacing, volume[0], KEPT[5 if head == "unet" else 3])
+    decoder: tuple[int, ...] = models.DECODER if head == "unet" else ()
+    kept: tuple[bool, ...] = KEPT[len(decoder) or 3]
+    if enlarged(preprocessing.spacing, fingerprint.spacings):  # the stem undoes it
+        kept, decoder = (False, *kept[1:]), decoder[:4]
+    strides = depth_strides(preprocessing.spacing, volume[0], kept)
     plan = Plan(
-        preprocessing=preprocessing, head=head, decoder=DECODER if head == "unet" else (),
+        preprocessing=preprocessing, head=head, decoder=decoder,
         backbone=backbone, depth=slots(preprocessing.spacing, strides), depth_stride=strides,
         patch_2d=slices, patch_3d=volume, batch_3d=BATCH,
         batch_2d=min(SLICES, max(1, round(BATCH * prod(volume) / prod(slices)))),

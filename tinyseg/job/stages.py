@@ -18,6 +18,7 @@ from ..module import Module, evaluation
 from .plan import Plan
 from .settings import Settings
 
+WARM = 15  # of a stage's steps, one part is for the rate to rise
 SAVE_EVERY = 120.0  # seconds between checkpoints
 FOREGROUND = 0.5  # of all patches is centred on foreground
 RECENT = 50  # steps whose patches drawn anywhere are scored together
@@ -127,6 +128,7 @@ def run(stage: Stage, net: Module, batch: Batch, history: History,
     bar = tqdm(total=stage.steps, initial=step, desc=f"train {stage.name}", unit="step")
     try:
         for record in train.fit(net.train(), batch, loss, optimizer, stage.steps, start=step,
+                                schedule=optim.warmup(stage.steps // WARM),
                                 average=average, validate=validate,
                                 every=max(LEAST, stage.steps // VALIDATIONS)):
             bar.set_postfix_str(history.add(stage.name, record))

@@ -2,8 +2,8 @@
 
 from .decoders import HEADS
 from .depth import Builder, Depth
-from .networks import Classifier, Segmenter, build, register, resnet, resnet_seg
+from .networks import DECODER, Classifier, Segmenter, build, register, resnet, resnet_seg
 from .resnet import BACKBONES, Residual, ResNet
 
-__all__ = ["BACKBONES", "HEADS", "Builder", "Classifier", "Depth", "ResNet", "Residual",
-           "Segmenter", "build", "register", "resnet", "resnet_seg"]
+__all__ = ["BACKBONES", "DECODER", "HEADS", "Builder", "Classifier", "Depth", "ResNet",
+           "Residual", "Segmenter", "build", "register", "resnet", "resnet_seg"]

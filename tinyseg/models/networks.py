@@ -21,6 +21,7 @@ from .decoders import HEADS
 from .depth import Builder, Depth, plain, positive
 from .resnet import ResNet
 
+DECODER = (256, 128, 64, 32, 16)  # segmentation_models_pytorch's
 RARE = 1e-3  # the least share that a class begins with
 
 
@@ -89,7 +90,7 @@ class Segmenter(ResNet):
 
 def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: int,
                output_stride: int | None = None, head: str = "linear",
-               decoder: tuple[int, ...] = (256, 128, 64, 32, 16), norm: str = "batch",
+               decoder: tuple[int, ...] | None = None, norm: str = "batch",
                dilate_first_block: bool = True, align_corners: bool = True, depth: Any = "plane",
                depth_stride: Any = "plane", depth_dilation: Any = "plane",
                depth_padding: str = "zero", pool_depth: int | None = None, seed: int = 0
@@ -101,14 +102,18 @@ def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, class
     same seed gives the same weights. `net.config` rebuilds the architecture.
 
     head="unet" goes back up through the stages of a trunk of output stride 32 (others: 8, unless
-    told otherwise). decoder: the channels of its blocks, one to five; each doubles, and what is
-    left after fewer than five is interpolated. norm: "batch" or "group", the decoder's alone.
+    told otherwise). decoder: the channels of its blocks, one to five (DECODER); each doubles, and
+    what is left after fewer than five is interpolated. norm: "batch" or "group", the decoder's
+    alone.
     """
     along, unet = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth), {}
     if head == "unet":
-        unet = {"decoder": plain(decoder), "norm": norm}
+        unet = {"decoder": plain(DECODER if decoder is None else decoder), "norm": norm}
         if output_stride not in (None, 32):
             raise ValueError(f'output_stride is {output_stride!r}; head "unet" has a trunk of 32')
+    elif decoder is not None or norm != "batch":
+        raise ValueError(f'found decoder {decoder} and norm {norm!r} with head {head!r}; they go '
+                         'with "unet"')
     stride = (32 if unet else 8) if output_stride is None else output_stride
     net = Segmenter(Builder(rank, along, seed), classes, head, align_corners, unet,
                     backbone=backbone, in_channels=in_channels, output_stride=stride,
