@@ -21,11 +21,12 @@ SMALL = {"patch": (8, 16, 16), "steps_2d": 2, "steps_3d": 3, "batch": 1, "folds"
 EXAMPLES = st.fixed_dictionaries({}, optional={
     "data": st.text("ab/", min_size=1).map(Path), "minutes": st.floats(0.1, 1e3),
     "patch": st.tuples(*[st.integers(33, 99)] * 3), "batch": st.integers(1, 9),
-    "depth_stride": st.lists(st.sampled_from([1, 2]), min_size=3, max_size=5) | st.just(["plane"]),
+    "depth_stride": st.lists(st.sampled_from([1, 2]), min_size=3, max_size=3) | st.just(["plane"]),
     "mirror": st.lists(st.sampled_from(["a=b", "2=3"]), min_size=1),
     "order": st.sampled_from([1, 3]),
     "lr": st.tuples(*[st.floats(1e-6, 1)] * 2), "quick": st.booleans(), "seed": st.integers(0, 9),
-    "freeze": st.lists(st.sampled_from(["conv1", "layer1"])), "folds": st.integers(2, 9)})
+    "freeze": st.lists(st.sampled_from(["conv1", "layer1"])), "folds": st.integers(2, 9)}).map(
+    lambda asked: asked | ({"head": "linear"} if len(asked.get("depth_stride", [])) == 3 else {}))
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,7 +61,10 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"patch": (8, 8, 8), "batch": 1}, "one value per channel"),
     ({"patch": (32, 32, 32), "batch": 1, "head": "unet"}, "output stride 32"),
     ({"quick": 1}, "--quick"), ({"head": "head"}, "--head"), ({"order": 2}, "--order"),
-    ({"depth_stride": [3]}, "--depth-stride"), ({"depth_stride": ["plane", 1]}, "--depth-stride"),
+    ({"patch": (32, 32, 32), "batch": 1}, "output stride 32"),
+    ({"depth_stride": [1, 1, 2]}, "5 numbers"),
+    ({"depth_stride": [2] * 5, "head": "fcn"}, "3 numbers"), ({"depth_stride": [3]}, "--depth"),
+     ({"depth_stride": ["plane", 1]}, "--depth-stride"),
     ({"minutes": 0}, "minutes"), ({"lr": (1e-3,)}, "--lr"), ({"folds": 2, "fold": 2}, "--fold"),
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
@@ -223,6 +227,31 @@ def test_a_plan_is_taken_as_it_is_but_for_what_is_asked(data, done, tmp_path):
         assert plan == replace(theirs, preprocessing=made, depth_stride=(2, 2, 2),
                                augmentation="none")
         assert job.Plan.read(tmp_path / "run" / "plan.json") == plan
+
+
+def test_a_plan_with_another_head_has_the_strides_and_the_decoder_of_that(data, done, tmp_path):
+    theirs = job.Plan.read(done / "plan.json")
+    asked = job.Settings(data=data, folds=2, plan=done / "plan.json", head="unet")
+    with job.Run(tmp_path / "run", asked) as run:
+        plan = run.decide()
+    assert (plan.head, len(plan.decoder), len(plan.depth_stride)) == ("unet", 5, 5)
+    changed = {"head": "unet", "decoder": plan.decoder, "depth": plan.depth,
+               "depth_stride": plan.depth_stride}
+    assert plan == replace(theirs, **changed)
+    back = job.Settings(data=data, folds=2, plan=tmp_path / "run" / "plan.json", head="linear")
+    with job.Run(tmp_path / "back", back) as run:
+        assert run.decide() == theirs
+
+
+def test_what_does_not_fit_the_network_begins_no_run(data, done, tmp_path):
+    for wrong, said in (({"depth_stride": (1,) * 5, "plan": done / "plan.json", "head": None},
+                         "depth_stride"),
+                        ({"freeze": ("layer",)}, "layer1"),
+                        ({"freeze": ("fc",), "head": None}, "decoder")):
+        asked = job.Settings(**{"data": data, **SMALL, "batch": 2, **wrong})
+        with pytest.raises(ValueError, match=said), job.Run(tmp_path / "run", asked):
+            pass
+        assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_nothing_can_be_trained_before_it_is_decided(data, tmp_path):

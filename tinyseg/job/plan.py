@@ -30,6 +30,7 @@ from .rules import (
     slots,
     working_spacing,
 )
+from .settings import BACKBONE, HEAD
 
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
 FIXED = 2**30  # bytes that training takes for weights, gradients, moments and libraries
@@ -204,8 +205,8 @@ def _numbers(value: Any) -> bool:
 
 def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
             patch: Sequence[int] | None = None, minutes: float | None = None,
-            memory: float | None = None, device: str = "cpu", backbone: str = "resnet18",
-            head: str = "unet", progress: Progress = iter) -> Plan:
+            memory: float | None = None, device: str = "cpu", backbone: str = BACKBONE,
+            head: str = HEAD, progress: Progress = iter) -> Plan:
     """The plan for the cases of a fingerprint; spacing (mm) and patch (D, H, W) by rule, or given.
 
     minutes of training: steps that take as long here, which is measured, within `progress` (tqdm,
@@ -227,19 +228,26 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
     volume = patch_of_volumes(shape, preprocessing.spacing, voxels) if patch is None \
         else (int(patch[0]), int(patch[1]), int(patch[2]))
     slices = patch_of_slices(shape)
-    decoder: tuple[int, ...] = models.DECODER if head == "unet" else ()
-    kept: tuple[bool, ...] = KEPT[len(decoder) or 3]
-    if enlarged(preprocessing.spacing, fingerprint.spacings):  # the stem undoes it
-        kept, decoder = (False, *kept[1:]), decoder[:4]
-    strides = depth_strides(preprocessing.spacing, volume[0], kept)
     plan = Plan(
-        preprocessing=preprocessing, head=head, decoder=decoder,
-        backbone=backbone, depth=slots(preprocessing.spacing, strides), depth_stride=strides,
+        preprocessing=preprocessing, backbone=backbone,
+        **going_with(head, preprocessing.spacing, volume[0],
+                     enlarged(preprocessing.spacing, fingerprint.spacings)),
         patch_2d=slices, patch_3d=volume, batch_3d=BATCH,
         batch_2d=min(SLICES, max(1, round(BATCH * prod(volume) / prod(slices)))),
         steps_2d=STEPS, steps_3d=STEPS, augmentation="mild")
     return plan if minutes is None else within(
         plan, minutes, measure(plan, fingerprint, device, progress))
+
+
+def going_with(head: str, spacing: Sequence[float], depth: int, enlarged: bool) -> dict[str, Any]:
+    """The head and what of a plan goes with it: decoder, strides and slots along depth, for cases
+    of this spacing (mm) and patches of `depth` voxels. Where scans are seen enlarged, the stem's
+    halving undoes it, and a decoder ends there."""
+    decoder: tuple[int, ...] = models.DECODER if head == "unet" else ()
+    kept: tuple[bool, ...] = KEPT[len(decoder) or 3]
+    strides = depth_strides(spacing, depth, (False, *kept[1:]) if enlarged else kept)
+    return {"head": head, "decoder": decoder[:4] if enlarged else decoder,
+            "depth": slots(spacing, strides), "depth_stride": strides}
 
 
 def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int, int, int]:

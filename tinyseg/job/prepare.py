@@ -12,13 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import pretrained
+from .. import models, pretrained
 from ..data import augment, ct, decathlon, phantom, sampling
 from ..files import read_json
 from ..nn import Module
 from .fingerprint import fingerprint
-from .plan import Plan, propose
-from .settings import QUICK_SLICES, Settings
+from .plan import Plan, going_with, propose
+from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings
 
 
 @contextmanager
@@ -81,7 +81,16 @@ def decide(asked: Settings, training: decathlon.Dataset,
             raise ValueError("; ".join(found.broken.values()))
         plan = propose(found, device=asked.device, **_given(wanted),
                        progress=partial(tqdm, desc="measure", unit="network"))
+    return adjusted(plan, asked, mirror)
+
+
+def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | None) -> Plan:
+    """The plan with what is asked for in the place of what it says."""
     depth = asked.depth_stride
+    if asked.head and asked.head != plan.head:
+        plan = replace(plan, **going_with(asked.head, plan.preprocessing.spacing,
+                                          (asked.patch or plan.patch_3d)[0],
+                                          enlarged=plan.depth_stride[0] == 2))
     if depth == ("plane",):
         depth = (2,) * len(plan.depth_stride)
     slices = QUICK_SLICES if asked.quick else asked.batch and max(
@@ -89,10 +98,21 @@ def decide(asked: Settings, training: decathlon.Dataset,
     return replace(plan, **_given({
         "preprocessing": replace(plan.preprocessing, mirror=mirror, **_given(
             {"spacing": asked.spacing, "order": asked.order})),
-        "backbone": asked.backbone, "head": asked.head, "depth_stride": depth,
+        "backbone": asked.backbone, "depth_stride": depth,
         "patch_3d": asked.patch, "batch_3d": asked.batch,
         "batch_2d": slices,
         "steps_2d": asked.steps_2d, "steps_3d": asked.steps_3d, "augmentation": asked.augment}))
+
+
+def outline(asked: Settings, plan: Plan | None, channels: int, classes: int) -> models.Segmenter:
+    """The 2D network that is asked for, if need be before there is a plan, to try on it what will
+    be done; ValueError where --freeze names none of its parts."""
+    net = models.resnet_seg(rank=2, in_channels=channels, classes=classes, **plan.architecture
+                            if plan else {"backbone": asked.backbone or BACKBONE,
+                                          "head": asked.head or HEAD})
+    for prefix in asked.freeze:  # an inflated network has the same names
+        net.copy().freeze(prefix)
+    return net
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from .. import checkpoint, files, models, pretrained, report
+from .. import checkpoint, files, pretrained, report
 from ..backend import Array, device
 from ..data import augment, decathlon
 from ..infer.scan import OVERLAP
@@ -19,7 +19,18 @@ from ..nn import Module, to_device
 from . import stages
 from .evaluate import compare, evaluate
 from .plan import Plan
-from .prepare import decide, during, expect_split, imported, prepare, reflection, scans, taken
+from .prepare import (
+    adjusted,
+    decide,
+    during,
+    expect_split,
+    imported,
+    outline,
+    prepare,
+    reflection,
+    scans,
+    taken,
+)
 from .settings import Settings, SettingsError, starved
 
 PARTS = ("run.json", "checkpoint.npz", "prepared")  # by which a folder is known to hold a run
@@ -121,14 +132,15 @@ class Run:
         self.trained, self.held_out = decathlon.folds(self.cases, asked.folds)[asked.fold]
         self._recall()
         plan = self._plan or taken(asked)
-        if asked.pretrained and self.fresh:
-            backbone = asked.backbone or (plan.backbone if plan else "resnet18")
-            imported(models.resnet_seg(backbone, rank=2, in_channels=self.channels,
-                                       classes=len(self.labels)), asked.pretrained)
-        if asked.from_2d and self.fresh:
-            expect_split(asked.from_2d, self._told())
         self.mirror = reflection(["none"] if asked.augment == "none" else asked.mirror,
                                  self.dataset.labels)
+        if plan and self.fresh:
+            plan = adjusted(plan, asked, self.mirror)
+        trial = outline(asked, plan, self.channels, len(self.labels))
+        if asked.pretrained and self.fresh:
+            imported(trial, asked.pretrained)
+        if asked.from_2d and self.fresh:
+            expect_split(asked.from_2d, self._told())
         # Not before: a mistyped path begins no run.
         report.write_json(self.folder / "run.json", self._told())
         if self._plan:

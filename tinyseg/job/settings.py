@@ -18,6 +18,7 @@ from ..inflate import PROFILES
 QUICK: dict[str, Any] = {"steps_2d": 40, "steps_3d": 22, "batch": 1, "head": "linear",
                          "depth_stride": ("plane",)}
 QUICK_SLICES = 8  # a step
+BACKBONE, HEAD = "resnet18", "unet"  # of a plan, where nothing else is asked for
 
 
 class SettingsError(ValueError):
@@ -109,12 +110,17 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, _value(each, getattr(self, each.name)))
-        decided = {"head", "depth_stride"} if self.plan or self.from_2d else set()
+        decided = {"head", "depth_stride"} if self._taken else set()
         for name in QUICK.keys() - decided if self.quick else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, QUICK[name])
         if wrong := next(self._wrong(), ""):
             raise SettingsError(wrong)
+
+    @property
+    def _taken(self) -> bool:
+        """Whether the plan is another's."""
+        return bool(self.plan or self.from_2d)
 
     def _wrong(self) -> Iterator[str]:
         """What cannot be, one sentence each."""
@@ -124,8 +130,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not min(value if isinstance(value, tuple) else [value]) > 0:
                 yield f"--{name} is {value}, expected positive numbers"
+        head = self.head or (None if self._taken else HEAD)
         if self.patch and self.batch == 1 and self.steps_3d != 0:
-            yield from starved(self.patch, (32 if self.head == "unet" else 8,) * 3, 1)
+            yield from starved(self.patch, (32 if head == "unet" else 8,) * 3, 1)
         if not 0 <= self.fold < self.folds:
             yield f"--fold must be 0 to {self.folds - 1}, found {self.fold}"
         if (self.images is None) != (self.label_maps is None) or self.images and self.data:
@@ -139,6 +146,10 @@ class Settings:
                 {*self.depth_stride} <= {1, 2}):
             yield (f"--depth-stride is {' '.join(map(str, self.depth_stride))}; expected plane, or "
                    "1 or 2 for every halving")
+        elif self.depth_stride and head and self.depth_stride != ("plane",) and (
+                len(self.depth_stride) != (5 if head == "unet" else 3)):
+            yield (f"--depth-stride is {' '.join(map(str, self.depth_stride))}; expected "
+                   f"{5 if head == 'unet' else 3} numbers with the head {head}")
         if self.from_2d and (self.plan or self.pretrained or self.backbone or self.head):
             yield ("--from-2d takes plan and network of that run, without --plan, --pretrained, "
                    "--backbone and --head")
