@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import tinyseg as ts
 from tinyseg import job, metrics, report
 from tinyseg.data import phantom
-from tinyseg.job import evaluate, stages
+from tinyseg.job import evaluate, prepare, stages
+from tinyseg.job import plan as plans
 from tinyseg.job import settings as asking
 
 SMALL = {"patch": (8, 16, 16), "steps_2d": 2, "steps_3d": 3, "batch": 1, "folds": 2, "seed": 3,
@@ -65,6 +66,7 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"depth_stride": [1, 1, 2]}, "5 numbers"),
     ({"depth_stride": [2] * 5, "head": "fcn"}, "3 numbers"), ({"depth_stride": [3]}, "--depth"),
      ({"depth_stride": ["plane", 1]}, "--depth-stride"),
+    ({"plan": "a", "minutes": 5}, "--minutes"), ({"from_2d": "a", "memory": 5}, "--memory"),
     ({"minutes": 0}, "minutes"), ({"lr": (1e-3,)}, "--lr"), ({"folds": 2, "fold": 2}, "--fold"),
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
@@ -220,7 +222,7 @@ def test_another_run_takes_network_and_plan_unless_it_holds_out_others(data, don
 
 def test_a_plan_is_taken_as_it_is_but_for_what_is_asked(data, done, tmp_path):
     asked = job.Settings(data=data, folds=2, seed=3, plan=done / "plan.json", order=3,
-                         depth_stride=("plane",), augment="none", minutes=3)
+                         depth_stride=("plane",), augment="none")
     with job.Run(tmp_path / "run", asked) as run:
         plan, theirs = run.decide(), job.Plan.read(done / "plan.json")
         made = replace(theirs.preprocessing, order=3, mirror=None)
@@ -241,6 +243,34 @@ def test_a_plan_with_another_head_has_the_strides_and_the_decoder_of_that(data, 
     back = job.Settings(data=data, folds=2, plan=tmp_path / "run" / "plan.json", head="linear")
     with job.Run(tmp_path / "back", back) as run:
         assert run.decide() == theirs
+
+
+def test_minutes_are_filled_by_steps_of_what_is_trained(data, tmp_path, monkeypatch):
+    timed = []
+
+    def measure(plan, *_):
+        timed.append(plan)
+        return {"step_2d": 0.1 * plan.batch_2d, "step_3d": plan.batch_3d}
+
+    monkeypatch.setattr(prepare, "measure", measure)
+    asked = job.Settings(data=data, folds=2, quick=True, batch=3, minutes=2)
+    with job.Run(tmp_path / "run", asked) as run:
+        plan = run.decide()
+    ours, = timed
+    assert (ours.batch_2d, ours.batch_3d, ours.depth_stride) == (24, 3, (2, 2, 2))
+    assert plan == plans.within(ours, 2, measure(ours)) and plan.steps_3d > 0
+
+
+def test_times_of_a_plan_are_kept_while_they_are_of_what_is_trained(data, done, tmp_path):
+    seconds = {"step_2d": 1.0, "scan_2d": 2.0, "step_3d": 3.0, "scan_3d": 4.0}
+    path = tmp_path / "plan.json"
+    replace(job.Plan.read(done / "plan.json"), seconds=seconds).write(path)
+    for number, (asked, kept) in enumerate((({"steps_3d": 7, "augment": "none", "order": 3}, True),
+                                            ({"batch": 2}, False), ({"head": "unet"}, False),
+                                            ({"spacing": (5, 6, 7)}, False))):
+        settings = job.Settings(data=data, folds=2, plan=path, **asked)
+        with job.Run(tmp_path / str(number), settings) as run:
+            assert run.decide().seconds == (seconds if kept else {})
 
 
 def test_what_does_not_fit_the_network_begins_no_run(data, done, tmp_path):

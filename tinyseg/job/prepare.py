@@ -17,7 +17,7 @@ from ..data import augment, ct, decathlon, phantom, sampling
 from ..files import read_json
 from ..nn import Module
 from .fingerprint import fingerprint
-from .plan import Plan, going_with, propose
+from .plan import Plan, going_with, measure, propose, within
 from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings
 
 
@@ -74,34 +74,43 @@ def decide(asked: Settings, training: decathlon.Dataset,
     plan = taken(asked)
     if plan is None:
         wanted: dict[str, Any] = {
-            "spacing": asked.spacing, "patch": asked.patch, "minutes": asked.minutes,
-            "memory": asked.memory, "backbone": asked.backbone, "head": asked.head}
+            "spacing": asked.spacing, "patch": asked.patch, "memory": asked.memory,
+            "backbone": asked.backbone, "head": asked.head}
         found = fingerprint(training, partial(tqdm, desc="read", unit="case"))
         if found.broken:
             raise ValueError("; ".join(found.broken.values()))
-        plan = propose(found, device=asked.device, **_given(wanted),
-                       progress=partial(tqdm, desc="measure", unit="network"))
+        plan = propose(found, device=asked.device, **_given(wanted))
+        if asked.minutes is not None:
+            plan = adjusted(plan, asked, mirror)  # what is trained is what is timed
+            seconds = measure(plan, found, asked.device,
+                              partial(tqdm, desc="measure", unit="network"))
+            plan = within(plan, asked.minutes, seconds)
     return adjusted(plan, asked, mirror)
 
 
 def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | None) -> Plan:
-    """The plan with what is asked for in the place of what it says."""
-    depth = asked.depth_stride
+    """The plan with what is asked for in the place of what it says; without its times, where they
+    are of something else then."""
+    depth, given = asked.depth_stride, plan
     if asked.head and asked.head != plan.head:
         plan = replace(plan, **going_with(asked.head, plan.preprocessing.spacing,
                                           (asked.patch or plan.patch_3d)[0],
                                           enlarged=plan.depth_stride[0] == 2))
     if depth == ("plane",):
         depth = (2,) * len(plan.depth_stride)
-    slices = QUICK_SLICES if asked.quick else asked.batch and max(
-        1, plan.batch_2d * asked.batch // plan.batch_3d)
-    return replace(plan, **_given({
+    slices = asked.batch and (QUICK_SLICES * asked.batch if asked.quick else max(
+        1, plan.batch_2d * asked.batch // plan.batch_3d))
+    made = replace(plan, **_given({
         "preprocessing": replace(plan.preprocessing, mirror=mirror, **_given(
             {"spacing": asked.spacing, "order": asked.order})),
         "backbone": asked.backbone, "depth_stride": depth,
         "patch_3d": asked.patch, "batch_3d": asked.batch,
         "batch_2d": slices,
         "steps_2d": asked.steps_2d, "steps_3d": asked.steps_3d, "augmentation": asked.augment}))
+    spacing = replace(given.preprocessing, spacing=made.preprocessing.spacing)
+    timed = replace(made, preprocessing=spacing, steps_2d=given.steps_2d,
+                    steps_3d=given.steps_3d, augmentation=given.augmentation)
+    return made if timed == given else replace(made, seconds={})
 
 
 def outline(asked: Settings, plan: Plan | None, channels: int, classes: int) -> models.Segmenter:

@@ -17,7 +17,7 @@ from ..inflate import PROFILES
 # after so few steps: the Dice of training patches was still 0 after 40.
 QUICK: dict[str, Any] = {"steps_2d": 40, "steps_3d": 22, "batch": 1, "head": "linear",
                          "depth_stride": ("plane",)}
-QUICK_SLICES = 8  # a step
+QUICK_SLICES = 8  # a step, for every volume
 BACKBONE, HEAD = "resnet18", "unet"  # of a plan, where nothing else is asked for
 
 
@@ -111,6 +111,7 @@ class Settings:
         for each in fields(self):
             object.__setattr__(self, each.name, _value(each, getattr(self, each.name)))
         decided = {"head", "depth_stride"} if self._taken else set()
+        decided |= {"steps_2d", "steps_3d"} if self.minutes is not None else set()
         for name in QUICK.keys() - decided if self.quick else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, QUICK[name])
@@ -150,6 +151,9 @@ class Settings:
                 len(self.depth_stride) != (5 if head == "unet" else 3)):
             yield (f"--depth-stride is {' '.join(map(str, self.depth_stride))}; expected "
                    f"{5 if head == 'unet' else 3} numbers with the head {head}")
+        if self._taken and (self.minutes or self.memory):
+            yield ("--minutes and --memory are for a plan that is made here; one that is taken has "
+                   "steps and patches: ask for others by --steps-2d, --steps-3d and --patch")
         if self.from_2d and (self.plan or self.pretrained or self.backbone or self.head):
             yield ("--from-2d takes plan and network of that run, without --plan, --pretrained, "
                    "--backbone and --head")
