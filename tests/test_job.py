@@ -70,6 +70,7 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"minutes": 0}, "minutes"), ({"lr": (1e-3,)}, "--lr"), ({"folds": 2, "fold": 2}, "--fold"),
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
+    ({"from_2d": "a", "mirror": ["1=2"]}, "--mirror"),
     ({"profile": "noise"}, "--profile"),
 ])
 def test_what_no_run_can_be_asked_for_is_named(wrong, said):
@@ -218,6 +219,35 @@ def test_another_run_takes_network_and_plan_unless_it_holds_out_others(data, don
     assert not (tmp_path / "b" / "run.json").exists()
     with pytest.raises(job.SettingsError, match="model_2d.npz: no such file"):
         job.Run(tmp_path / "b", job.Settings(from_2d=tmp_path))
+
+
+def test_a_network_of_another_run_keeps_the_preparation_that_it_was_trained_with(data, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "run"
+    with job.Run(source, job.Settings(data=data, **{**SMALL, "augment": "none"})) as run:
+        run.decide()
+        run.train("2d", network(run))
+    asked = {"folds": 2, "seed": 3, "from_2d": source, "spacing": (5, 5, 7), "augment": "mild"}
+    with job.Run(out, job.Settings(data=data, **asked)) as run:
+        made = run.decide().preprocessing
+        assert made.spacing == (5, 5, 7) and made.mirror is None  # as theirs
+        flat = run.take("2d", source)
+    assert flat.metadata == ts.load(source / "model_2d.npz").metadata
+    assert tuple(flat.metadata["plan"]["spacing"]) == (5, 6, 6)
+
+
+@pytest.mark.parametrize("asked, theirs, want", [
+    ({}, None, None), ({}, (("pancreas", "cancer"),), (("pancreas", "cancer"),)), ({}, (), ()),
+    ({"mirror": ["none"]}, (), None), ({"mirror": ["1=2"]}, None, (("pancreas", "cancer"),)),
+    ({"augment": "none"}, (), None)])
+def test_the_mirror_of_a_plan_is_taken_unless_another_is_asked_for(data, done, tmp_path, asked,
+                                                                  theirs, want):
+    plan, path = job.Plan.read(done / "plan.json"), tmp_path / "plan.json"
+    for augmentation in ("mild", "none"):
+        replace(plan, augmentation=augmentation,
+                preprocessing=replace(plan.preprocessing, mirror=theirs)).write(path)
+        with job.Run(tmp_path / augmentation, job.Settings(data=data, folds=2, plan=path,
+                                                           **asked)) as run:
+            assert run.mirror == (None if augmentation == "none" else want)
 
 
 def test_a_plan_is_taken_as_it_is_but_for_what_is_asked(data, done, tmp_path):

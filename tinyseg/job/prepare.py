@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,18 +44,25 @@ def scans(settings: Settings, folder: Path, labels: dict[int, str] | None) -> de
                           partial(tqdm, desc="labels"))
 
 
-def reflection(words: Sequence[str], labels: dict[int, str]) -> tuple[tuple[str, str], ...] | None:
-    """Which classes change places when a patch is mirrored; None where none is. Says which."""
-    names, asked = list(labels.values()), list(words)
+def reflection(asked: Settings, labels: dict[int, str],
+               plan: Plan | None) -> tuple[tuple[str, str], ...] | None:
+    """Which classes change places when a patch is mirrored; None where none is. Says which.
+
+    Where nothing else is asked for, those of the plan, if that is taken and names any.
+    """
+    names, auto = list(labels.values()), asked.mirror == ("auto",)
+    augmentation = asked.augment or (plan.augmentation if plan else None)
+    decided = plan.preprocessing.mirror if plan and auto else ()
     pairs, alone = augment.sides(names)
-    if asked == ["none"] or asked == ["auto"] and alone:
+    alone = alone if auto and not decided else []
+    if "none" in (*asked.mirror, augmentation) or decided is None or alone:
         print("nothing is mirrored" + (f": {', '.join(alone)} has a side and no partner; --mirror "
-                                       "names pairs" if asked == ["auto"] else ""))
+                                       "names pairs" if alone else ""))
         return None
-    if asked != ["auto"]:
+    if decided or not auto:
         numbers = {str(number): name for number, name in labels.items()}
-        halves = [word.split("=", 1) for word in asked]
-        pairs = [(numbers.get(a, a), numbers.get(b, b)) for a, b in halves]
+        pairs = list(decided) or [(numbers.get(a, a), numbers.get(b, b)) for a, b in (
+            word.split("=", 1) for word in asked.mirror)]
         augment.numbered(pairs, names)  # or it says which is no class
     print("patches are mirrored left-right" + "".join(
         f"; {a} and {b} change places" for a, b in pairs))

@@ -132,8 +132,7 @@ class Run:
         self.trained, self.held_out = decathlon.folds(self.cases, asked.folds)[asked.fold]
         self._recall()
         plan = self._plan or taken(asked)
-        self.mirror = reflection(["none"] if asked.augment == "none" else asked.mirror,
-                                 self.dataset.labels)
+        self.mirror = reflection(asked, self.dataset.labels, plan)
         if plan and self.fresh:
             plan = adjusted(plan, asked, self.mirror)
         trial = outline(asked, plan, self.channels, len(self.labels))
@@ -305,14 +304,16 @@ class Run:
         path = Path(source) / f"model_{name}.npz"
         if not self._finished(name):
             expect_split(path.parent, self._told())
-            self._write(name, checkpoint.load(path))
+            net = checkpoint.load(path)
+            self._write(name, net, **net.metadata)
         return checkpoint.load(self.folder / path.name)
 
-    def _write(self, name: str, net: Module) -> None:
-        """The network of a finished stage, and a checkpoint that only says so."""
-        checkpoint.save(self.folder / f"model_{name}.npz", to_device(net, "cpu"),
-                        plan=asdict(self.plan.preprocessing), patch=self.stages[name].size,
-                        labels=self.labels, dataset=self.dataset.name)
+    def _write(self, name: str, net: Module, **own: Any) -> None:
+        """The network of a finished stage, and a checkpoint that only says so. own: preparation
+        that it was trained with elsewhere."""
+        checkpoint.save(self.folder / f"model_{name}.npz", to_device(net, "cpu"), **{
+            "plan": asdict(self.plan.preprocessing), "patch": self.stages[name].size,
+            "labels": self.labels, "dataset": self.dataset.name, **own})
         self._save(name, self.stages[name].steps, {})
         self.stage, self.arrays = name, {}
 

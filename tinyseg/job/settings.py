@@ -154,9 +154,10 @@ class Settings:
         if self._taken and (self.minutes or self.memory):
             yield ("--minutes and --memory are for a plan that is made here; one that is taken has "
                    "steps and patches: ask for others by --steps-2d, --steps-3d and --patch")
-        if self.from_2d and (self.plan or self.pretrained or self.backbone or self.head):
+        if self.from_2d and (self.plan or self.pretrained or self.backbone or self.head
+                             or "=" in self.mirror[0]):
             yield ("--from-2d takes plan and network of that run, without --plan, --pretrained, "
-                   "--backbone and --head")
+                   "--backbone, --head and pairs for --mirror")
 
     def json(self) -> dict[str, Any]:
         """The settings as JSON has them."""
