@@ -83,7 +83,7 @@ def test_a_resumed_run_moves_and_grows_and_changes_nothing_else():
     assert begun.resumed() == begun
     assert begun.resumed(data="x", steps_3d=9) == replace(begun, data=Path("x"), steps_3d=9)
     assert replace(begun, steps_2d=None).resumed(steps_2d=1).steps_2d == 1  # the plan's may be less
-    for wrong in ({"steps_3d": 2}, {"seed": 4}, {"head": "fcn"}, {"pretrained": "x"}):
+    for wrong in ({"steps_3d": 2}, {"seed": 4}, {"plan": "x"}, {"head": "fcn"}, {"pretrained": "x"}):
         with pytest.raises(job.SettingsError, match=next(iter(wrong))):
             begun.resumed(**wrong)
 
@@ -289,6 +289,21 @@ def test_minutes_are_filled_by_steps_of_what_is_trained(data, tmp_path, monkeypa
     ours, = timed
     assert (ours.batch_2d, ours.batch_3d, ours.depth_stride) == (24, 3, (2, 2, 2))
     assert plan == plans.within(ours, 2, measure(ours)) and plan.steps_3d > 0
+
+
+def test_a_plan_that_lies_in_the_folder_is_taken_or_kept(data, done, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes((done / "plan.json").read_bytes())
+    with pytest.raises(job.SettingsError, match="plan.json; take it by --plan"):
+        job.Run(tmp_path, job.Settings(data=data, **SMALL))
+    with job.Run(tmp_path, job.Settings(data=data, folds=2, plan=path)) as run:
+        assert run.decide() == job.Plan.read(done / "plan.json") == job.Plan.read(path)
+
+
+def test_a_run_without_its_plan_is_no_source(done, tmp_path):
+    (tmp_path / "model_2d.npz").write_bytes((done / "model_2d.npz").read_bytes())
+    with pytest.raises(job.SettingsError, match="from-2d .*plan.json: no such file"):
+        job.Run(tmp_path / "run", job.Settings(from_2d=tmp_path))
 
 
 def test_times_of_a_plan_are_kept_while_they_are_of_what_is_trained(data, done, tmp_path):

@@ -68,11 +68,11 @@ class Run:
         if parts := [name for name in PARTS if (self.folder / name).exists()]:
             raise SettingsError(f"{folder} holds a run already ({', '.join(parts)}); go on with "
                                 "--resume, or choose another --out")
-        taken = settings.from_2d and settings.from_2d / "model_2d.npz"
-        for name, path in (("plan", settings.plan), ("pretrained", settings.pretrained),
-                           ("from-2d", taken)):
-            if path and not path.is_file():
-                raise SettingsError(f"--{name} {path}: no such file")
+        settings.expect_files()
+        decided = self.folder / "plan.json"  # of `tinyseg plan`, which someone may have edited
+        if decided.exists() and not (settings.plan and settings.plan.samefile(decided)):
+            raise SettingsError(f"{folder} holds a plan.json; take it by --plan {decided}, or "
+                                "choose another --out")
 
     @classmethod
     def resume(cls, folder: str | Path, **asked: Any) -> Self:

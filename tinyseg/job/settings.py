@@ -56,7 +56,7 @@ class Settings:
     modality: str = option("unknown", "of --images: CT keeps its units, others are standardised "
                            "scan by scan", metavar="NAME")
     plan: Path | None = option(None, "take this plan.json, of another run or of tinyseg plan",
-                               type=Path, metavar="FILE", movable=True)
+                               type=Path, metavar="FILE")
     minutes: float | None = option(None, "of training, which the plan's steps fill", type=float,
                                    metavar="M")
     memory: float | None = option(None, "that training may take, which the plan's patches fit",
@@ -158,6 +158,15 @@ class Settings:
                              or "=" in self.mirror[0]):
             yield ("--from-2d takes plan and network of that run, without --plan, --pretrained, "
                    "--backbone, --head and pairs for --mirror")
+
+    def expect_files(self) -> None:
+        """SettingsError for a file that is asked for and not there."""
+        run = self.from_2d
+        for name, path in (("plan", self.plan), ("pretrained", self.pretrained), *(
+                ("from-2d", run and run / name)
+                for name in ("model_2d.npz", "plan.json", "run.json"))):
+            if path and not path.is_file():
+                raise SettingsError(f"--{name} {path}: no such file")
 
     def json(self) -> dict[str, Any]:
         """The settings as JSON has them."""
