@@ -83,7 +83,8 @@ def test_a_resumed_run_moves_and_grows_and_changes_nothing_else():
     assert begun.resumed() == begun
     assert begun.resumed(data="x", steps_3d=9) == replace(begun, data=Path("x"), steps_3d=9)
     assert replace(begun, steps_2d=None).resumed(steps_2d=1).steps_2d == 1  # the plan's may be less
-    for wrong in ({"steps_3d": 2}, {"seed": 4}, {"plan": "x"}, {"head": "fcn"}, {"pretrained": "x"}):
+    for wrong in ({"steps_3d": 2}, {"seed": 4}, {"plan": "x"}, {"head": "fcn"},
+                  {"pretrained": "x"}):
         with pytest.raises(job.SettingsError, match=next(iter(wrong))):
             begun.resumed(**wrong)
 
@@ -327,6 +328,13 @@ def test_what_does_not_fit_the_network_begins_no_run(data, done, tmp_path):
         with pytest.raises(ValueError, match=said), job.Run(tmp_path / "run", asked):
             pass
         assert not (tmp_path / "run" / "run.json").exists()
+    path = tmp_path / "plan.json"
+    replace(job.Plan.read(done / "plan.json"), augmentation="strong").write(path)
+    asked = job.Settings(data=data, folds=2, plan=path)
+    with pytest.raises(ValueError, match="plan.json: found augmentation"), job.Run(
+            tmp_path / "run", asked):
+        pass
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_nothing_can_be_trained_before_it_is_decided(data, tmp_path):

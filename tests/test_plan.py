@@ -532,6 +532,12 @@ def test_the_command_tells_the_plan_and_draws_three_cases(source, tmp_path, caps
     assert all(low <= image.min() and image.max() <= high for _, image, _, _ in cases)
 
 
+def test_a_picture_that_cannot_be_drawn_is_told(source, tmp_path, capsys, unmeasured, monkeypatch):
+    monkeypatch.setattr(report, "examples", lambda *a: 1 / 0)
+    assert run(source, "--out", tmp_path) == 0
+    assert "plan.png: not drawn (ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_two_folders_do_as_well_as_a_task(source, tmp_path, unmeasured):
     assert run("--images", source / "imagesTr", "--labels", source / "labelsTr", "--modality",
                "CT", "--out", tmp_path) == 0

@@ -20,12 +20,13 @@ from tqdm import tqdm
 from . import checkpoint, infer, models, nn, pretrained, report
 from .data import decathlon, nifti
 from .data.augment import LEFT_RIGHT
+from .infer.scan import OVERLAP
 from .job.evaluate import TOLERANCE, Scores
 from .job.plan import describe
 
 
 def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
-            device: str = "cpu", overlap: float = 0.5, mirror: bool = False,
+            device: str = "cpu", overlap: float = OVERLAP, mirror: bool = False,
             largest: bool = False, smallest: float = 0, probabilities: bool = False) -> int:
     """Segment SCAN with MODEL and write the label map to OUT, on the scan's own grid.
 
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--with", dest="others", metavar="MODEL", type=Path, action="append", default=[],
         help="another network, to average its probabilities too; may be repeated")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--overlap", type=float, default=0.5, metavar="X",
+    add("--overlap", type=float, default=OVERLAP, metavar="X",
         help="the fraction of a window shared with the next, below 1 (%(default)s)")
     add("--mirror", action="store_true", help="average with the answer to the left-right mirror "
         "image, as the main job's scores are; left and right classes change places as in training; "

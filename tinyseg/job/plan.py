@@ -329,7 +329,7 @@ def describe(dataset: Dataset, out: Path, *, minutes: float | None = None,
         scan, label = cases[id].read()
         image = np.clip(scan.array[..., 0], *plan.preprocessing.window)
         shown.append((id, image, label, scan.spacing))
-    report.examples(out / "plan.png", shown, dataset.labels,
-                    f"{dataset.name}: cases of least, median and most foreground")
-    print(f"\nwritten to {out / 'plan.json'} and {out / 'plan.png'}")
+    print(f"\nwritten to {out / 'plan.json'}, and three cases to {out / 'plan.png'}")
+    report.drawn(report.examples, out / "plan.png", shown, dataset.labels,
+                 f"{dataset.name}: cases of least, median and most foreground")
     return found

@@ -72,7 +72,13 @@ def reflection(asked: Settings, labels: dict[int, str],
 def taken(asked: Settings) -> Plan | None:
     """The plan of a file or of another run that is asked for."""
     source = asked.from_2d / "plan.json" if asked.from_2d else asked.plan
-    return Plan.read(source) if source else None
+    if source is None:
+        return None
+    plan = Plan.read(source)
+    if plan.augmentation not in augment.PRESETS and asked.augment is None:
+        raise ValueError(f"{source}: found augmentation {plan.augmentation!r}, expected one of "
+                         f"{', '.join(augment.PRESETS)}")
+    return plan
 
 
 def decide(asked: Settings, training: decathlon.Dataset,
