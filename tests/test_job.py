@@ -307,6 +307,18 @@ def test_a_run_without_its_plan_is_no_source(done, tmp_path):
         job.Run(tmp_path / "run", job.Settings(from_2d=tmp_path))
 
 
+def test_a_plan_that_was_edited_is_not_gone_on_with(data, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        go(job.Run(out, job.Settings(data=data, **SMALL)), stop=lambda: True)
+    plan = job.Plan.read(out / "plan.json")
+    replace(plan, augmentation="nnunet").write(out / "plan.json")
+    with pytest.raises(ValueError, match="no checkpoint of the run"):
+        go(job.Run.resume(out))
+    plan.write(out / "plan.json")
+    go(job.Run.resume(out))
+
+
 def test_times_of_a_plan_are_kept_while_they_are_of_what_is_trained(data, done, tmp_path):
     seconds = {"step_2d": 1.0, "scan_2d": 2.0, "step_3d": 3.0, "scan_3d": 4.0}
     path = tmp_path / "plan.json"
