@@ -141,23 +141,23 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def prepare(dataset: decathlon.Dataset, plan: ct.Plan, folder: Path,
-            seed: int) -> dict[str, sampling.Prepared]:
+def cases(dataset: decathlon.Dataset, plan: ct.Plan, folder: Path, seed: int
+          ) -> dict[str, sampling.Prepared]:
     """All cases, normalised and resampled once and kept in `folder`, by id; what of them changed
     since is refused, before anything is prepared."""
     if other := [what for case in dataset.cases for what in sampling.changed(folder, case, plan)]:
         raise ValueError(f"{folder}: made of other data: {', '.join(dict.fromkeys(other))} changed "
                          "since this run began; bring that back, or begin again in another --out")
-    cases = {}
+    found = {}
     for number, case in enumerate(tqdm(dataset.cases, desc="prepare", unit="case")):
         try:
-            cases[case.id] = sampling.open(folder, case.id)
+            found[case.id] = sampling.open(folder, case.id)
         except (FileNotFoundError, ValueError):
             with during(f"preparing case {case.id}"):
                 source = sampling.source(case, plan)
                 sampling.store(folder, sampling.prepare(case, plan, seed + number), source)
-                cases[case.id] = sampling.open(folder, case.id)
-    return cases
+                found[case.id] = sampling.open(folder, case.id)
+    return found
 
 
 def expect_split(source: Path, told: dict[str, Any]) -> None:

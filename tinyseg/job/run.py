@@ -16,21 +16,9 @@ from ..backend import Array, device
 from ..data import augment, decathlon
 from ..infer.scan import OVERLAP
 from ..nn import Module, to_device
-from . import stages
+from . import prepare, stages
 from .evaluate import compare, evaluate
 from .plan import Plan
-from .prepare import (
-    adjusted,
-    decide,
-    during,
-    expect_split,
-    imported,
-    outline,
-    prepare,
-    reflection,
-    scans,
-    taken,
-)
 from .settings import Settings, SettingsError, starved
 
 PARTS = ("run.json", "checkpoint.npz", "prepared")  # by which a folder is known to hold a run
@@ -116,7 +104,7 @@ class Run:
             report.write_json(self.folder / "run.json", asked.json())
         try:
             names = {int(number): name for number, name in labels.items()}
-            self.dataset = scans(asked, self.folder / "phantom", names or None)
+            self.dataset = prepare.scans(asked, self.folder / "phantom", names or None)
         except FileNotFoundError as error:
             if labels:
                 error.add_note("where it lies now can be told with "
@@ -131,15 +119,15 @@ class Run:
                                  "back, or begin again in another --out")
         self.trained, self.held_out = decathlon.folds(self.cases, asked.folds)[asked.fold]
         self._recall()
-        plan = self._plan or taken(asked)
-        self.mirror = reflection(asked, self.dataset.labels, plan)
+        plan = self._plan or prepare.taken(asked)
+        self.mirror = prepare.reflection(asked, self.dataset.labels, plan)
         if plan and self.fresh:
-            plan = adjusted(plan, asked, self.mirror)
-        trial = outline(asked, plan, self.channels, len(self.labels))
+            plan = prepare.adjusted(plan, asked, self.mirror)
+        trial = prepare.outline(asked, plan, self.channels, len(self.labels))
         if asked.pretrained and self.fresh:
-            imported(trial, asked.pretrained)
+            prepare.imported(trial, asked.pretrained)
         if asked.from_2d and self.fresh:
-            expect_split(asked.from_2d, self._told())
+            prepare.expect_split(asked.from_2d, self._told())
         # Not before: a mistyped path begins no run.
         report.write_json(self.folder / "run.json", self._told())
         if self._plan:
@@ -216,15 +204,15 @@ class Run:
         asked, path = self.settings, self.folder / "plan.json"
         if self._plan is None:
             training = tuple(case for case in self.dataset.cases if case.id in self.trained)
-            decide(asked, replace(self.dataset, cases=training), self.mirror).write(path)
+            prepare.decide(asked, replace(self.dataset, cases=training), self.mirror).write(path)
             self._plan = Plan.read(path)  # the same types now as after a resume
         plan = self.plan
         plane = 2 ** len(plan.depth_stride)
         for wrong in starved(plan.patch_3d, (prod(plan.depth_stride), plane, plane), plan.batch_3d):
             if plan.steps_3d:
                 raise ValueError(wrong)
-        prepared = prepare(self.dataset, plan.preprocessing, self.folder / "prepared", asked.seed)
-        self.prepared = {part: [prepared[id] for id in ids] for part, ids in (
+        made = prepare.cases(self.dataset, plan.preprocessing, self.folder / "prepared", asked.seed)
+        self.prepared = {part: [made[id] for id in ids] for part, ids in (
             ("training", [id for id in self.cases if id in self.trained]),
             ("held out", self.held_out))}
         small = sum(any(n < p for n, p in zip(case.label.shape, plan.patch_3d, strict=True))
@@ -237,7 +225,7 @@ class Run:
     def pretrain(self, flat: Module) -> None:
         """Load the weights asked for, and give batch-norm statistics of training slices."""
         assert self.settings.pretrained
-        told = imported(flat, self.settings.pretrained)
+        told = prepare.imported(flat, self.settings.pretrained)
         print(str(told).splitlines()[0])
         if any(note.startswith("the head stays") for note in told.notes):
             print("its head is for other classes: ours starts at random")
@@ -303,7 +291,7 @@ class Run:
         """
         path = Path(source) / f"model_{name}.npz"
         if not self._finished(name):
-            expect_split(path.parent, self._told())
+            prepare.expect_split(path.parent, self._told())
             net = checkpoint.load(path)
             self._write(name, net, **net.metadata)
         return checkpoint.load(self.folder / path.name)
@@ -334,7 +322,7 @@ class Run:
     def _shown(self, name: str) -> tuple[Array, Array]:
         """Patches of held-out cases, always the same, by which networks are compared."""
         stage = replace(self.stages[name], salt=COMPARISON, count=SHOWN[name])
-        with during("drawing patches of held-out cases"):
+        with prepare.during("drawing patches of held-out cases"):
             return stage.batches(self.prepared["held out"], self.settings.seed, None)(0)
 
     def evaluate(self, nets: Mapping[str, Module]) -> dict[str, dict]:
