@@ -289,7 +289,7 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_p
         "0": "background", "1": "left kidney", "2": "right kidney"})
     one = copy_of(sided, tmp_path / "one")
     relabelled(one, (0, 1, 2), labels={"0": "background", "1": "left kidney", "2": "spleen"})
-    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4"]
+    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4", "--score-mirrored"]
     for number, (folder, words, plan, told) in enumerate((
             (data, [], [], "patches are mirrored left-right\\n"),
             (sided, [], [["left kidney", "right kidney"]], "left kidney and right kidney change"),

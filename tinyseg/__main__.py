@@ -281,8 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--overlap", type=float, default=OVERLAP, metavar="X",
         help="the fraction of a window shared with the next, below 1 (%(default)s)")
     add("--mirror", action="store_true", help="average with the answer to the left-right mirror "
-        "image, as the main job's scores are; left and right classes change places as in training; "
-        "twice the time")
+        "image; left and right classes change places as in training; twice the time")
     add("--largest", action="store_true", help="keep only the largest connected component of "
         "each class (26 neighbours)")
     add("--smallest", type=float, default=0, metavar="ML",

@@ -84,8 +84,8 @@ def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
         _curves(panels[1, column], rows, keys["patch_dice"], "Dice on training patches")
         _curves(panels[1, column], rows, keys["uniform_dice"],
                 "", average=False, style="--")
-        _curves(panels[1, column], rows, keys["validation"], "Dice on training patches\n(dashed: "
-                "drawn anywhere, dotted: of held-out cases)", average=False, style=":o")
+        _curves(panels[1, column], rows, keys["validation"], "Dice of patches\n(dashed: anywhere, "
+                "\ndotted: held out)", average=False, style=":o")
         panels[1, column].set_ylim(0, 1)
         _curves(panels[2, column], rows, ["lr"], "learning rate", average=False)
         panels[2, column].set_xlabel("step")

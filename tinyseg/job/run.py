@@ -328,7 +328,7 @@ class Run:
     def evaluate(self, nets: Mapping[str, Module]) -> dict[str, dict]:
         """Segment and score the held-out cases; writes label maps, overlays and metrics.json."""
         mirror = self.plan.preprocessing.mirror
-        axes = [] if mirror is None else [augment.LEFT_RIGHT]
+        axes = [augment.LEFT_RIGHT] * (self.settings.score_mirrored and mirror is not None)
         seconds = sum(self.plan.seconds.get(f"scan_{name}", 0) for name in nets)
         if seconds:
             print(f"{len(self.held_out)} held-out cases to score, "

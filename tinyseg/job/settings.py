@@ -105,6 +105,8 @@ class Settings:
     fold: int = option(0, "the part held out, from 0", type=int, metavar="I")
     device: str = option("cpu", "where it computes", choices=["cpu", "cuda"], movable=True)
     seed: int = option(0, "of all that is random", type=int)
+    score_mirrored: bool = option(False, "score the mean of the answers to a scan and to its "
+                                  "mirror image, in twice the time")
     quick: bool = option(False, "a small run of under two minutes")
 
     def __post_init__(self) -> None:
