@@ -320,11 +320,11 @@ def ct_network(image, spacing, patch, kernel=3):
     return balance(net, values[None, ..., None])
 
 
-def segmented(net, image, path):
+def segmented(net, image, path, **options):
     """The label map of an image, through files."""
     nib.save(image, path)
     scan = nifti.read(path)
-    nifti.write(path.with_name(f"labels_{path.name}"), segment(net, scan), scan)
+    nifti.write(path.with_name(f"labels_{path.name}"), segment(net, scan, **options), scan)
     return nib.load(path.with_name(f"labels_{path.name}"))
 
 
@@ -363,9 +363,9 @@ def test_a_padded_ct_has_the_same_prediction_away_from_the_border(ct, tmp_path):
     """
     small = ct.slicer[10:106, 10:90, 20:92]  # R, A, S: a window and whole strides of 16, 16, 12
     net = ct_network(small, [3, 3, 3], [24, 32, 32])
-    plain = np.asarray(segmented(net, small, tmp_path / "plain.nii.gz").dataobj)
+    plain = np.asarray(segmented(net, small, tmp_path / "plain.nii.gz", overlap=0.5).dataobj)
     wide = padded(small, (16, 32, 12), (32, 16, 0))
-    found = np.asarray(segmented(net, wide, tmp_path / "wide.nii.gz").dataobj)
+    found = np.asarray(segmented(net, wide, tmp_path / "wide.nii.gz", overlap=0.5).dataobj)
     found = found[16:112, 32:112, 12:84]
     inner = np.s_[16:-16, 16:-16, 12:]  # nothing was added above
     np.testing.assert_array_equal(found[inner], plain[inner])
@@ -376,9 +376,9 @@ def test_a_padded_ct_has_the_same_prediction_away_from_the_border(ct, tmp_path):
 def test_any_padding_leaves_a_voxelwise_prediction_alone(ct, tmp_path):
     small = ct.slicer[30:91, 20:77, 30:73]
     net = ct_network(small, [3, 3, 3], [24, 32, 32], kernel=1)
-    plain = np.asarray(segmented(net, small, tmp_path / "plain.nii.gz").dataobj)
+    plain = np.asarray(segmented(net, small, tmp_path / "plain.nii.gz", overlap=0.5).dataobj)
     wide = padded(small, (5, 1, 7), (2, 0, 11))
-    found = np.asarray(segmented(net, wide, tmp_path / "wide.nii.gz").dataobj)
+    found = np.asarray(segmented(net, wide, tmp_path / "wide.nii.gz", overlap=0.5).dataobj)
     np.testing.assert_array_equal(found[5:66, 1:58, 7:50], plain)
     assert (np.bincount(plain.ravel(), minlength=3) > 100).sum() >= 2
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import checkpoint, infer, models, nn, pretrained, report
 from .data import decathlon, nifti
 from .data.augment import LEFT_RIGHT
-from .infer.scan import OVERLAP
+from .infer.windows import OVERLAP
 from .job.evaluate import TOLERANCE, Scores
 from .job.plan import describe
 

@@ -21,11 +21,8 @@ from ..nn import Module
 from ..tensor import Tensor
 from .fold import fold
 from .postprocess import islands
-from .windows import Progress, slabs
+from .windows import OVERLAP, Progress, slabs
 
-# Of a window, with the next. 14 held-out hippocampi, 3D: Dice 0.836/0.848 at 0.5, 0.837/0.846 at
-# 0.33, in 0.75 of the time; on a large scan it is 0.59 (2026-11-26).
-OVERLAP = 0.33
 STRIDE = 32  # whole slices are padded to multiples of it where a network does not tell its own
 BATCH = 1 << 25  # numbers in the widest map of the windows that go through together, 128 MiB: of
 WIDE = 16  # logits, or of a stem, 64 channels at half the size in a plane: 16 numbers a voxel

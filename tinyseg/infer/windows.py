@@ -21,6 +21,9 @@ from ..tensor import Tensor
 from ..windows.geometry import Box
 
 Progress = Callable[[Iterable], Iterable]
+# Of a window, with the next. 14 held-out hippocampi, 3D: Dice 0.836/0.848 at 0.5, 0.837/0.846 at
+# 0.33, in 0.75 of the time; on a large scan it is 0.59 (2026-11-26).
+OVERLAP = 0.33
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
@@ -42,8 +45,8 @@ def gaussian(size: tuple[int, ...], sigma: float = 1 / 8) -> np.ndarray:
     return np.maximum(weights, weights.max() / 1000)
 
 
-def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap: float = 0.5, *,
-          batch: int = 1, mirror: Sequence[int] = (), pairs: Sequence[tuple[int, int]] = (),
+def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap: float = OVERLAP,
+          *, batch: int = 1, mirror: Sequence[int] = (), pairs: Sequence[tuple[int, int]] = (),
           progress: Progress = iter) -> Iterator[np.ndarray]:
     """The logits of `sliding_window`, with its arguments, as slabs (d, *S[1:], classes).
 
@@ -136,7 +139,7 @@ def _logits(net: Module | Callable, windows: np.ndarray, flips: list[tuple[int, 
 
 
 def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...],
-                   overlap: float = 0.5, *, batch: int = 1, mirror: Sequence[int] = (),
+                   overlap: float = OVERLAP, *, batch: int = 1, mirror: Sequence[int] = (),
                    pairs: Sequence[tuple[int, int]] = (), labels: bool = False,
                    progress: Progress = iter) -> np.ndarray:
     """Logits (*S, classes), float32, or labels (*S), uint8, of a volume (*S, C).

@@ -18,7 +18,7 @@ from .. import infer, losses, models, optim, report, train
 from ..data import ct
 from ..data.decathlon import Dataset
 from ..files import read_json, whole
-from ..infer.scan import OVERLAP
+from ..infer.windows import OVERLAP
 from ..nn import to_device
 from .fingerprint import Fingerprint, Progress, fingerprint
 from .rules import (

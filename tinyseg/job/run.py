@@ -14,7 +14,7 @@ from typing import Any, Self
 from .. import checkpoint, files, pretrained, report
 from ..backend import Array, device
 from ..data import augment, decathlon
-from ..infer.scan import OVERLAP
+from ..infer.windows import OVERLAP
 from ..nn import Module, to_device
 from . import prepare, stages
 from .evaluate import compare, evaluate
