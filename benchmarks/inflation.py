@@ -25,11 +25,11 @@ PROFILES = ("zero", "gaussian", "average")
 
 
 def ways(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(slots, strides): as in the plane, the plan's, and what lies between them and no halving."""
-    n = len(plan.depth_stride)
-    strides = [(2,) * n, (1,) + (2,) * (n - 1), plan.depth_stride, (1,) * n]
-    return list(dict.fromkeys([*(((3,) * 5, each) for each in (strides[0], strides[-1])),
-                               *((plan.depth, each) for each in strides)]))
+    """(slots, strides): all as in the plane, the plan's slots, its strides, and no halving but that
+    of the stem, if the plan has it."""
+    n, first = len(plan.depth_stride), plan.depth_stride[0]
+    return [((3,) * 5, (2,) * n), (plan.depth, (2,) * n), (plan.depth, plan.depth_stride),
+            (plan.depth, (first, *(1,) * (n - 1)))]
 
 
 def main() -> None:
