@@ -333,12 +333,25 @@ def test_what_is_given_is_taken(source):
 
 
 def test_less_memory_makes_smaller_patches(source):
-    sizes = [prod(proposed(source, memory=memory).patch_3d) for memory in (1.07, 1.1, 2, 64)]
+    made = [proposed(source, memory=memory) for memory in (1.07, 1.1, 2, 64)]
+    sizes = [prod(plan.patch_3d) for plan in made]
     assert sizes == sorted(sizes) and sizes[0] < sizes[1] < sizes[2] == sizes[3] == 32 * 64 * 56
-    for memory, size in zip((1.07, 1.1), sizes, strict=False):
-        assert 2 * size * plans.PER_VOXEL + plans.FIXED <= memory * 2**30
+    for memory, plan, size in zip((1.07, 1.1), made, sizes, strict=False):
+        assert plan.batch_3d * size * plans.PER_VOXEL + plans.FIXED <= memory * 2**30
     with pytest.raises(ValueError, match="found 1 GiB of memory, expected 1.06 at least"):
         proposed(source, memory=1)
+
+
+def test_a_case_that_fills_a_batch_is_seen_whole(source, monkeypatch):
+    shape = plans.median_shape(plans.fingerprint(decathlon.load(source)),
+                               proposed(source).preprocessing)
+    for voxels, batch in ((32 * 64 * 56, 2), (32 * 64 * 56 - 1, 1), (32 * 64 * 28, 1),
+                          (32 * 64 * 20, 2)):
+        monkeypatch.setitem(plans.VOXELS, "cpu", voxels)
+        made = proposed(source)
+        whole = all(n >= 0.9 * m for n, m in zip(made.patch_3d, shape, strict=True))
+        assert (made.batch_3d, whole) == (batch, voxels > 32 * 64 * 20)
+        assert made.batch_3d * prod(made.patch_3d) <= 2 * voxels
 
 
 def test_a_spacing_that_a_scan_cannot_have_is_refused_by_the_file(source):

@@ -36,7 +36,8 @@ VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
 FIXED = 2**30  # bytes that training takes for weights, gradients, moments and libraries
 PER_VOXEL = 1_000  # and for a voxel of a batch: twice what tracemalloc tells of ResNet-18's U-Net
 LEAST = 32**3  # voxels of a patch of a volume: the deepest layer of a U-Net keeps one of these
-BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more than a third
+BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more than a third;
+WHOLE = 0.9  # one, of as many voxels as two, where it is as long as this share of a case each way
 SLICES = 32  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
 SHARE_2D = 0.25  # of the time is the 2D network's
@@ -225,15 +226,21 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
     preprocessing = replace(ct.Plan.fit(fingerprint.samples, tuple(spacing)),
                             mirror=fingerprint.mirror)
     shape = median_shape(fingerprint, preprocessing)
-    volume = patch_of_volumes(shape, preprocessing.spacing, voxels) if patch is None \
-        else (int(patch[0]), int(patch[1]), int(patch[2]))
+    count = BATCH
+    if patch is None:
+        volume = patch_of_volumes(shape, preprocessing.spacing, voxels)
+        larger = patch_of_volumes(shape, preprocessing.spacing, BATCH * voxels)
+        if prod(larger) > voxels and min(np.divide(larger, shape)) >= WHOLE:
+            volume, count = larger, 1
+    else:
+        volume = int(patch[0]), int(patch[1]), int(patch[2])
     slices = patch_of_slices(shape)
     plan = Plan(
         preprocessing=preprocessing, backbone=backbone,
         **going_with(head, preprocessing.spacing, volume[0],
                      enlarged(preprocessing.spacing, fingerprint.spacings)),
-        patch_2d=slices, patch_3d=volume, batch_3d=BATCH,
-        batch_2d=min(SLICES, max(1, round(BATCH * prod(volume) / prod(slices)))),
+        patch_2d=slices, patch_3d=volume, batch_3d=count,
+        batch_2d=min(SLICES, max(1, round(count * prod(volume) / prod(slices)))),
         steps_2d=STEPS, steps_3d=STEPS, augmentation="mild")
     return plan if minutes is None else within(
         plan, minutes, measure(plan, fingerprint, device, progress))
