@@ -21,11 +21,7 @@ COVER = 16  # patches in the median case, at most, before its spacing is coarsen
 COARSE = 2.0  # mm, to which a spacing is coarsened at most
 LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap_min_edge_length)
 # Which halvings leave depth as it is, rule or not, by how many a trunk has: then inflation keeps
-# what the 2D network knows. Hippocampus, U-Net, Dice of 8 held-out scans right after inflating by
-# average, flat kernels as below: 2D 0.751/0.537; strides 1 1 1 2 2 0.746/0.527 at 0.75 of the time
-# that strides of 1 take; 1 1 2 2 2 0.738/0.491 at 0.60; 1 2 2 2 2 0.705/0.453 at 0.51; as in the
-# plane, kernels too, 0.438/0.029. Linear head on phantoms, zero: 2D 0.785/0.719; 1 1 2 0.775/0.709,
-# 1 2 2 0.673/0.588, 2 2 2 0.430/0.391 (2026-11-26, one run each).
+# what the 2D network knows, as benchmarks/inflation.py prints; the README has its table.
 KEPT = {5: (True, True, False, False, False), 3: (True, True, False)}
 FLAT = 2  # stages, the stem's and layer1's, whose kernels do not reach along depth: half the time
 
