@@ -23,7 +23,7 @@ LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap
 # Which halvings leave depth as it is, rule or not, by how many a trunk has: then inflation keeps
 # what the 2D network knows, as benchmarks/inflation.py prints; the README has its table.
 KEPT = {5: (True, True, False, False, False), 3: (True, True, False)}
-FLAT = 2  # stages, the stem's and layer1's, whose kernels do not reach along depth: half the time
+FLAT = 2  # stages, the stem's and layer1's, whose kernels do not reach along depth
 
 
 def working_spacing(spacings: np.ndarray, extents: np.ndarray, voxels: int
