@@ -47,9 +47,10 @@ def method(run: job.Run) -> None:
     else:
         new = ts.models.resnet_seg(rank=2, in_channels=run.channels, classes=len(run.labels),
                                    seed=asked.seed, **plan.architecture)
-        new.prior(run.shares)  # background is common, a tumour rare
-        if asked.pretrained and run.fresh:
-            run.pretrain(new)
+        if run.fresh:
+            new.prior(run.shares)  # background is common, a tumour rare
+            if asked.pretrained:
+                run.pretrain(new)
         with stopping() as stop:
             flat = run.train("2d", new, stop=stop)
 

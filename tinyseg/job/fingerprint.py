@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from ..data import augment, ct
 from ..data.decathlon import Case, Dataset
+from ..infer.windows import Progress
 
 DRAWN = 50_000  # voxels of a scan, evenly spaced, that its percentiles are of
 PERCENTILES = (0.5, 50, 99.5)
-Progress = Callable[[Iterable], Iterable]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ from .. import infer, losses, models, optim, report, train
 from ..data import ct
 from ..data.decathlon import Dataset
 from ..files import read_json, whole
-from ..infer.windows import OVERLAP
+from ..infer.windows import OVERLAP, Progress
 from ..nn import to_device
-from .fingerprint import Fingerprint, Progress, fingerprint
+from .fingerprint import Fingerprint, fingerprint
 from .rules import (
     KEPT,
     depth_strides,

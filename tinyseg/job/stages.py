@@ -154,8 +154,7 @@ def run(stage: Stage, net: Module, batch: Batch, history: History,
         bar.close()
         if optimizer.steps == average.steps == step:  # unless the step after it ended halfway
             keep()
-    net.load_state({name.removeprefix("average."): array
-                    for name, array in average.state().items() if name != "steps"})
+    net.load_state(average.arrays)
 
 
 def shares(batches: Iterable[tuple[Array, Array]], classes: int) -> Array:
