@@ -1,7 +1,8 @@
 """This library on the cores of a CPU beside PyTorch: time and memory, in one run.
 
   steps        forward, cross-entropy, backward, AdamW of whole networks, and memory
-  inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18, also as a U-Net
+  inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18, also as a U-Net; also
+               beside OpenVINO, where it is installed (float32, the PyTorch network converted)
   growth       one step against depth, batch and cores
   layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
                1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w. Beside
@@ -14,13 +15,13 @@ PyTorch runs in its faster memory format, at the same number of threads. Layers 
 process, each in bursts of which the first 30 ms do not count: the threads of PyTorch's OpenMP keep
 a core busy for a while after their work. Steps and inference have a process for each side, and
 their runs alternate, so that a machine that slows down slows both. Figures are medians; a ratio is
-PyTorch's time / ours.
+theirs / ours in time, ours / theirs in memory.
 
   python benchmarks/cpu.py                     all parts, about 20 minutes on two cores
   python benchmarks/cpu.py --parts steps       one of them
   python benchmarks/cpu.py --quick             a minute: few layers, small steps
 
-Needs PyTorch: pip install torch==2.13.0.
+Needs PyTorch: pip install torch==2.13.0; beside OpenVINO: pip install openvino.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from math import exp, log, prod
 from pathlib import Path
@@ -272,6 +274,26 @@ def torch_side(case: tuple, threads: int, train: bool, last: bool):
     return step
 
 
+def openvino_side(case: tuple, threads: int):
+    import openvino
+    import torch
+
+    import tinyseg as ts
+
+    size = case[3]
+    model = openvino.convert_model(torch_network(case).eval(), input=[1, 1, *size],
+                                   example_input=torch.zeros(1, 1, *size))
+    request = openvino.compile_model(model, "CPU", {
+        "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+
+    def predict(x):
+        answer, = request.infer([np.ascontiguousarray(np.moveaxis(x.data, -1, 1))]).values()
+        return ts.Tensor(np.moveaxis(answer, 1, -1))
+
+    return lambda x, _: ts.infer.sliding_window(predict, x[0], size)
+
+
 def work(pipe, make, arguments, shape) -> None:
     """One side in a process of its own: a run for every message."""
     run, rng = make(*arguments), np.random.default_rng(0)
@@ -285,14 +307,18 @@ def work(pipe, make, arguments, shape) -> None:
 
 
 def side_by_side(case: tuple, shape: tuple, threads: int, turns: int, train: bool = True) -> dict:
-    """{side: (median seconds, GiB above idle)} of ours and of PyTorch's two formats."""
+    """{side: (median seconds, GiB above idle)} of ours, of PyTorch's two formats and, in inference,
+    of OpenVINO where it is installed."""
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
     context = multiprocessing.get_context("spawn")  # the children read the thread count at start
+    sides = {"ours": (our_side, train), "first": (torch_side, train, False),
+             "last": (torch_side, train, True)}
+    if not train and find_spec("openvino"):
+        sides["openvino"] = openvino_side,
     pipes = {}
-    for name, make, more in (("ours", our_side, ()), ("first", torch_side, (False,)),
-                             ("last", torch_side, (True,))):
+    for name, (make, *more) in sides.items():
         pipes[name], there = context.Pipe()
-        context.Process(target=work, args=(there, make, (case, threads, train, *more), shape),
+        context.Process(target=work, args=(there, make, (case, threads, *more), shape),
                         daemon=True).start()
         there.close()
     seconds: dict = {name: [] for name in pipes}
@@ -313,10 +339,15 @@ HEAD = (f"{'':34}{'ours s':>9}{'PyTorch s':>11}{'ratio':>7}{'ours GiB':>10}{'PyT
 
 
 def row(name: str, sides: dict) -> str:
-    """One line: PyTorch in its faster format, with the memory of that one."""
+    """One line: PyTorch in its faster format, with the memory of that one; and OpenVINO."""
     (ours, gib), (theirs, their_gib) = sides["ours"], min(sides["first"], sides["last"])
-    return (f"{name:34}{ours:9.2f}{theirs:11.2f}{theirs / ours:7.2f}{gib:10.2f}{their_gib:13.2f}"
+    line = (f"{name:34}{ours:9.2f}{theirs:11.2f}{theirs / ours:7.2f}{gib:10.2f}{their_gib:13.2f}"
             f"{gib / their_gib:7.2f}")
+    if "openvino" not in sides:
+        return line
+    other, other_gib = sides["openvino"]
+    return (f"{line}\n{'OpenVINO':>43}{other:11.2f}{other / ours:7.2f}{other_gib:23.2f}"
+            f"{gib / other_gib:7.2f}")
 
 
 def main() -> None:

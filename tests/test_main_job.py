@@ -291,8 +291,8 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_p
     relabelled(one, (0, 1, 2), labels={"0": "background", "1": "left kidney", "2": "spleen"})
     steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4", "--score-mirrored"]
     for number, (folder, words, plan, told) in enumerate((
-            (data, [], [], "patches are mirrored left-right\\n"),
-            (sided, [], [["left kidney", "right kidney"]], "left kidney and right kidney change"),
+            (data, [], [], "patches may be mirrored left-right\\n"),
+            (sided, [], [["left kidney", "right kidney"]], "left kidney and right kidney then"),
             (sided, ["--mirror", "none"], None, "nothing is mirrored\\n"),
             (one, [], None, "left kidney has a side and no partner"),
             (one, ["--mirror", "2=left kidney"], [["spleen", "left kidney"]], "spleen and left"))):

@@ -313,7 +313,7 @@ def test_a_proposal_follows_the_rules(source):
     spacing = made.preprocessing.spacing
     np.testing.assert_allclose(spacing, np.divide(SPACING, 2), rtol=1e-5)  # 11,000 voxels, then 8x
     assert made.patch_3d == (32, 64, 56) and made.patch_2d == (64, 56)
-    assert made.batch_3d == 2 and made.batch_2d == 32  # 2 x 32 slices are more than enough
+    assert made.batch_3d == 2 and made.batch_2d == 16  # 2 x 32 slices are more than enough
     assert (made.depth, made.depth_stride) == ((1, 1, 3, 3, 3), (2, 1, 2, 2, 1))  # enlarged
     assert (made.head, len(made.decoder), made.backbone) == ("unet", 4, "resnet18")
     assert made.steps_2d == made.steps_3d == plans.STEPS and made.seconds == {}
@@ -366,12 +366,25 @@ def test_steps_fill_the_minutes_in_their_shares(minutes, flat, deep):
         made = plans.within(PLAN, minutes, seconds)
     except ValueError as error:
         assert "minutes, in which there is no time" in str(error)
-        assert 15 * minutes < flat or 45 * minutes < deep
+        assert 36 * minutes < flat or 24 * minutes < deep
         return
     assert made.seconds == seconds
-    assert 0 <= 15 * minutes - flat * made.steps_2d < flat * (1 + 1e-6)
-    assert 0 <= 45 * minutes - deep * made.steps_3d < deep * (1 + 1e-6)
+    assert 0 <= 36 * minutes - flat * made.steps_2d < flat * (1 + 1e-6)
+    assert 0 <= 24 * minutes - deep * made.steps_3d < deep * (1 + 1e-6)
     assert dataclasses.replace(made, steps_2d=4, steps_3d=0, seconds={"scan_2d": 1.5}) == PLAN
+
+
+def test_patches_are_varied_where_training_sees_the_same_voxels_often(source):
+    found = plans.fingerprint(decathlon.load(source))
+    made = plans.propose(found)
+    often = rules.SEEN * 5 * prod(plans.median_shape(found, made.preprocessing))
+    deep, flat = 2 * prod(made.patch_3d), 16 * prod(made.patch_2d)
+    for slices in (0, 3):
+        volumes = int((often - slices * flat) / deep)
+        for steps, name in ((volumes, "none"), (volumes + 1, "mild")):
+            asked = dataclasses.replace(made, steps_2d=slices, steps_3d=steps, augmentation="x")
+            assert plans.varied(asked, found) == dataclasses.replace(asked, augmentation=name)
+    assert made == plans.varied(made, found)
 
 
 def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
@@ -396,10 +409,10 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
     along = {"depth": made.depth, "depth_stride": made.depth_stride, "depth_padding": "edge"}
     network = {"head": "unet", "decoder": made.decoder}
     assert asked == [("resnet18", 2, network), ("resnet18", 3, network | along)]
-    assert set(seen) == {(True, (32, 64, 56, 1)), (False, (8, 64, 56, 1)),
+    assert set(seen) == {(True, (16, 64, 56, 1)), (False, (8, 64, 56, 1)),
                          (True, (2, 32, 64, 56, 1)), (False, (1, 32, 64, 56, 1))}
     assert set(made.seconds) == {"step_2d", "step_3d", "scan_2d", "scan_3d"}
-    assert made.steps_2d == int(15 / made.seconds["step_2d"]) > 0
+    assert made.steps_2d == int(36 / made.seconds["step_2d"]) > 0
 
     times = iter(range(0, 10**6, 4))  # seconds
     monkeypatch.setattr(plans, "perf_counter", lambda: next(times))
@@ -410,7 +423,7 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
                                28 * 3, 3)]  # 28 x 60 x 52 voxels: windows of half overlap
     monkeypatch.setattr(plans, "_timed", lambda net, patch, count: (count, 1.0))
     for each, slices, volumes in windows:
-        assert plans.measure(each, found) == {"step_2d": 32, "scan_2d": slices,
+        assert plans.measure(each, found) == {"step_2d": 16, "scan_2d": slices,
                                               "step_3d": 2, "scan_3d": volumes}
 
 
@@ -532,11 +545,12 @@ def test_the_command_tells_the_plan_and_draws_three_cases(source, tmp_path, caps
     assert run(source, "--out", tmp_path / "new" / "out", "--minutes", 2) == 0
     out = tmp_path / "new" / "out"
     made = plans.Plan.read(out / "plan.json")
-    assert made == plans.within(proposed(source), 2, SECONDS)
-    assert (made.steps_2d, made.steps_3d) == (60, 45)
+    found = plans.fingerprint(decathlon.load(source))
+    assert made == plans.varied(plans.within(proposed(source), 2, SECONDS), found)
+    assert (made.steps_2d, made.steps_3d) == (144, 24)
     assert {path.name for path in out.iterdir()} == {"plan.json", "plan.png"}
     told = capsys.readouterr().out
-    assert str(plans.fingerprint(decathlon.load(source))) in told and str(made) in told
+    assert str(found) in told and str(made) in told
     ((_, cases, labels, _),) = shown
     sizes = {case.id: int((case.read()[1] > 0).sum()) for case in decathlon.load(source).cases}
     order = sorted(sizes, key=sizes.get)

@@ -20,16 +20,8 @@ from ..data.decathlon import Dataset
 from ..files import read_json, whole
 from ..infer.windows import OVERLAP, Progress
 from ..nn import to_device
+from . import rules
 from .fingerprint import Fingerprint, fingerprint
-from .rules import (
-    KEPT,
-    depth_strides,
-    enlarged,
-    patch_of_slices,
-    patch_of_volumes,
-    slots,
-    working_spacing,
-)
 from .settings import BACKBONE, HEAD
 
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
@@ -38,9 +30,9 @@ PER_VOXEL = 1_000  # and for a voxel of a batch: twice what tracemalloc tells of
 LEAST = 32**3  # voxels of a patch of a volume: the deepest layer of a U-Net keeps one of these
 BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more than a third;
 WHOLE = 0.9  # one, of as many voxels as two, where it is as long as this share of a case each way
-SLICES = 32  # slices a step, at most
+SLICES = 16  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
-SHARE_2D = 0.25  # of the time is the 2D network's
+SHARE_2D = 0.6  # of the time is the 2D network's: a minute of slices teaches more than of volumes
 REPEATS = 3  # steps that are timed
 
 
@@ -222,28 +214,29 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
             raise ValueError(f"found {memory:g} GiB of memory, expected"
                              f" {(FIXED + BATCH * PER_VOXEL * LEAST) / 2**30:.3g} at least")
     if spacing is None:
-        spacing = working_spacing(fingerprint.spacings, fingerprint.extents, voxels)
+        spacing = rules.working_spacing(fingerprint.spacings, fingerprint.extents, voxels)
     preprocessing = replace(ct.Plan.fit(fingerprint.samples, tuple(spacing)),
                             mirror=fingerprint.mirror)
     shape = median_shape(fingerprint, preprocessing)
     count = BATCH
     if patch is None:
-        volume = patch_of_volumes(shape, preprocessing.spacing, voxels)
-        larger = patch_of_volumes(shape, preprocessing.spacing, BATCH * voxels)
+        volume = rules.patch_of_volumes(shape, preprocessing.spacing, voxels)
+        larger = rules.patch_of_volumes(shape, preprocessing.spacing, BATCH * voxels)
         if prod(larger) > voxels and min(np.divide(larger, shape)) >= WHOLE:
             volume, count = larger, 1
     else:
         volume = int(patch[0]), int(patch[1]), int(patch[2])
-    slices = patch_of_slices(shape)
+    slices = rules.patch_of_slices(shape)
     plan = Plan(
         preprocessing=preprocessing, backbone=backbone,
         **going_with(head, preprocessing.spacing, volume[0],
-                     enlarged(preprocessing.spacing, fingerprint.spacings)),
+                     rules.enlarged(preprocessing.spacing, fingerprint.spacings)),
         patch_2d=slices, patch_3d=volume, batch_3d=count,
         batch_2d=min(SLICES, max(1, round(count * prod(volume) / prod(slices)))),
-        steps_2d=STEPS, steps_3d=STEPS, augmentation="mild")
-    return plan if minutes is None else within(
-        plan, minutes, measure(plan, fingerprint, device, progress))
+        steps_2d=STEPS, steps_3d=STEPS, augmentation="none")
+    if minutes is not None:
+        plan = within(plan, minutes, measure(plan, fingerprint, device, progress))
+    return varied(plan, fingerprint)
 
 
 def going_with(head: str, spacing: Sequence[float], depth: int, enlarged: bool) -> dict[str, Any]:
@@ -251,10 +244,10 @@ def going_with(head: str, spacing: Sequence[float], depth: int, enlarged: bool) 
     of this spacing (mm) and patches of `depth` voxels. Where scans are seen enlarged, the stem's
     halving undoes it, and a decoder ends there."""
     decoder: tuple[int, ...] = models.DECODER if head == "unet" else ()
-    kept: tuple[bool, ...] = KEPT[len(decoder) or 3]
-    strides = depth_strides(spacing, depth, (False, *kept[1:]) if enlarged else kept)
+    kept: tuple[bool, ...] = rules.KEPT[len(decoder) or 3]
+    strides = rules.depth_strides(spacing, depth, (False, *kept[1:]) if enlarged else kept)
     return {"head": head, "decoder": decoder[:4] if enlarged else decoder,
-            "depth": slots(spacing, strides), "depth_stride": strides}
+            "depth": rules.slots(spacing, strides), "depth_stride": strides}
 
 
 def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int, int, int]:
@@ -272,6 +265,16 @@ def within(plan: Plan, minutes: float, seconds: dict[str, float]) -> Plan:
                          f" stages ({seconds['step_2d']:.3g} and {seconds['step_3d']:.3g} seconds"
                          " here); give more time, or take a smaller patch")
     return replace(plan, seconds=seconds, steps_2d=flat, steps_3d=deep)
+
+
+def varied(plan: Plan, fingerprint: Fingerprint) -> Plan:
+    """The plan with the augmentation that goes with how often its steps see these cases."""
+    seen = sum(steps * count * prod(patch) for steps, count, patch in (
+        (plan.steps_2d, plan.batch_2d, plan.patch_2d),
+        (plan.steps_3d, plan.batch_3d, plan.patch_3d)))
+    shape = median_shape(fingerprint, plan.preprocessing)
+    return replace(plan, augmentation=rules.augmentation(
+        seen / prod(shape) / len(fingerprint.digests)))
 
 
 def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu",
@@ -325,7 +328,8 @@ def describe(dataset: Dataset, out: Path, *, minutes: float | None = None,
     print(found)
     plan = propose(found, memory=memory, device=device)
     seconds = measure(plan, found, device, partial(tqdm, desc="measure", unit="network"))
-    plan = replace(plan, seconds=seconds) if minutes is None else within(plan, minutes, seconds)
+    plan = replace(plan, seconds=seconds) if minutes is None else varied(
+        within(plan, minutes, seconds), found)
     print(f"\nplan\n{plan}")
     plan.write(out / "plan.json")
     by_size = sorted(found.digests, key=lambda each: sum(list(each.voxels.values())[1:]))

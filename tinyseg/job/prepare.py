@@ -17,7 +17,7 @@ from ..data import augment, ct, decathlon, phantom, sampling
 from ..files import read_json
 from ..nn import Module
 from .fingerprint import fingerprint
-from .plan import Plan, going_with, measure, propose, within
+from .plan import Plan, going_with, measure, propose, varied, within
 from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings
 
 
@@ -64,8 +64,8 @@ def reflection(asked: Settings, labels: dict[int, str],
         pairs = list(decided) or [(numbers.get(a, a), numbers.get(b, b)) for a, b in (
             word.split("=", 1) for word in asked.mirror)]
         augment.numbered(pairs, names)  # or it says which is no class
-    print("patches are mirrored left-right" + "".join(
-        f"; {a} and {b} change places" for a, b in pairs))
+    print("patches may be mirrored left-right" + "".join(
+        f"; {a} and {b} then change places" for a, b in pairs))
     return tuple(pairs)
 
 
@@ -98,6 +98,7 @@ def decide(asked: Settings, training: decathlon.Dataset,
             seconds = measure(plan, found, asked.device,
                               partial(tqdm, desc="measure", unit="network"))
             plan = within(plan, asked.minutes, seconds)
+        plan = varied(adjusted(plan, asked, mirror), found)
     return adjusted(plan, asked, mirror)
 
 

@@ -99,7 +99,7 @@ class Settings:
                                   type=int, metavar="N", grows=True)
     batch: int | None = option(None, "volumes a step, and slices in proportion (default: the "
                                "plan's; quick 1)", type=int, metavar="N")
-    lr: tuple[float, ...] = option((2e-3, 5e-4), "AdamW's rate on slices and on volumes",
+    lr: tuple[float, ...] = option((2e-3, 3e-4), "AdamW's rate on slices and on volumes",
                                    type=float, nargs=2, metavar=("2D", "3D"))
     folds: int = option(5, "parts of the cross-validation", type=int, metavar="K")
     fold: int = option(0, "the part held out, from 0", type=int, metavar="I")
