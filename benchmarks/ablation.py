@@ -1,0 +1,86 @@
+"""What each part of the main job's defaults adds: every one alone, and all of them, in the same
+minutes of training.
+
+    python benchmarks/ablation.py --data Task04_Hippocampus --minutes 5 --seeds 3
+
+Without any, the network has the linear head at output stride 8 in depth as in the plane, patches
+are plain, the last weights count, and scans are scored without their mirror image. Each run is the
+main job, fold 0 of 5, in a folder of --out; one that has its metrics.json is not run again, so that
+an interrupted benchmark goes on. Prints the mean Dice over classes of whole held-out volumes, and
+how far seeds lie apart. Minutes are by steps that are timed before: nothing else should work on the
+machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from unittest.mock import patch
+
+from tinyseg import job
+from tinyseg.files import read_json
+from tinyseg.job import stages
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import train_pancreas_3d as example  # noqa: E402
+
+NOTHING = {"head": "linear", "depth_stride": ("plane",), "augment": "none"}
+PARTS: dict[str, dict] = {  # what each changes of NOTHING; the moving average is no setting
+    "decoder": {"head": "unet"},
+    "depth strides": {"depth_stride": None},
+    "augmentation": {"augment": "mild"},
+    "moving average": {},
+    "mirror image": {"score_mirrored": True},
+}
+ROWS = {"none": (), **{name: (name,) for name in PARTS}, "all": tuple(PARTS)}
+
+
+def measure(parts: tuple[str, ...], folder: Path, **asked) -> dict[str, float]:
+    """Dice of both networks, the mean over classes, of a run with these parts."""
+    if not (folder / "metrics.json").exists():
+        settings = dict(NOTHING)
+        for part in parts:
+            settings |= PARTS[part]
+        decay = stages.AVERAGE if "moving average" in parts else 0.0
+        with patch.object(stages, "AVERAGE", decay), job.Run.resume(folder) if (
+                folder / "run.json").exists() else job.Run(
+                    folder, job.Settings(**asked, **settings)) as run:
+            example.method(run)
+    models = read_json(folder / "metrics.json")["models"]
+    return {name: mean(each["dice"] for each in models[name]["mean"].values())
+            for name in ("2d", "3d")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of the Decathlon or of nnU-Net")
+    add("--minutes", type=float, required=True, help="of training, for every run")
+    add("--seeds", type=int, default=1, metavar="N", help="runs with seeds 0 to N - 1 (1)")
+    add("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
+        help=f"of {', '.join(ROWS)} (all)")
+    add("--out", type=Path, default=Path("runs/ablation"), help="where runs go (runs/ablation)")
+    asked = parser.parse_args()
+    if asked.minutes <= 0 or asked.seeds < 1:
+        parser.error("--minutes must be positive and --seeds at least 1")
+    found: dict[str, list[dict]] = {row: [] for row in asked.only}
+    for seed, row in product(range(asked.seeds), asked.only):  # so that one seed is soon complete
+        print(f"\n{row}, seed {seed}", flush=True)
+        folder = asked.out / f"{row.replace(' ', '_')}_{seed}"
+        found[row].append(measure(ROWS[row], folder, data=asked.data, minutes=asked.minutes,
+                                  seed=seed))
+    print("\n| parts | 2D | 3D | seeds |\n|---|---|---|---|")
+    for row, runs in found.items():
+        told = [f"{mean(scores):.3f}" + (f" ({min(scores):.3f} to {max(scores):.3f})"
+                                         if len(scores) > 1 else "")
+                for scores in ([run[name] for run in runs] for name in ("2d", "3d"))]
+        print(f"| {row} | {' | '.join(told)} | {len(runs)} |")
+
+
+if __name__ == "__main__":
+    main()

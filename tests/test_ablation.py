@@ -1,0 +1,69 @@
+"""benchmarks/ablation.py asks for what its rows say."""
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import ablation  # noqa: E402
+
+from tinyseg import job  # noqa: E402
+from tinyseg.job import stages  # noqa: E402
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What runs were asked for, and the decay of their averages."""
+    asked = []
+
+    @contextmanager
+    def run(folder, settings):
+        folder.mkdir()
+        yield folder, settings
+
+    def method(run):
+        folder, settings = run
+        asked.append((settings, stages.AVERAGE))
+        mean = {name: {"dice": dice + settings.seed} for name, dice in (("a", 0.25), ("b", 0.75))}
+        (folder / "metrics.json").write_text(json.dumps(
+            {"models": {"2d": {"mean": mean}, "3d": {"mean": {"a": {"dice": 0.125}}}}}))
+
+    monkeypatch.setattr(ablation.job, "Run", run)
+    monkeypatch.setattr(ablation.example, "method", method)
+    return asked
+
+
+def test_a_row_differs_from_none_by_its_part_and_all_from_it_by_every_one(begun, tmp_path):
+    kept, found = stages.AVERAGE, {}
+    for row, parts in ablation.ROWS.items():
+        for _ in range(2):  # the second time it is read
+            assert ablation.measure(parts, tmp_path / row, minutes=2, seed=3) == {
+                "2d": 3.5, "3d": 0.125}
+        (settings, decay), = begun
+        begun.clear()
+        found[row] = {**settings.json(), "average": decay}
+    none, defaults = found.pop("none"), job.Settings(minutes=2, seed=3).json()
+    assert none == defaults | {"head": "linear", "depth_stride": ["plane"], "augment": "none",
+                               "average": 0.0}
+    changed = {row: {key for key in none if told[key] != none[key]} for row, told in found.items()}
+    assert changed == {
+        "decoder": {"head"}, "depth strides": {"depth_stride"}, "augmentation": {"augment"},
+        "moving average": {"average"}, "mirror image": {"score_mirrored"},
+        "all": {"head", "depth_stride", "augment", "average", "score_mirrored"}}
+    assert found["all"] == defaults | {"head": "unet", "augment": "mild", "score_mirrored": True,
+                                       "average": kept} and stages.AVERAGE == kept
+
+
+def test_a_table_tells_means_and_how_far_seeds_lie_apart(begun, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [
+        "ablation.py", "--data", "x", "--minutes", "1", "--seeds", "2", "--only", "decoder", "none",
+        "--out", str(tmp_path)])
+    ablation.main()
+    assert [settings.seed for settings, _ in begun] == [0, 0, 1, 1]
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == "| decoder | 1.000 (0.500 to 1.500) | 0.125 (0.125 to 0.125) | 2 |"
+    assert second.startswith("| none | 1.000 ")
