@@ -115,7 +115,7 @@ def _curves(panel, rows, keys, label, average=True, style="-"):
     panel.set_ylabel(label)
     panel.grid(alpha=0.3)
     if len(keys) > 1 and panel.get_legend_handles_labels()[0]:
-        panel.legend(loc="upper center", ncols=PER_ROW, fontsize="small")
+        panel.legend(loc="lower right", ncols=PER_ROW, fontsize="small")
 
 
 def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
