@@ -284,12 +284,24 @@ def test_label_numbers_with_gaps_are_those_of_the_predictions(undrawn, data, don
         np.testing.assert_array_equal(mine, np.array(numbers)[theirs])
 
 
+def test_a_network_that_saw_no_mirror_image_is_not_asked_about_one(undrawn, data, tmp_path, capsys):
+    assert job.main(["--data", str(data), "--out", str(tmp_path), *SMALL, "--steps-2d", "0",
+                     "--steps-3d", "0", "--folds", "4", "--score-mirrored"]) == 0
+    assert "none is varied, so nothing is mirrored\n" in capsys.readouterr().out
+    decided, metrics = (json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+                        for name in ("plan", "metrics"))
+    assert decided["augmentation"] == "none" and decided["preprocessing"]["mirror"] is None
+    assert ts.load(tmp_path / "model_2d.npz").metadata["plan"]["mirror"] is None
+    assert metrics["scoring"]["mean_with_mirror_image"] is False
+
+
 def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_path, capsys):
     sided = relabelled(copy_of(data, tmp_path), (0, 1, 2), labels={
         "0": "background", "1": "left kidney", "2": "right kidney"})
     one = copy_of(sided, tmp_path / "one")
     relabelled(one, (0, 1, 2), labels={"0": "background", "1": "left kidney", "2": "spleen"})
-    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4", "--score-mirrored"]
+    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4", "--score-mirrored",
+             "--augment", "mild"]
     for number, (folder, words, plan, told) in enumerate((
             (data, [], [], "patches may be mirrored left-right\\n"),
             (sided, [], [["left kidney", "right kidney"]], "left kidney and right kidney then"),
