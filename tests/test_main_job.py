@@ -21,7 +21,8 @@ from tinyseg.data import decathlon, phantom
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_pancreas_3d.py"
 SMALL = ["--patch", "12", "24", "32", "--steps-2d", "4", "--steps-3d", "3", "--batch", "1",
-         "--folds", "2", "--seed", "3", "--head", "linear", "--spacing", "5", "3.6", "3.5"]
+         "--folds", "2", "--seed", "3", "--head", "linear", "--spacing", "5", "3.6", "3.5",
+         "--augment", "mild"]
 FILES = {"model_2d.npz", "model_3d.npz", "history.csv", "metrics.json", "progress.png",
          "checkpoint.npz", "run.json", "plan.json", "predictions", "predictions_2d", "prepared"}
 
@@ -285,7 +286,7 @@ def test_label_numbers_with_gaps_are_those_of_the_predictions(undrawn, data, don
 
 
 def test_a_network_that_saw_no_mirror_image_is_not_asked_about_one(undrawn, data, tmp_path, capsys):
-    assert job.main(["--data", str(data), "--out", str(tmp_path), *SMALL, "--steps-2d", "0",
+    assert job.main(["--data", str(data), "--out", str(tmp_path), *SMALL[:-2], "--steps-2d", "0",
                      "--steps-3d", "0", "--folds", "4", "--score-mirrored"]) == 0
     assert "none is varied, so nothing is mirrored\n" in capsys.readouterr().out
     decided, metrics = (json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
@@ -300,8 +301,7 @@ def test_what_is_mirrored_is_told_and_kept_with_the_network(undrawn, data, tmp_p
         "0": "background", "1": "left kidney", "2": "right kidney"})
     one = copy_of(sided, tmp_path / "one")
     relabelled(one, (0, 1, 2), labels={"0": "background", "1": "left kidney", "2": "spleen"})
-    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4", "--score-mirrored",
-             "--augment", "mild"]
+    steps = [*SMALL, "--steps-2d", "0", "--steps-3d", "0", "--folds", "4", "--score-mirrored"]
     for number, (folder, words, plan, told) in enumerate((
             (data, [], [], "patches may be mirrored left-right\\n"),
             (sided, [], [["left kidney", "right kidney"]], "left kidney and right kidney then"),
