@@ -101,16 +101,14 @@ def decide(asked: Settings, training: decathlon.Dataset,
         plan = varied(adjusted(plan, asked, mirror), found)
         if plan.augmentation == "none" and not asked.augment and mirror is not None:
             print("patches are seldom seen twice: none is varied, so nothing is mirrored")
+            mirror = None  # a network that saw no mirror image must not be asked about one
     return adjusted(plan, asked, mirror)
 
 
 def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | None) -> Plan:
     """The plan with what is asked for in the place of what it says; without its times, where they
-    are of something else then, and pairs, where no patch is mirrored: a network that never saw a
-    mirror image must not be asked about one."""
+    are of something else then."""
     depth, given = asked.depth_stride, plan
-    if (asked.augment or plan.augmentation) == "none":
-        mirror = None
     if asked.head and asked.head != plan.head:
         plan = replace(plan, **going_with(asked.head, plan.preprocessing.spacing,
                                           (asked.patch or plan.patch_3d)[0],
