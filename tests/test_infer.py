@@ -750,6 +750,12 @@ def test_an_ensemble_averages_probabilities_on_the_scans_grid():
     assert_largest(labels, sum(softmax(logits_at_once(net, volume)) for net in nets) / 3)
     assert all((labels != one).any() for one in alone)
     np.testing.assert_array_equal(segment(nets[::-1], volume), labels)
+    np.testing.assert_array_equal(segment(nets, volume, each=True), [*alone, labels])
+    cleaned = segment(nets, volume, each=True, largest=True)
+    np.testing.assert_array_equal(cleaned, [islands(one, largest=True) for one in (*alone, labels)])
+    shares = segment(nets, volume, each=True, probabilities=True)
+    np.testing.assert_allclose(shares[:-1].mean(axis=0), shares[-1], rtol=1e-6)
+    np.testing.assert_array_equal(segment(nets[:1], volume, each=True), alone[:1] * 2)
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])

@@ -342,8 +342,7 @@ def test_a_generator_of_parameters():
 def test_schedules():
     assert [optim.poly(s, 4, 2) for s in range(5)] == [1, 0.5625, 0.25, 0.0625, 0]
     assert optim.poly(3, 10) == pytest.approx(0.7**0.9) and optim.poly(11, 10) == 0
-    assert [optim.cosine(s, 8, 4) for s in range(4)] == [0.25, 0.5, 0.75, 1]
-    assert [optim.cosine(s, 8, 4) for s in (4, 6, 8, 9)] == pytest.approx([1, 0.5, 0, 0])
+    assert [optim.cosine(s, 4) for s in (0, 2, 4, 5)] == pytest.approx([1, 0.5, 0, 0])
     assert optim.cosine(0, 0) == 1
 
 
@@ -351,10 +350,13 @@ def test_a_warm_up_precedes_a_schedule_and_composes():
     rising = optim.warmup(4)
     assert [rising(s, 10) for s in range(4)] == [0.25, 0.5, 0.75, 1]
     assert [rising(s, 10) for s in range(4, 11)] == [optim.poly(s, 6) for s in range(7)]
+    assert [optim.warmup(4, optim.cosine)(s, 12) for s in (0, 1, 3, 4, 8, 12, 20)] == (
+        pytest.approx([1 / 4, 1 / 2, 1, 1, 1 / 2, 0, 0]))
     for total in (3, 4, 5, 12):
         for step in range(total + 2):
-            assert optim.warmup(4, optim.cosine)(step, total) == optim.cosine(step, total, 4)
             assert optim.warmup(0)(step, total) == optim.poly(step, total)
+            assert optim.warmup(4)(step, total) == (
+                (step + 1) / 4 if step < 4 else optim.poly(step - 4, max(1, total - 4)))
     twice = optim.warmup(2, optim.warmup(3, lambda step, total: step / total))
     assert [twice(s, 9) for s in range(9)] == [
         1 / 2, 1, 1 / 3, 2 / 3, 1, 0, 1 / 4, 2 / 4, 3 / 4]

@@ -369,8 +369,9 @@ def test_steps_fill_the_minutes_in_their_shares(minutes, flat, deep):
         assert 36 * minutes < flat or 24 * minutes < deep
         return
     assert made.seconds == seconds
-    assert 0 <= 36 * minutes - flat * made.steps_2d < flat * (1 + 1e-6)
-    assert 0 <= 24 * minutes - deep * made.steps_3d < deep * (1 + 1e-6)
+    for left, step in ((36 * minutes - flat * made.steps_2d, flat),
+                       (24 * minutes - deep * made.steps_3d, deep)):
+        assert -1e-9 * minutes <= left < step * (1 + 1e-6)  # but for rounding
     assert dataclasses.replace(made, steps_2d=4, steps_3d=0, seconds={"scan_2d": 1.5}) == PLAN
 
 

@@ -100,8 +100,8 @@ def test_resumption_equals_the_uninterrupted_run(tmp_path, kind, dtype):
 def test_schedules():
     assert [poly(s, 10) for s in (0, 5, 10, 12)] == pytest.approx([1, 0.5**0.9, 0, 0])
     assert poly(3, 4, power=2) == 1 / 16
-    assert [cosine(s, 12, warmup=4) for s in (0, 1, 3, 4, 8, 12, 20)] == pytest.approx(
-        [1 / 4, 1 / 2, 1, 1, 1 / 2, 0, 0])
+    assert [cosine(s, 12) for s in (0, 3, 4, 6, 8, 12, 20)] == pytest.approx(
+        [1, (1 + math.sqrt(0.5)) / 2, 3 / 4, 1 / 2, 1 / 4, 0, 0])
     assert cosine(0, 8) == 1 and cosine(2, 8) == pytest.approx((1 + math.sqrt(0.5)) / 2)
     for f in (poly, cosine):
         values = [f(s, 9) for s in range(10)]

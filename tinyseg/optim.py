@@ -202,11 +202,9 @@ def poly(step: int, total: int, power: float = 0.9) -> float:
     return max(0.0, 1 - step / total) ** power
 
 
-def cosine(step: int, total: int, warmup: int = 0) -> float:
-    """From 0 to 1 in a straight line over `warmup` steps, then (1 + cos(pi x)) / 2 down to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return (1 + cos(pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2
+def cosine(step: int, total: int) -> float:
+    """(1 + cos(pi x)) / 2, x = step / total (Loshchilov and Hutter 2017, without restarts)."""
+    return (1 + cos(pi * min(1.0, step / max(1, total)))) / 2
 
 
 def warmup(steps: int, schedule: Schedule = poly) -> Schedule:

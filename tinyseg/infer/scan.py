@@ -47,25 +47,32 @@ def resampled(parts: Iterable[np.ndarray], depth: int, shape: Sequence[int],
         yield below + (x - index) * (above - below)
 
 
-def segment(nets: Module | Sequence[Module], scan: Volume, *, largest: bool = False,
-            smallest: float = 0, probabilities: bool = False, **options: Any) -> np.ndarray:
+def segment(nets: Module | Sequence[Module], scan: Volume, *, each: bool = False,
+            largest: bool = False, smallest: float = 0, probabilities: bool = False,
+            **options: Any) -> np.ndarray:
     """The label map (D, H, W) of a scan on its own grid, by one network or several.
 
     It holds the numbers that the training files had (`numbers`), in the smallest unsigned type.
     With `probabilities` the result is (D, H, W, classes) float32, a class for each of `numbers`.
-    `largest` and `smallest`, in ml, are those of `islands`, of label maps alone. The options plan,
-    patch, overlap, mirror and progress, and what is refused, are those of `rows`.
+    With `each`, of n networks, it is n + 1 of them, (n + 1, D, H, W, ...): what every one says
+    alone, and last what all say together, in the time of that. `largest` and `smallest`, in ml, are
+    those of `islands`, of label maps alone. The options plan, patch, overlap, mirror and progress,
+    and what is refused, are those of `rows`.
     """
     if probabilities and (largest or smallest):
         raise ValueError("found largest or smallest with probabilities, expected them without; they"
                          " clean label maps")
-    found, stream = rows(nets, scan, probabilities=probabilities, **options)
-    shape = scan.array.shape[:3]
-    result = (np.empty((*shape, len(found)), "float32") if probabilities else
-              np.empty(shape, np.min_scalar_type(max(found))))
-    for here, row in zip(result, stream, strict=True):
-        here[...] = row if probabilities else np.array(found)[row.argmax(axis=-1)]
-    return islands(result, largest=largest, smallest=smallest * 1000 / prod(scan.spacing))
+    nets = _several(nets)
+    found, stream = _voices(nets, scan, soft=probabilities or each or len(nets) > 1, **options)
+    shape, count = scan.array.shape[:3], len(nets) + 1 if each else 1
+    result = (np.empty((count, *shape, len(found)), "float32") if probabilities else
+              np.empty((count, *shape), np.min_scalar_type(max(found))))
+    for d, voices in zip(range(shape[0]), stream, strict=True):
+        for one, row in zip(result, voices[-count:], strict=True):
+            one[d] = row if probabilities else np.array(found)[row.argmax(axis=-1)]
+    for one in result:
+        one[...] = islands(one, largest=largest, smallest=smallest * 1000 / prod(scan.spacing))
+    return result if each else result[0]
 
 
 def rows(nets: Module | Sequence[Module], scan: Volume, *, plan: Plan | None = None,
@@ -91,7 +98,22 @@ def rows(nets: Module | Sequence[Module], scan: Volume, *, plan: Plan | None = N
     Raises ValueError where networks differ in classes, do not fit the scan's channels, have neither
     a plan nor a patch, or are asked for the left-right reflection that their training left out.
     """
-    nets = [nets] if isinstance(nets, Module) else list(nets)
+    nets = _several(nets)
+    found, voices = _voices(nets, scan, plan=plan, patch=patch, overlap=overlap, mirror=mirror,
+                            soft=probabilities or len(nets) > 1, progress=progress)
+    return found, (row for *_, row in voices)
+
+
+def _several(nets: Module | Sequence[Module]) -> list[Module]:
+    return [nets] if isinstance(nets, Module) else list(nets)
+
+
+def _voices(nets: Sequence[Module], scan: Volume, *, plan: Plan | None = None,
+            patch: Sequence[int] | Literal["whole"] | None = None, overlap: float = OVERLAP,
+            mirror: Sequence[int] = (), progress: Progress = iter, soft: bool
+            ) -> tuple[list[int], Iterator[list[np.ndarray]]]:
+    """`rows` with what every network says alone before what all say together, if `soft`; else the
+    logits of the only one."""
     shape, channels = scan.array.shape[:3], (*scan.array.shape, 1)[3]
     for net in nets:
         if not {"rank", "classes", "in_channels"} <= getattr(net, "config", {}).keys():
@@ -124,18 +146,17 @@ def rows(nets: Module | Sequence[Module], scan: Volume, *, plan: Plan | None = N
 
     found, classes = numbers(nets[0]), list(numbers(nets[0]).values())
     streams = [stream(*each) for each in zip(nets, plans, strict=True)]
-    soft = probabilities or len(nets) > 1
 
-    def votes() -> Iterator[np.ndarray]:
+    def voices() -> Iterator[list[np.ndarray]]:
         for logits in zip(*streams, strict=True):
             if not soft:
-                yield logits[0][..., classes]
+                yield [logits[0][..., classes]]
                 continue
-            shares = [ops.softmax(Tensor(one)).data for one in logits]
-            row = sum(shares)[..., classes]
-            yield row / row.sum(axis=-1, keepdims=True)  # some classes may have no number
+            shares = [ops.softmax(Tensor(one)).data[..., classes] for one in logits]
+            yield [row / row.sum(axis=-1, keepdims=True)  # some classes may have no number
+                   for row in (*shares, sum(shares))]
 
-    return list(found), votes()
+    return list(found), voices()
 
 
 def _metadata(net: Module) -> dict:
