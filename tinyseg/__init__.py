@@ -4,6 +4,7 @@ from . import checkpoint as checkpoint
 from . import (
     cuda,
     data,
+    intervals,
     losses,
     metrics,
     models,
@@ -19,11 +20,13 @@ from . import (
 from . import infer as infer
 from .backend import device, to_numpy
 from .checkpoint import load, save
-from .inflate import PROFILES, inflate
+from .inflate import deflate, inflate
 from .nn import to_device
+from .profiles import PROFILES
 from .tensor import Tensor, no_grad, op
 
 __version__ = "0.1.0"
-__all__ = ["PROFILES", "Tensor", "checkpoint", "cuda", "data", "device", "infer", "inflate",
-           "load", "losses", "metrics", "models", "nn", "no_grad", "op", "ops", "optim",
-           "parallel", "pretrained", "report", "save", "to_device", "to_numpy", "train", "windows"]
+__all__ = ["PROFILES", "Tensor", "checkpoint", "cuda", "data", "deflate", "device", "infer",
+           "inflate", "intervals", "load", "losses", "metrics", "models", "nn", "no_grad", "op",
+           "ops", "optim", "parallel", "pretrained", "report", "save", "to_device", "to_numpy",
+           "train", "windows"]

@@ -56,6 +56,8 @@ class Conv(Module):
     """
 
     stage: int | None = None  # of a ResNet that it works in, see models.Depth
+    reduces = False  # the channels that a bottleneck works on: its first 1x1
+    along: Any = None  # what computes in its place, see models.structures
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, ...], *, stride: Any = 1,
                  padding: Any = 0, dilation: Any = 1, padding_mode: Any = "zero",
@@ -67,7 +69,10 @@ class Conv(Module):
         self.bias = Tensor(np.zeros(c_out, "float32"), requires_grad=True) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv(_floats(x, self.weight), self.weight, self.bias, **self.window.options)
+        x = _floats(x, self.weight)
+        if self.along is not None:
+            return self.along.apply(x, self)
+        return ops.conv(x, self.weight, self.bias, **self.window.options)
 
 
 class Linear(Module):

@@ -87,5 +87,7 @@ def _followers(holder: Module) -> Iterator[tuple[str, str]]:
     else:
         pairs = []
     for first, second in pairs:
-        if type(getattr(holder, first)) is Conv and type(vars(holder).get(second)) is BatchNorm:
+        conv = getattr(holder, first)
+        if type(conv) is Conv and conv.along is None and type(
+                vars(holder).get(second)) is BatchNorm:
             yield first, second

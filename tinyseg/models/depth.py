@@ -16,8 +16,10 @@ import numpy as np
 
 from ..nn import Conv, MaxPool
 from ..windows import Window
+from .structures import STRUCTURES
 
 STAGES = 5
+WIDE = 3  # slots, where they are as many as in the plane, of a kernel of one tap there
 
 
 def positive(n: Any) -> bool:
@@ -42,7 +44,8 @@ class Depth:
     depth_stride: "plane", 1, or one number, 1 or 2, for each halving in the plane: (stem, pool,
     layer2, layer3, layer4), of which a trunk of output stride 16 has four and one of 8 three.
     depth_dilation: "plane" or 1. depth_padding: "zero" or "edge". pool_depth: slots of max-pooling;
-    None: as in the plane where pooling halves depth, else 1.
+    None: as in the plane where pooling halves depth, else 1. structure: a name in STRUCTURES, what
+    a convolution of more than one slot is.
 
     Padding keeps the depth (divided by the stride, rounded up): the window's slot T // 2 stands
     on the position itself.
@@ -53,6 +56,7 @@ class Depth:
     depth_dilation: Any = "plane"
     depth_padding: str = "zero"
     pool_depth: int | None = None
+    structure: str = "full"
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -68,6 +72,9 @@ class Depth:
             raise ValueError(f'depth_dilation is {self.depth_dilation!r}; expected "plane" or 1')
         if self.depth_padding not in ("zero", "edge"):
             raise ValueError(f'depth_padding is {self.depth_padding!r}; expected "zero" or "edge"')
+        if self.structure not in STRUCTURES:
+            raise ValueError(f"structure is {self.structure!r}; expected one of "
+                             f"{', '.join(STRUCTURES)}")
         slots = self._slots()
         if len(slots) not in (2, STAGES) or not all(t == "plane" or positive(t) for t in slots):
             raise ValueError(f'depth is {self.depth!r}; expected "plane", a positive int, one for '
@@ -112,12 +119,20 @@ class Depth:
             edge=(self.depth_padding == "edge", *plane.edge),
         )
 
-    def conv(self, plane: Window, stem: bool, stage: int | None = None) -> Window:
+    def reaches(self, plane: Window, reduces: bool) -> bool:
+        """Whether a kernel that has this window in the plane gets slots along depth."""
+        if self.structure == "pointwise":
+            return reduces
+        return self.structure != "planar" and max(plane.kernel) > 1
+
+    def conv(self, plane: Window, stem: bool, stage: int | None = None, reduces: bool = False
+             ) -> Window:
         """The rank-3 window of a convolution that has the window `plane` in the plane; `stage`
-        counts from 0, None: in none."""
-        if max(plane.kernel) == 1:
+        counts from 0, None: in none. reduces: see `Conv`."""
+        if not self.reaches(plane, reduces):
             return self._prepend(plane, 1, stage)
-        numbers = [plane.kernel[0] if t == "plane" else t for t in self._slots()]
+        numbers = [max(plane.kernel[0], WIDE * reduces) if t == "plane" else t
+                   for t in self._slots()]
         if len(numbers) == 2:
             slots = numbers[0 if stem else 1]
         else:
@@ -161,14 +176,17 @@ class Builder:
         return Window.of((k,) * axes, stride, (k - 1) * dilation // 2, dilation)
 
     def conv(self, c_in: int, c_out: int, k: int, stride: int = 1, dilation: int = 1,
-             **options: Any) -> Conv:
-        window = self._plane(k, stride, dilation)
+             *, reduces: bool = False, **options: Any) -> Conv:
+        plane, options = self._plane(k, stride, dilation), {"bias": False, **options}
+        window, along = plane, None
         if self.rank == 3:
-            window = self.depth.conv(window, self.stem, self.stage)
+            window = self.depth.conv(plane, self.stem, self.stage, reduces)
+            along = STRUCTURES[self.depth.structure] if window.kernel[0] > 1 else None
         self.stem = self.stem and k == 1
-        options = {"bias": False, **options}
-        made = Conv(c_in, c_out, window.kernel, **window.options, **options, rng=self.rng)
-        made.stage = self.stage
+        made = Conv(c_in, c_out, (1, *plane.kernel) if along else window.kernel,
+                    **window.options, **options, rng=self.rng)
+        made.window, made.stage, made.reduces = window, self.stage, reduces
+        made.along = along(made) if along else None
         return made
 
     def pool(self, k: int, stride: int) -> MaxPool:

@@ -93,8 +93,8 @@ def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, class
                decoder: tuple[int, ...] | None = None, norm: str = "batch",
                dilate_first_block: bool = True, align_corners: bool = True, depth: Any = "plane",
                depth_stride: Any = "plane", depth_dilation: Any = "plane",
-               depth_padding: str = "zero", pool_depth: int | None = None, seed: int = 0
-               ) -> Segmenter:
+               depth_padding: str = "zero", pool_depth: int | None = None,
+               structure: str = "full", seed: int = 0) -> Segmenter:
     """A segmentation network: logits (N, *S, classes) for images or volumes (N, *S, in_channels).
 
     The defaults are Pakhomov's ResNet-8s, isotropic at rank 3. `dilate_first_block=False` with
@@ -106,7 +106,8 @@ def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, class
     what is left after fewer than five is interpolated. norm: "batch" or "group", the decoder's
     alone.
     """
-    along, unet = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth), {}
+    along, unet = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth,
+                        structure), {}
     if head == "unet":
         unet = {"decoder": plain(DECODER if decoder is None else decoder), "norm": norm}
         if output_stride not in (None, 32):
@@ -127,10 +128,10 @@ def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, class
 
 def resnet(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: int,
            depth: Any = "plane", depth_stride: Any = "plane", depth_dilation: Any = "plane",
-           depth_padding: str = "zero", pool_depth: int | None = None, seed: int = 0
-           ) -> Classifier:
+           depth_padding: str = "zero", pool_depth: int | None = None,
+           structure: str = "full", seed: int = 0) -> Classifier:
     """The classification network: (N, *S, in_channels) -> logits (N, classes)."""
-    along = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth)
+    along = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth, structure)
     net = Classifier(Builder(rank, along, seed), classes, backbone=backbone,
                      in_channels=in_channels, output_stride=32, dilate_first_block=True)
     net.config = {"model": "resnet", "backbone": backbone, "rank": rank,

@@ -35,7 +35,8 @@ class Residual(Module):
     def __init__(self, build: Builder, c_in: int, width: int, stride: int, dilation: int,
                  bottleneck: bool):
         if bottleneck:
-            convs = [build.conv(c_in, width, 1), build.conv(width, width, 3, stride, dilation),
+            convs = [build.conv(c_in, width, 1, reduces=True),
+                     build.conv(width, width, 3, stride, dilation),
                      build.conv(width, 4 * width, 1)]
         else:
             convs = [build.conv(c_in, width, 3, stride, dilation),
