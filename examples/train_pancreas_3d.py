@@ -1,4 +1,4 @@
-"""Train on slices, inflate to volumes, fine-tune, and score both on held-out cases.
+"""Train on slices, inflate to volumes, fine-tune, and score both on held-out cases, and together.
 
 The scans come as a folder of the Medical Segmentation Decathlon or of nnU-Net, as it is, or as two
 folders with the same names; without any, a synthetic one is written first and takes the same path.
@@ -10,7 +10,8 @@ Everything lands in --out:
                                patches of held-out cases
   metrics.json                 Dice, IoU and distances per class and case, on whole volumes, and how
                                scored
-  predictions/, overlay_*.png  label maps on the scans' own grids, and pictures of them
+  predictions/, overlay_*.png  label maps on the scans' own grids, and pictures of them; of the 2D
+                               network in predictions_2d/, of both together in predictions_ensemble/
   run.json, plan.json          what was asked for, and what was decided
   checkpoint.npz               where --resume goes on
 """
@@ -41,26 +42,39 @@ examples:
 
 def method(run: job.Run) -> None:
     """From a folder of scans to two networks and their scores."""
-    asked, plan = run.settings, run.decide()  # spacing, patches, depth strides, steps
-    if asked.from_2d:
-        flat = run.take("2d", asked.from_2d)
-    else:
-        new = ts.models.resnet_seg(rank=2, in_channels=run.channels, classes=len(run.labels),
-                                   seed=asked.seed, **plan.architecture)
-        if run.fresh:
-            new.prior(run.shares)  # background is common, a tumour rare
-            if asked.pretrained:
-                run.pretrain(new)
-        with stopping() as stop:
-            flat = run.train("2d", new, stop=stop)
+    run.decide()  # spacing, patches, depth strides, steps
+    flat = slices(run)
+    run.evaluate({"2d": flat, "3d": volumes(run, flat)})
 
-    deep = ts.inflate(flat, profile=asked.profile, **plan.inflation)
+
+def slices(run: job.Run) -> ts.nn.Module:
+    """The 2D network, trained on slices, or another run's."""
+    asked = run.settings
+    if asked.from_2d:
+        return run.take("2d", asked.from_2d)
+    new = ts.models.resnet_seg(rank=2, in_channels=run.channels, classes=len(run.labels),
+                               seed=asked.seed, **run.plan.architecture)
+    if run.fresh:
+        new.prior(run.shares)  # background is common, a tumour rare
+        if asked.pretrained:
+            run.pretrain(new)
+    with stopping() as stop:
+        return run.train("2d", new, stop=stop)
+
+
+def volumes(run: job.Run, flat: ts.nn.Module) -> ts.nn.Module:
+    """The 3D network that is made of it, trained on volumes."""
+    asked = run.settings
+    deep = ts.inflate(flat, **asked.way, **run.plan.inflation)
+    if asked.start == "random":
+        deep = ts.models.build(deep.config | {"seed": asked.seed})
+        assert isinstance(deep, ts.models.Segmenter)
+        deep.prior(run.shares)
     run.compare(flat, deep)
     for prefix in asked.freeze:
         deep.freeze(prefix)
     with stopping() as stop:
-        deep = run.train("3d", deep, stop=stop)
-    run.evaluate({"2d": flat, "3d": deep})
+        return run.train("3d", deep, stop=stop)
 
 
 def begin(argv: list[str] | None) -> job.Run:

@@ -149,8 +149,8 @@ def expected(done):
 MOMENTS = (  # about what, and the first and last of the events about it, one of which is drawn
     ("phantom", 1, 40), ("fit", 1, 1), ("prepared", 1, 60), ("dice_cross_entropy", 1, 3),
     ("checkpoint", 1, 8), ("history", 1, 4), ("model_2d", 1, 4), ("inflate", 1, 1),
-    ("checkpoint", 4, 12), ("dice_cross_entropy", 1, 1), ("model_3d", 1, 4), ("segment", 1, 4),
-    ("predictions", 1, 8), ("metrics", 1, 4),
+    ("checkpoint", 4, 12), ("dice_cross_entropy", 1, 1), ("model_3d", 1, 4), ("segment", 1, 2),
+    ("predictions", 1, 12), ("metrics", 1, 4),
 )
 
 

@@ -71,7 +71,9 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
     ({"from_2d": "a", "mirror": ["1=2"]}, "--mirror"),
-    ({"profile": "noise"}, "--profile"),
+    ({"profile": "cubic"}, "--profile"), ({"profile": "scale"}, "--alpha goes with"),
+    ({"alpha": [0.5, 0.5]}, "--alpha goes with"), ({"start": "flat"}, "--start"),
+    ({"profile": "scale", "alpha": [0.5, 0.2, 0.2]}, "sum is 1"),
 ])
 def test_what_no_run_can_be_asked_for_is_named(wrong, said):
     with pytest.raises(job.SettingsError, match=said):
@@ -147,7 +149,7 @@ def go(run, stop=lambda: False):
         run.decide()
         flat = (run.take("2d", run.settings.from_2d) if run.settings.from_2d
                 else run.train("2d", network(run)))
-        deep = ts.inflate(flat, profile=run.settings.profile, **run.plan.inflation)
+        deep = ts.inflate(flat, **run.settings.way, **run.plan.inflation)
         kept = run.compare(flat, deep)
         deep = run.train("3d", deep, stop=stop)
         return kept, run.evaluate({"2d": flat, "3d": deep})
@@ -189,7 +191,7 @@ def test_a_run_is_stopped_grows_and_is_finished(data, tmp_path, done):
     kept, found = go(job.Run.resume(out))
     assert (out / "model_3d.npz").read_bytes() == before
     told = json.loads((out / "metrics.json").read_text("utf-8"))
-    assert told["models"].keys() == found.keys() == {"2d", "3d"}
+    assert told["models"].keys() == found.keys() == {"2d", "3d", "ensemble"}
     assert told["equivalence"] == kept and kept["max_abs_difference"] < 1e-4
     assert kept["held_out_patches"].keys() == {"2d", "3d"}
     scores = told["models"]["3d"]["mean"]["pancreas"]

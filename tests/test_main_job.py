@@ -24,7 +24,8 @@ SMALL = ["--patch", "12", "24", "32", "--steps-2d", "4", "--steps-3d", "3", "--b
          "--folds", "2", "--seed", "3", "--head", "linear", "--spacing", "5", "3.6", "3.5",
          "--augment", "mild"]
 FILES = {"model_2d.npz", "model_3d.npz", "history.csv", "metrics.json", "progress.png",
-         "checkpoint.npz", "run.json", "plan.json", "predictions", "predictions_2d", "prepared"}
+         "checkpoint.npz", "run.json", "plan.json", "predictions", "predictions_2d",
+         "predictions_ensemble", "prepared"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +64,7 @@ def test_a_run_leaves_what_it_promises(done, data):
     dataset = decathlon.load(data)
     _, held_out = decathlon.folds([c.id for c in dataset.cases], 2)[0]
     assert 0 <= metrics["equivalence"]["max_abs_difference"] < 1e-4
-    for model in ("2d", "3d"):
+    for model in ("2d", "3d", "ensemble"):
         cases = metrics["models"][model]["cases"]
         assert set(cases) == set(held_out)
         for scores in [*cases.values(), metrics["models"][model]["mean"]]:
@@ -102,6 +103,9 @@ def test_predict_command_repeats_the_evaluation(done, data, tmp_path, capsys):
     assert commands.main(words) == 0
     same = np.asarray(nib.load(out).dataobj) == np.asarray(nib.load(path).dataobj)
     assert same.all()
+    assert commands.main([*words, "--with", str(done / "model_2d.npz")]) == 0
+    both = nib.load(done / "predictions_ensemble" / path.name)
+    assert (np.asarray(nib.load(out).dataobj) == np.asarray(both.dataobj)).all()
     assert commands.main(["inspect", str(done / "model_2d.npz")]) == 0
     assert '"rank": 2' in capsys.readouterr().out
 
@@ -419,11 +423,11 @@ def test_a_picture_that_fails_ends_no_run(data, tmp_path, monkeypatch, capsys):
 def test_going_on_after_training_evaluates_what_is_left(undrawn, data, done, tmp_path, monkeypatch):
     out, segment, seen = tmp_path / "run", ts.infer.segment, []
 
-    def once(net, scan, **options):
-        if len(seen) == 3:
+    def once(nets, scan, **options):
+        if len(seen) == 1:
             raise OSError("the disk is gone")
-        seen.append((net.config["rank"], scan.path.name))
-        return segment(net, scan, **options)
+        seen.append(scan.path.name)
+        return segment(nets, scan, **options)
 
     monkeypatch.setattr(ts.infer, "segment", once)
     assert job.main(["--data", str(data), "--out", str(out), *SMALL]) == 1

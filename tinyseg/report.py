@@ -174,9 +174,109 @@ def examples(path: str | Path, cases: Sequence[tuple[str, np.ndarray, np.ndarray
     _save(figure, path)
 
 
+def forest(path: str | Path, rows: Sequence[tuple[str, float, float, float]], title: str = ""
+           ) -> None:
+    """Differences with their intervals, (name, mean, low, high), one below the other; those that
+    hold zero are grey."""
+    figure = _figure(7, 1.2 + 0.32 * len(rows))
+    panel = figure.subplots()
+    for y, (_, mean, low, high) in enumerate(rows):
+        colour = "#888888" if low <= 0 <= high else COLOURS[2]
+        panel.plot([low, high], [y, y], color=colour, linewidth=2)
+        panel.plot([mean], [y], "o", color=colour)
+    panel.axvline(0, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    panel.invert_yaxis()
+    panel.grid(axis="x", alpha=0.3)
+    panel.set_xlabel(title)
+    _save(figure, path)
+
+
 def _lines(labels: Mapping[int, str]) -> dict[int, tuple[str, str]]:
     """{number: (style, colour)} of the outlines of all classes but the background."""
     return dict(zip(filter(None, labels), cycle(product(STYLES, COLOURS)), strict=False))
+
+
+def coloured(slices: np.ndarray, labels: np.ndarray, window: Any, names: Mapping[int, str]
+             ) -> np.ndarray:
+    """Slices (N, H, W) as pictures (N, H, W, 3) of bytes with the outlines of their labels, in the
+    colours and the view of `overlay`; window: the values that are black and white."""
+    low, high = window
+    grey = np.clip((slices.astype("float32") - low) / max(high - low, 1e-9), 0, 1) * 255
+    found = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+    for number, (_, colour) in _lines(names).items():
+        inside = np.pad(labels == number, ((0, 0), (1, 1), (1, 1)))
+        core = inside[:, 1:-1, 1:-1].copy()
+        for axis, shift in product((1, 2), (1, -1)):
+            core &= np.roll(inside, shift, axis)[:, 1:-1, 1:-1]
+        found[(labels == number) & ~core] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return found[:, ::-1, ::-1]
+
+
+def learning(path: str | Path, rows: Sequence[Mapping[str, Any]], label: str = "Dice") -> None:
+    """Dice of ways against steps and against seconds: the mean over runs, and a band to the least
+    and the most. `rows` have "way", "step", "seconds" and "dice"."""
+    figure = _figure(10, 4)
+    panels = figure.subplots(1, 2, sharey=True)
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    for way, (style, colour) in zip(ways, cycle(product(STYLES, COLOURS)), strict=False):
+        mine = [row for row in rows if row["way"] == way]
+        steps = sorted({row["step"] for row in mine})
+        runs = [[row for row in mine if row["step"] == step] for step in steps]
+        low, middle, high = ([f([row["dice"] for row in run]) for run in runs]
+                             for f in (min, np.mean, max))
+        for panel, x in ((panels[0], steps), (panels[1], [
+                np.mean([row["seconds"] for row in run]) for run in runs])):
+            panel.plot(x, middle, style, color=colour, label=way, marker=".")
+            panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            panel.grid(alpha=0.3)
+    panels[0].set_xlabel("step")
+    panels[1].set_xlabel("seconds of training")
+    panels[0].set_ylabel(label)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
+def scatter(path: str | Path, pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+            reference: str, label: str = "Dice") -> None:
+    """Scores of single cases, a panel a way: of the reference along x, of the way along y."""
+    figure = _figure(2.6 * min(4, len(pairs)) + 0.4, 3 * -(-len(pairs) // 4) + 0.4)
+    panels = figure.subplots(-(-len(pairs) // 4), min(4, len(pairs)), squeeze=False, sharex=True,
+                             sharey=True)
+    for panel in panels.flat[len(pairs):]:
+        panel.set_axis_off()
+    for panel, (name, (x, y)) in zip(panels.flat, pairs.items(), strict=False):
+        panel.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+        panel.plot(x, y, ".", color=COLOURS[2], alpha=0.6)
+        better = np.mean(np.asarray(y) > np.asarray(x))
+        panel.set_title(f"{name}\n{better:.0%} above", fontsize="small")
+        panel.set_box_aspect(1)
+    low = min(min(*x, *y) for x, y in pairs.values())
+    panels[0, 0].set_xlim(max(0, low - 0.02), 1)
+    panels[0, 0].set_ylim(max(0, low - 0.02), 1)
+    figure.supxlabel(f"{label}, {reference}", fontsize="small")
+    figure.supylabel(label, fontsize="small")
+    _save(figure, path)
+
+
+def kernels(path: str | Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Kernels as pictures, a row of them after each name: one (k, k) of a slice, or T of a volume.
+    Red is positive, blue negative, on one scale."""
+    wide, most = max(map(len, rows.values())), max(
+        float(abs(np.asarray(each)).max()) for row in rows.values() for each in row)
+    figure = _figure(1.6 + 1.3 * wide, 1.4 * len(rows))
+    panels = figure.subplots(len(rows), wide, squeeze=False)
+    for line, (name, row) in zip(panels, rows.items(), strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+        for panel in line:
+            panel.set(xticks=[], yticks=[])
+        for panel in line[len(row):]:
+            panel.set_axis_off()
+        for t, (panel, each) in enumerate(zip(line, row, strict=False)):
+            panel.imshow(each, cmap="RdBu_r", vmin=-most, vmax=most)
+            if len(row) > 1:
+                panel.set_title(f"slot {t}", fontsize="small")
+    _save(figure, path)
 
 
 def _cut(panel: Any, image: np.ndarray, shown: np.ndarray | None, axis: int, rest: tuple[int, int],
@@ -218,8 +318,8 @@ def score_lines(means: Mapping[str, Mapping[str, Mapping[str, float]]], measure:
     """{model: {class: {measure: mean}}} as a small text table, one line a class."""
     classes = list(next(iter(means.values())))
     width = max(len(text) for text in (*classes, f"mean {measure}"))
-    lines = [f"{'mean ' + measure:{width}}" + "".join(f"{model:>8}" for model in means)]
-    lines += [f"{c:{width}}" + "".join(f"{scores[c][measure]:8.3f}" for scores in means.values())
+    lines = [f"{'mean ' + measure:{width}}" + "".join(f"{model:>10}" for model in means)]
+    lines += [f"{c:{width}}" + "".join(f"{scores[c][measure]:10.3f}" for scores in means.values())
               for c in classes]
     return "\n".join(lines)
 

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from .. import infer, metrics, report
 from ..backend import Array
 from ..data import ct, decathlon, nifti
-from ..nn import Module
-from ..tensor import no_grad
+from ..module import Module, evaluation
 from .prepare import during
 from .stages import patch_dice
 
 TOLERANCE = 5.0  # mm between surfaces: the Decathlon's for the pancreas
+ENSEMBLE = "ensemble"  # the name of all networks together: the mean of their probabilities
 
 
 class Scores:
@@ -53,33 +53,46 @@ class Scores:
 
 def evaluate(dataset: decathlon.Dataset, held_out: Sequence[str], nets: Mapping[str, Module],
              out: Path, mirror: Sequence[int] = ()) -> dict[str, dict]:
-    """Predict every held-out case with every network, write the label maps, score, draw.
+    """Predict every held-out case with every network and with all together, write the label maps,
+    score, draw.
 
     `mirror`: answers are averaged with those to the mirror image. What an interrupted evaluation
     has written since the networks were, is scored as it lies there.
     """
-    scores = {name: Scores(dataset.labels) for name in nets}
+    names = [*nets, ENSEMBLE] if len(nets) > 1 else [*nets]
+    scores = {name: Scores(dataset.labels) for name in names}
+    folders = {name: predictions(out, name) for name in names}
+    since = max((out / f"model_{name}.npz").stat().st_mtime_ns for name in nets)
     cases = [case for case in dataset.cases if case.id in held_out]
     shown = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}
     for case in tqdm(cases, desc="evaluate", unit="case"):
         with during(f"evaluating case {case.id}"):
             scan, truth = case.read()
-            maps = {"reference": truth}
-            for name, net in nets.items():
-                folder = out / ("predictions" if name == "3d" else f"predictions_{name}")
-                target, model = folder / f"{case.id}.nii.gz", out / f"model_{name}.npz"
-                if target.exists() and target.stat().st_mtime_ns >= model.stat().st_mtime_ns:
-                    maps[name] = nifti.read(target, truth.dtype).array
-                else:
-                    maps[name] = infer.segment(net, scan, mirror=mirror)
-                    folder.mkdir(exist_ok=True)
-                    nifti.write(target, maps[name], scan)
-                scores[name].add(case.id, maps[name], truth, scan.spacing)
+            targets = {name: folder / f"{case.id}.nii.gz" for name, folder in folders.items()}
+            if all(path.exists() and path.stat().st_mtime_ns >= since
+                   for path in targets.values()):
+                maps = {name: nifti.read(path, truth.dtype).array
+                        for name, path in targets.items()}
+            else:
+                found = infer.segment(list(nets.values()), scan, each=True, mirror=mirror)
+                maps = dict(zip(names, found, strict=False))  # of one network two, alike
+                for name, path in targets.items():
+                    path.parent.mkdir(exist_ok=True)
+                    nifti.write(path, maps[name], scan)
+            for name, labels in maps.items():
+                scores[name].add(case.id, labels, truth, scan.spacing)
             if case.id in shown:
+                net = next(iter(nets.values()))
                 image = np.clip(scan.array[..., 0], *ct.Plan(**net.metadata["plan"]).window)
-                report.drawn(report.overlay, out / f"overlay_{case.id}.png", image, maps,
-                             dataset.labels, scan.spacing, f"{dataset.name} {case.id}, held out")
+                report.drawn(report.overlay, out / f"overlay_{case.id}.png", image,
+                             {"reference": truth, **maps}, dataset.labels, scan.spacing,
+                             f"{dataset.name} {case.id}, held out")
     return {name: found.told() for name, found in scores.items()}
+
+
+def predictions(run: Path, name: str) -> Path:
+    """The folder of a run that holds the label maps by a network, "2d", "3d" or ENSEMBLE."""
+    return run / ("predictions" if name == "3d" else f"predictions_{name}")
 
 
 def compare(flat: Module, deep: Module, patches: tuple[Array, Array], names: Sequence[str],
@@ -102,7 +115,7 @@ def equivalence(flat: Module, deep: Module, patch: Sequence[int], seed: int) -> 
     """The largest difference of logits between both nets on an input constant along depth."""
     rng = np.random.default_rng(seed)
     image = rng.standard_normal((1, *patch[1:], flat.config["in_channels"]), "float32")
-    with no_grad():
-        one = flat.eval()(image).data[:, None]
-        many = deep.eval()(np.repeat(image[:, None], patch[0], axis=1)).data
+    with evaluation(flat), evaluation(deep):
+        one = flat(image).data[:, None]
+        many = deep(np.repeat(image[:, None], patch[0], axis=1)).data
     return float(abs(many - one).max())

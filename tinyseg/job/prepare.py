@@ -13,8 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import models, pretrained
-from ..data import augment, ct, decathlon, phantom, sampling
+from ..data import augment, decathlon, phantom, sampling
 from ..files import read_json
+from ..inflate import inflate
 from ..nn import Module
 from .fingerprint import fingerprint
 from .plan import Plan, going_with, measure, propose, varied, within
@@ -132,12 +133,13 @@ def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | 
 
 def outline(asked: Settings, plan: Plan | None, channels: int, classes: int) -> models.Segmenter:
     """The 2D network that is asked for, if need be before there is a plan, to try on it what will
-    be done; ValueError where --freeze names none of its parts."""
+    be done; ValueError where --freeze names none of its parts, or it cannot be inflated so."""
     net = models.resnet_seg(rank=2, in_channels=channels, classes=classes, **plan.architecture
                             if plan else {"backbone": asked.backbone or BACKBONE,
                                           "head": asked.head or HEAD})
     for prefix in asked.freeze:  # an inflated network has the same names
         net.copy().freeze(prefix)
+    inflate(net, plan.depth if plan else 3, **asked.way)
     return net
 
 
@@ -145,10 +147,16 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def cases(dataset: decathlon.Dataset, plan: ct.Plan, folder: Path, seed: int
+def cases(dataset: decathlon.Dataset, asked: Settings, decided: Plan, run: Path
           ) -> dict[str, sampling.Prepared]:
-    """All cases, normalised and resampled once and kept in `folder`, by id; what of them changed
+    """All cases, normalised and resampled once and kept in the folder of a run, or of that which
+    its 2D network is taken from, if they are prepared alike there, by id; what of them changed
     since is refused, before anything is prepared."""
+    plan, folder = decided.preprocessing, run / "prepared"
+    theirs = asked.from_2d
+    if theirs and (theirs / "prepared").is_dir() and (
+            Plan.read(theirs / "plan.json").preprocessing == plan):
+        folder = theirs / "prepared"
     if other := [what for case in dataset.cases for what in sampling.changed(folder, case, plan)]:
         raise ValueError(f"{folder}: made of other data: {', '.join(dict.fromkeys(other))} changed "
                          "since this run began; bring that back, or begin again in another --out")
@@ -159,7 +167,7 @@ def cases(dataset: decathlon.Dataset, plan: ct.Plan, folder: Path, seed: int
         except (FileNotFoundError, ValueError):
             with during(f"preparing case {case.id}"):
                 source = sampling.source(case, plan)
-                sampling.store(folder, sampling.prepare(case, plan, seed + number), source)
+                sampling.store(folder, sampling.prepare(case, plan, asked.seed + number), source)
                 found[case.id] = sampling.open(folder, case.id)
     return found
 

@@ -16,7 +16,7 @@ from ..backend import Array, device
 from ..data import augment, decathlon
 from ..infer.windows import OVERLAP
 from ..nn import Module, to_device
-from . import prepare, stages
+from . import pages, prepare, stages
 from .evaluate import compare, evaluate
 from .plan import Plan
 from .settings import Settings, SettingsError, starved
@@ -171,8 +171,8 @@ class Run:
             steps: dict[str, Any] = {key: asked for key in ("steps_2d", "steps_3d")
                                      if (asked := getattr(self.settings, key)) is not None}
             for key, asked in steps.items():
-                before, stage = getattr(self._plan, key), key.removeprefix("steps_")
-                if asked < before or asked > before and self._finished(stage):
+                before = getattr(self._plan, key)
+                if asked < before or asked > before and self._finished(key[-2:]):
                     raise SettingsError(f"{key} was {before}, not {asked}, and can only grow while "
                                         "that stage is trained")
             self._plan = replace(self._plan, **steps)
@@ -211,7 +211,7 @@ class Run:
         for wrong in starved(plan.patch_3d, (prod(plan.depth_stride), plane, plane), plan.batch_3d):
             if plan.steps_3d:
                 raise ValueError(wrong)
-        made = prepare.cases(self.dataset, plan.preprocessing, self.folder / "prepared", asked.seed)
+        made = prepare.cases(self.dataset, asked, plan, self.folder)
         self.prepared = {part: [made[id] for id in ids] for part, ids in (
             ("training", [id for id in self.cases if id in self.trained]),
             ("held out", self.held_out))}
@@ -344,7 +344,7 @@ class Run:
             "models": found, "equivalence": self.inflated,
             "scoring": {"grid": "the scans' own", "overlap": OVERLAP,
                         "mean_with_mirror_image": bool(axes), "exchanged_classes": mirror or []}})
+        report.drawn(lambda _: pages.of_run(self, nets, found), self.folder / "report.html")
         print(report.score_lines({name: m["mean"] for name, m in found.items()}, "dice"))
-        print(f"on {len(self.held_out)} held-out cases; see {self.folder / 'progress.png'} and "
-              "overlay_*.png")
+        print(f"on {len(self.held_out)} held-out cases; see {self.folder / 'report.html'}")
         return found

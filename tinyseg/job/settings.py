@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..inflate import PROFILES
+from ..profiles import PROFILES
 
 # What --quick asks for, where nothing else is. A decoder from a random start has learned nothing
 # after so few steps: the Dice of training patches was still 0 after 40.
@@ -74,9 +74,16 @@ class Settings:
         None, "strides along depth: plane, as in the plane, or one of 1 and 2 for every halving: "
         "stem, pool, layers 2, 3, 4 (default: the plan's)", type=_halving, nargs="+", metavar="N")
     profile: str = option(
-        "zero", "how 2D kernels spread along depth, see tinyseg.PROFILES; zero keeps slices apart "
-        "and so starts closest to the 2D network on real volumes",
-        choices=[name for name, profile in PROFILES.items() if profile.exact])
+        "zero", "how 2D kernels spread along depth, a name in tinyseg.PROFILES; zero keeps slices "
+        "apart and so starts closest to the 2D network on real volumes", metavar="NAME",
+        choices=[*PROFILES, "scale"])
+    alpha: tuple[float, ...] | None = option(
+        None, "of the profile scale: a number for each slot, 1 together", type=float, nargs="+",
+        metavar="A")
+    slot: str = option("center", "of a profile that has one: center, first, or its number from 0",
+                       metavar="SLOT")
+    start: str = option("inflated", "where the 3D network begins: random gives the same network "
+                        "without anything of the 2D one", choices=["inflated", "random"])
     freeze: tuple[str, ...] = option((), "parts of the 3D network that rest, by the beginning of "
                                      "their names", nargs="+", metavar="PREFIX")
     spacing: tuple[float, ...] | None = option(
@@ -156,10 +163,20 @@ class Settings:
         if self._taken and (self.minutes or self.memory):
             yield ("--minutes and --memory are for a plan that is made here; one that is taken has "
                    "steps and patches: ask for others by --steps-2d, --steps-3d and --patch")
+        if (self.alpha is None) != (self.profile != "scale"):
+            yield f"--alpha goes with --profile scale, found {self.alpha} and {self.profile}"
+        elif self.alpha and not abs(sum(self.alpha) - 1) < 1e-6:
+            yield f"--alpha is {_shown(self.alpha)}; expected numbers whose sum is 1"
         if self.from_2d and (self.plan or self.pretrained or self.backbone or self.head
                              or "=" in self.mirror[0]):
             yield ("--from-2d takes plan and network of that run, without --plan, --pretrained, "
                    "--backbone, --head and pairs for --mirror")
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """The arguments of `inflate` that say how kernels spread along depth."""
+        slot = int(self.slot) if self.slot.isdecimal() else self.slot
+        return {"profile": self.profile, "alpha": self.alpha, "slot": slot, "seed": self.seed}
 
     def expect_files(self) -> None:
         """SettingsError for a file that is asked for and not there."""

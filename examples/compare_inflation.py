@@ -1,0 +1,171 @@
+"""Does a network trained on slices help on volumes, and which way of extending it is best?
+
+Ways of making a 3D network, each trained by the main job with the same plan, the same 2D network
+and the same patches, with several seeds on several folds, and scored on whole held-out volumes:
+
+  2d            the 2D network itself, slice by slice (always)
+  2d-longer     the same, trained on slices for as many voxels as it and a 3D network together
+  random        the 3D network of the main job, from random weights
+  NAME          inflated by a profile: zero, average, negative, planar, factored, acs, ...
+  NAME:SLOT     by one that has a slot: zero:first
+  scale:A,B,C   by numbers: scale:0.2,0.6,0.2
+
+What the 2D network is before is its source: slices (trained on those of the same cases), random, a
+checkpoint (resnet18.pth, of ImageNet say), or the folder of another run of the main job.
+
+All else is asked for as of the main job. Every run has a folder in --out; what is finished there is
+not done again, so the same command goes on after an interruption. It writes there
+
+  scores.csv      a row for each run, case and class: Dice, surface Dice, distances
+  curves.csv      Dice on patches of held-out cases, step by step
+  comparison.md   the means, and the differences to --reference with 95 % intervals over cases and
+                  seeds
+  report.html     all of it to look at, in one file
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from train_pancreas_3d import slices, volumes
+
+from tinyseg import job, parallel, report
+from tinyseg.files import whole
+from tinyseg.job import pages, prepare, study
+
+WAYS = ["2d-longer", "random", "zero", "average"]
+QUICK = {"quick": True, "spacing": (3.5, 2.2, 2.2), "patch": (24, 64, 64), "steps_2d": 40,
+         "steps_3d": 20}
+EXAMPLES = """\
+examples:
+  python examples/compare_inflation.py --quick --out runs/quick
+      three minutes on a synthetic task: what does it look like?
+  python examples/compare_inflation.py --data Task04_Hippocampus --steps-2d 60 --steps-3d 60 \\
+      --seeds 3 --parts 2 --ways 2d-longer random zero average planar --out runs/hippocampus
+"""
+
+
+def work(trial: study.Trial, out: Path, first: study.Trial, asked: dict[str, Any]) -> None:
+    """Do one run, or what is left of it."""
+    folder = trial.folder(out)
+    if (folder / "metrics.json").exists():
+        return
+    with (job.Run.resume(folder) if (folder / "run.json").exists() else
+          job.Run(folder, job.Settings(**trial.settings(out, first, asked)))) as run:
+        run.decide()
+        flat = slices(run)
+        run.evaluate({"2d": flat} if trial.network == "2d" else {"3d": volumes(run, flat)})
+
+
+def quietly(*what: Any) -> None:
+    """`work` in a process of its own, on one core; what it prints goes to log.txt."""
+    trial, out, *_ = what
+    parallel.set_threads(1)
+    trial.folder(out).parent.mkdir(parents=True, exist_ok=True)
+    with open(trial.folder(out).with_suffix(".log"), "a", encoding="utf-8") as log:
+        with redirect_stdout(log), redirect_stderr(log):
+            work(*what)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the study; returns its exit code."""
+    report.spell_out()
+    parser = job.parser(description=__doc__, epilog=EXAMPLES,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/comparison"), help="where runs and results lie "
+        "(runs/comparison)")
+    add("--ways", nargs="+", default=None, metavar="WAY",
+        help=f"beside the 2D networks ({' '.join(WAYS)}; quick without the first)")
+    add("--sources", nargs="+", default=[study.SLICES], metavar="SOURCE",
+        help="of the 2D networks (slices)")
+    add("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (1)")
+    add("--parts", type=int, default=1, metavar="N", help="of the --folds, that are held out in "
+        "turn (1)")
+    add("--reference", default=study.RANDOM, metavar="WAY", help="that others are compared with "
+        "(random)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs side by side, a core each (1: one "
+        "on all)")
+    asked = vars(parser.parse_args(argv))
+    out, ways, sources, seeds, parts, reference, jobs = (asked.pop(name) for name in (
+        "out", "ways", "sources", "seeds", "parts", "reference", "jobs"))
+    try:
+        if {"fold", "seed", "profile", "alpha", "slot", "start", "from_2d"} & asked.keys():
+            raise ValueError("found --fold, --seed, --profile, --alpha, --slot, --start or "
+                             "--from-2d, which a study chooses; use --parts, --seeds and --ways")
+        if min(seeds, parts, jobs) < 1:
+            raise ValueError("--seeds, --parts and --jobs must be at least 1")
+        ways = list(dict.fromkeys(ways or WAYS[bool(asked.get("quick")):]))
+        for each in ways:
+            study.way(each)
+        for each in sources:
+            study.source(each)
+        if asked.get("quick"):
+            asked = QUICK | asked
+        job.Settings(**asked, fold=parts - 1)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        found = compare(out, study.trials(ways, sources, seeds, parts), asked, reference, jobs)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+        told = ", ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"error: {told}", file=sys.stderr)
+        return 2 if isinstance(error, job.SettingsError) else 1
+    print(f"\n{found}\n\nsee {out / 'report.html'}, comparison.md, scores.csv and curves.csv")
+    return 0
+
+
+def compare(out: Path, trials: list[study.Trial], asked: dict[str, Any], reference: str,
+            jobs: int = 1) -> str:
+    """Do all runs that are not done, write what they say, and return the table."""
+    if not {"data", "images"} & asked.keys():  # one synthetic task for all of them
+        prepare.scans(job.Settings(**asked), out / "phantom", None)
+        asked = asked | {"data": out / "phantom"}
+    bar = tqdm(total=len(trials), desc="study", unit="run", position=0)
+    with bar:
+        if jobs == 1:
+            for trial in trials:
+                tqdm.write(f"\n{trial}")
+                work(trial, out, trials[0], asked)
+                bar.update()
+        else:
+            side_by_side(out, trials, asked, jobs, bar)
+    rows = study.scores(trials, out)
+    report.write_table(out / "scores.csv", rows)
+    tried = study.curves(trials, out)
+    report.write_table(out / "curves.csv", tried)
+    found = study.table(rows, reference, study.starts(trials, out))
+    text = study.markdown(found, reference)
+    with whole(out / "comparison.md") as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
+    pages.of_study(out, trials, found, reference, rows, tried, asked)
+    return text
+
+
+def side_by_side(out: Path, trials: list[study.Trial], asked: dict[str, Any], jobs: int,
+                 bar: tqdm) -> None:
+    """The runs in processes: the first of all, which makes the plan, then those that make the plan
+    of a fold, then all other 2D networks, and then what is made of them."""
+    first, flat = trials[0], [trial for trial in trials if trial.way == study.FLAT]
+    planners = [trial for trial in flat if (trial.seed, trial.source) == (0, first.source)]
+    groups = [[first], planners[1:], [trial for trial in flat if trial not in planners],
+              [trial for trial in trials if trial.way != study.FLAT]]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for group in groups:
+            for done in [pool.submit(quietly, trial, out, first, asked) for trial in group]:
+                done.result()
+                bar.update()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

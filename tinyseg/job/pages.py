@@ -1,0 +1,121 @@
+"""What people look at when a run or a study is done: report.html, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import page, report
+from ..backend import to_numpy
+from ..checkpoint import load
+from ..data import nifti
+from ..inflate import inflate
+from ..nn import Conv, Module
+from .evaluate import predictions
+from .plan import Plan
+from .settings import Settings
+from .study import RANDOM, Row, Trial, cells, conclusion, way
+
+KERNEL = "One filter of {}, the largest, and its slots along depth: red is positive, blue negative."
+
+
+def founding(flat: Module, begun: Module, deep: Module) -> str:
+    """A 2D kernel beside the 3D one that was made of it, before and after training: of the first
+    convolution that reaches along depth, the filter and channel of the largest numbers."""
+    kernels = [{name: conv for name, conv in net.named(Conv)} for net in (flat, begun, deep)]
+    name = next((name for name, conv in kernels[1].items() if len(conv.weight) > 1), None)
+    if name is None:  # no kernel has slots
+        return ""
+    w2, before, after = (to_numpy(each[name].weight.data) for each in kernels)
+    channel, filter_ = np.unravel_index((w2**2).sum(axis=(0, 1)).argmax(), w2.shape[-2:])
+    return page.figure(report.kernels, {
+        "2D": [w2[..., channel, filter_]], "made 3D": before[..., channel, filter_],
+        "trained": after[..., channel, filter_]}, caption=KERNEL.format(name))
+
+
+def asked_for(settings: Settings) -> str:
+    """The settings that are not the defaults, one a line."""
+    usual = Settings().json()
+    return "\n".join(f"{name} {value}" for name, value in settings.json().items()
+                     if value != usual[name])
+
+
+def scores(models: Mapping[str, Any]) -> str:
+    """The means of metrics.json, a row for each network and class."""
+    measures = [(key, told) for key, told in report.MEASURES.items() if key != "iou"]
+    rows = [[f"{name}: {label}", *("" if isnan(found.get(key, nan)) else f"{found[key]:.3f}"
+                                  for key, _ in measures)]
+            for name, model in models.items() for label, found in model["mean"].items()]
+    return page.table(["network and class", *(told for _, told in measures)], rows)
+
+
+def of_run(run: Any, nets: Mapping[str, Module], found: Mapping[str, Any]) -> None:
+    """Write report.html of a run (`Run`) that has scored `nets`."""
+    sections = [("Scores of whole held-out volumes", scores(found))]
+    if {"2d", "3d"} <= nets.keys():
+        begun = inflate(nets["2d"], **run.settings.way, **run.plan.inflation)
+        sections.append(("From a slice's kernel to a volume's",
+                         founding(nets["2d"], begun, nets["3d"])))
+    sections.append(("Training", page.figure(report.progress, run.history.rows)))
+    shown, name = next(c for c in run.dataset.cases if c.id in run.held_out), [*found][-1]
+    scan, truth = shown.read()
+    image = np.clip(scan.array[..., 0], *run.plan.preprocessing.window)
+    at = [int((truth > 0).sum(axis=rest).argmax()) for _, _, rest in report.PLANES]
+    labels = nifti.read(predictions(run.folder, name) / f"{shown.id}.nii.gz", truth.dtype).array
+    for title, each in ((f"by {name}", labels), ("by its expert", truth)):
+        sections.append((f"{shown.id}, held out, {title}",
+                         page.scan(image, each, run.dataset.labels, scan.spacing, at)))
+    sections += [("Plan", page.text(str(run.plan))), ("How it was made", page.text(
+        f"{page.made()}\n{asked_for(run.settings)}"))]
+    page.write(run.folder / "report.html", f"{run.dataset.name}: slices, volumes, scores",
+               [each for each in sections if each[1]])
+
+
+def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference: str,
+             scored: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]],
+             asked: Mapping[str, Any]) -> None:
+    """Write report.html of a study in the folder `out`: what its `table`, `scores` and `curves`
+    say, and one of its runs to look at."""
+    (head, *lines), paired = cells(rows, reference), pairs(scored, reference)
+    compared = [(f"{row.way}, {Path(row.source).name}", *row.difference[:3])
+                for row in rows if row.difference]
+    sections = [("Answer", f'<p>{escape(conclusion(rows, reference))}</p>' + (page.figure(
+        report.forest, compared, f"mean Dice less that of {reference}", caption="95 % intervals "
+        "over cases and seeds; grey ones hold zero.") if compared else "")),
+        ("Dice of whole held-out volumes", page.table(head, lines)),
+        ("Learning", page.figure(report.learning, [
+            {**row, "way": f"{row['way']}, {Path(row['source']).name}"} for row in tried],
+            caption="Dice on patches of held-out cases; bands reach over seeds and folds.")),
+        ("Case by case", page.figure(
+            report.scatter, paired, reference, caption="Each point is a case and class, the mean "
+            "over seeds; above the line the way is better than the reference.") if paired else "")]
+    first = next((trial for trial in trials if trial.network == "3d" and trial.way != RANDOM), None)
+    if first:
+        folder, flat = first.folder(out), load(first.base.folder(out) / "model_2d.npz")
+        plan, deep = Plan.read(folder / "plan.json"), load(folder / "model_3d.npz")
+        sections.insert(2, (f"From a slice's kernel to a volume's: {first.way}", founding(
+            flat, inflate(flat, **Settings(**way(first.way)).way, **plan.inflation), deep)))
+    sections.append(("How it was made", page.text(
+        f"{page.made()}\n{asked_for(Settings(**asked))}")))
+    page.write(out / "report.html", "From slices to volumes: which way of inflating a network",
+               [each for each in sections if each[1]])
+
+
+def pairs(rows: Sequence[Mapping[str, Any]], reference: str
+          ) -> dict[str, tuple[list[float], list[float]]]:
+    """{way: (Dice of the reference, of the way)} of every case and class, the mean over seeds."""
+    found: dict[tuple[str, str], dict[tuple, list[float]]] = {}
+    for row in rows:
+        if row["dice"] is not None and not isnan(row["dice"]):
+            found.setdefault((row["way"], row["source"]), {}).setdefault(
+                (row["case"], row["class"]), []).append(row["dice"])
+    base = next((cases for (name, _), cases in found.items() if name == reference), {})
+    return {f"{name}, {Path(source).name}": (
+        [float(np.mean(base[key])) for key in cases if key in base],
+        [float(np.mean(cases[key])) for key in cases if key in base])
+        for (name, source), cases in found.items() if name != reference and base}
