@@ -12,7 +12,7 @@ import tinyseg as ts
 from tinyseg import report
 from tinyseg.data import phantom
 from tinyseg.intervals import holm, interval
-from tinyseg.job import study
+from tinyseg.job import pages, study
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -43,8 +43,8 @@ def ask(data, out, *more):
 @pytest.fixture(scope="module")
 def done(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("studies") / "done"
-    words = ["--ways", "2d-longer", "random", "zero", "scale:0.2,0.6,0.2", "--seeds", "2",
-             "--parts", "2"]
+    words = ["--ways", "2d-longer", "random", "zero", "scale:0.2,0.6,0.2", "factored", "--seeds",
+             "2", "--parts", "2"]
     assert ask(data, out, *words) == 0
     return out, words
 
@@ -88,8 +88,8 @@ def read(path):
 def test_a_study_leaves_what_it_promises(done):
     out, _ = done
     rows = read(out / "scores.csv")
-    # 2 seeds, 2 folds of 2 cases, 2 classes; random, zero, scaled, and the 2D network, twice
-    assert len(rows) == 2 * 4 * 2 * 5 and {row["seed"] for row in rows} == {"0", "1"}
+    # 2 seeds, 2 folds of 2 cases, 2 classes; four ways, and the 2D network, twice
+    assert len(rows) == 2 * 4 * 2 * 6 and {row["seed"] for row in rows} == {"0", "1"}
     assert list(rows[0])[:7] == ["way", "source", "fold", "seed", "case", "class", "dice"]
     held_out = [{row["case"] for row in rows if row["fold"] == fold} for fold in "01"]
     assert len(held_out[0] | held_out[1]) == 4 and not held_out[0] & held_out[1]
@@ -101,14 +101,14 @@ def test_a_study_leaves_what_it_promises(done):
             name: scores["dice"] for name, scores in classes.items()}
     curves = read(out / "curves.csv")
     assert {(row["way"], row["step"]) for row in curves} == {
-        *((way, "1") for way in ("2d", "random", "zero", "scale:0.2,0.6,0.2")),
+        *((way, "1") for way in ("2d", "random", "zero", "scale:0.2,0.6,0.2", "factored")),
         ("2d-longer", "3")}
     plan = json.loads((out / "fold0_seed0/slices_2d-longer/plan.json").read_text("utf-8"))
     voxels = [plan[f"batch_{n}d"] * np.prod(plan[f"patch_{n}d"]) for n in (2, 3)]
     assert plan["steps_2d"] == 4 == 2 + round(2 * voxels[1] / voxels[0])
     assert (out / "report.html").stat().st_size > 10_000
     text = (out / "comparison.md").read_text("utf-8")
-    assert "less random" in text and "One seed" not in text and text.count("\n| ") == 5
+    assert "less random" in text and "One seed" not in text and text.count("\n| ") == 6
 
 
 def test_runs_of_a_fold_share_plan_2d_network_and_prepared_cases(done):
@@ -117,7 +117,7 @@ def test_runs_of_a_fold_share_plan_2d_network_and_prepared_cases(done):
         plans = [json.loads(path.read_text("utf-8"))
                  for path in out.glob(f"fold{fold}_*/*/plan.json")]
         longer = [plan for plan in plans if plan["steps_2d"] > 2]
-        assert len(plans) == 10 and len(longer) == 2
+        assert len(plans) == 12 and len(longer) == 2
         assert all(plan | {"steps_2d": 2} == plans[0] | {"steps_2d": 2} for plan in plans)
     for folder in out.glob("fold?_seed?"):
         base = ts.load(folder / "slices_2d/model_2d.npz").state()
@@ -187,7 +187,7 @@ def simulated(missing=True):
 
 def test_the_table_against_a_computation_of_its_own():
     rows = simulated()
-    found = study.table(rows, "random", {("zero", "slices"): 0.25})
+    found = study.table(rows, "random", {("zero", "slices"): study.Start(0.25, 1.5)})
     assert [row.way for row in found] == ["random", "zero", "average"]
 
     def mean(way, seed, case):
@@ -207,8 +207,18 @@ def test_the_table_against_a_computation_of_its_own():
             p[row.way] = interval(folds).p
     assert found[0].difference is None and np.isnan(found[0].p)
     assert {row.way: row.p for row in found[1:]} == pytest.approx(holm(p))
-    assert found[1].start == 0.25 and np.isnan(found[2].start)
-    assert found[1].difference.low > 0 and "| 0.250 |" in study.markdown(found, "random")
+    assert found[1].start == (0.25, 1.5) and found[2].start is None
+    assert found[1].difference.low > 0 and "| 0.250 | 1.500 |" in study.markdown(found, "random")
+
+
+def test_steps_to_the_last_dice_of_the_reference():
+    tried = [{"way": way, "source": "slices", "step": step, "dice": dice + spread}
+             for way, curve in (("random", (0.1, 0.3, 0.6)), ("zero", (0.5, 0.61, 0.59)),
+                                ("average", (0.0, 0.2, 0.59)))
+             for step, dice in zip((9, 19, 29), curve, strict=True) for spread in (-0.05, 0.05)]
+    assert study.reached(tried, "random") == {
+        ("random", "slices"): 29, ("zero", "slices"): 19, ("average", "slices"): None}
+    assert set(study.reached(tried, "planar").values()) == {None}
 
 
 def test_one_seed_concludes_nothing():
@@ -216,3 +226,29 @@ def test_one_seed_concludes_nothing():
     assert not any(row.difference for row in found)
     assert "nothing can be concluded" in study.markdown(found, "random")
     assert not any(row.difference for row in study.table(simulated(), "planar", {}))
+
+
+def test_a_source_is_taken_as_it_is(data, done, tmp_path):
+    source = done[0] / "fold0_seed0/slices_2d"
+    words = ["--ways", "zero", "--sources", str(source), "random"]
+    assert ask(data, tmp_path / "run", *words) == 0
+    theirs = ts.load(source / "model_2d.npz")
+    for name, same in (("slices_2d", True), ("random", False)):
+        folder = tmp_path / "run/fold0_seed0"
+        mine = ts.load(folder / f"{name}_2d/model_2d.npz")
+        assert all((a.data == b.data).all() == same for (key, a), (_, b) in zip(
+            mine.named_parameters(), theirs.named_parameters(), strict=True) if "conv" in key)
+        assert (folder / f"{name}_2d/history.csv").read_text("utf-8").strip() == ""
+        assert (folder / f"{name}_zero/metrics.json").exists()
+    assert {row["source"] for row in read(tmp_path / "run/scores.csv")} == {str(source), "random"}
+
+
+def test_a_slot_that_did_not_move_has_not():
+    flat = ts.models.resnet_seg(rank=2, in_channels=1, classes=2)
+    begun = ts.inflate(flat, 3, "zero")
+    assert pages.moved(flat, begun, begun) == [0, 0, 0]
+    deep = begun.copy()
+    for name, conv in deep.named(ts.nn.Conv):
+        if len(conv.weight) == 3:
+            conv.weight.data[2] += 0.5 * dict(flat.named(ts.nn.Conv))[name].weight.data
+    assert pages.moved(flat, begun, deep) == pytest.approx([0, 0, 0.5])

@@ -13,13 +13,14 @@ import numpy as np
 from .. import page, report
 from ..backend import to_numpy
 from ..checkpoint import load
-from ..data import nifti
+from ..data import decathlon, nifti
 from ..inflate import inflate
 from ..nn import Conv, Module
+from . import prepare
 from .evaluate import predictions
 from .plan import Plan
 from .settings import Settings
-from .study import RANDOM, Row, Trial, cells, conclusion, way
+from .study import RANDOM, Row, Trial, cells, conclusion, metrics, reached, way
 
 KERNEL = "One filter of {}, the largest, and its slots along depth: red is positive, blue negative."
 
@@ -62,18 +63,35 @@ def of_run(run: Any, nets: Mapping[str, Module], found: Mapping[str, Any]) -> No
         sections.append(("From a slice's kernel to a volume's",
                          founding(nets["2d"], begun, nets["3d"])))
     sections.append(("Training", page.figure(report.progress, run.history.rows)))
-    shown, name = next(c for c in run.dataset.cases if c.id in run.held_out), [*found][-1]
-    scan, truth = shown.read()
-    image = np.clip(scan.array[..., 0], *run.plan.preprocessing.window)
-    at = [int((truth > 0).sum(axis=rest).argmax()) for _, _, rest in report.PLANES]
-    labels = nifti.read(predictions(run.folder, name) / f"{shown.id}.nii.gz", truth.dtype).array
-    for title, each in ((f"by {name}", labels), ("by its expert", truth)):
-        sections.append((f"{shown.id}, held out, {title}",
-                         page.scan(image, each, run.dataset.labels, scan.spacing, at)))
+    sections += viewers(run.dataset, run.held_out[0], run.folder, [*found][-1], run.plan)
     sections += [("Plan", page.text(str(run.plan))), ("How it was made", page.text(
         f"{page.made()}\n{asked_for(run.settings)}"))]
     page.write(run.folder / "report.html", f"{run.dataset.name}: slices, volumes, scores",
                [each for each in sections if each[1]])
+
+
+def viewers(dataset: decathlon.Dataset, id: str, run: Path, name: str, plan: Plan
+            ) -> list[tuple[str, str]]:
+    """A held-out case to leaf through, with what the network `name` of a run found and with what
+    is known of it."""
+    scan, truth = next(case for case in dataset.cases if case.id == id).read()
+    image = np.clip(scan.array[..., 0], *plan.preprocessing.window)
+    at = [int((truth > 0).sum(axis=rest).argmax()) for _, _, rest in report.PLANES]
+    found = nifti.read(predictions(run, name) / f"{id}.nii.gz", truth.dtype).array
+    return [(f"{id}, held out, {by}", page.scan(image, labels, dataset.labels, scan.spacing, at))
+            for by, labels in ((f"by {name}", found), ("by its expert", truth))]
+
+
+def moved(flat: Module, begun: Module, deep: Module) -> list[float]:
+    """How far each slot along depth has moved in training: the mean over kernels, of T x k x k, of
+    |w3[t] after - before| / |w2|; of kernels of the most slots."""
+    kernels = [{name: to_numpy(conv.weight.data) for name, conv in net.named(Conv)}
+               for net in (flat, begun, deep)]
+    most = max(len(each) for each in kernels[1].values())
+    parts = [np.sqrt(((kernels[2][name] - before) ** 2).sum(axis=(1, 2, 3, 4))
+                     / (kernels[0][name] ** 2).sum())
+             for name, before in kernels[1].items() if len(before) == most]
+    return np.mean(parts, axis=0).tolist()
 
 
 def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference: str,
@@ -94,12 +112,25 @@ def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference:
         ("Case by case", page.figure(
             report.scatter, paired, reference, caption="Each point is a case and class, the mean "
             "over seeds; above the line the way is better than the reference.") if paired else "")]
-    first = next((trial for trial in trials if trial.network == "3d" and trial.way != RANDOM), None)
-    if first:
-        folder, flat = first.folder(out), load(first.base.folder(out) / "model_2d.npz")
-        plan, deep = Plan.read(folder / "plan.json"), load(folder / "model_3d.npz")
-        sections.insert(2, (f"From a slice's kernel to a volume's: {first.way}", founding(
-            flat, inflate(flat, **Settings(**way(first.way)).way, **plan.inflation), deep)))
+    goals, slots = reached(tried, reference), []
+    for trial in trials[: len(rows)]:  # of the first seed and fold
+        if trial.network == "3d" and trial.way != RANDOM:
+            folder, flat = trial.folder(out), load(trial.base.folder(out) / "model_2d.npz")
+            plan, deep = Plan.read(folder / "plan.json"), load(folder / "model_3d.npz")
+            begun = inflate(flat, **Settings(**way(trial.way)).way, **plan.inflation)
+            if not slots:
+                sections.insert(2, (f"From a slice's kernel to a volume's: {trial.way}",
+                                    founding(flat, begun, deep)))
+                shown = viewers(prepare.scans(Settings(**asked), out / "phantom", None),
+                                next(iter(metrics(trial, out)["models"]["3d"]["cases"])), folder,
+                                "3d", plan)
+            slots.append([f"{trial.way}, {Path(trial.source).name}",
+                          " ".join(f"{x:.3f}" for x in moved(flat, begun, deep)),
+                          str(goals.get((trial.way, trial.source)) or "never")])
+    if slots:
+        sections += [("What training changes", page.table(
+            ["way", "how far slots moved, in kernels", f"steps to {reference}'s last Dice"],
+            slots)), *shown]
     sections.append(("How it was made", page.text(
         f"{page.made()}\n{asked_for(Settings(**asked))}")))
     page.write(out / "report.html", "From slices to volumes: which way of inflating a network",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import nan, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ..intervals import Interval, holm, interval
 from ..profiles import PROFILES
 from .plan import Plan
 
+Kind = tuple[str, str]  # a way and the source of its 2D network
 FLAT = "2d"  # the way of a 2D network, slice by slice
 LONGER = "2d-longer"  # the same, trained for as many voxels as it and a 3D one together
 RANDOM = "random"  # the way, and the source, of random weights
@@ -117,7 +118,7 @@ def scores(done: Sequence[Trial], out: Path) -> list[dict[str, Any]]:
     measures of metrics.json."""
     return [{**vars(trial), "case": case, "class": name, **measures}
             for trial in done
-            for case, classes in _metrics(trial, out)["models"][trial.network]["cases"].items()
+            for case, classes in metrics(trial, out)["models"][trial.network]["cases"].items()
             for name, measures in classes.items()]
 
 
@@ -127,39 +128,50 @@ def curves(done: Sequence[Trial], out: Path) -> list[dict[str, Any]]:
     rows = []
     for trial in done:
         seconds = 0.0
-        with open(trial.folder(out) / "history.csv", encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if row["stage"] != trial.network:
-                    continue
-                seconds += float(row["seconds"])
-                tried = [float(value) for key, value in row.items()
-                         if key.startswith("validation ") and value]
-                if tried:
-                    rows.append({**vars(trial), "step": int(row["step"]),
-                                 "seconds": round(seconds, 3), "dice": float(np.mean(tried))})
+        for row in _history(trial, out):
+            if row["stage"] != trial.network:
+                continue
+            seconds += float(row["seconds"])
+            tried = [float(value) for key, value in row.items()
+                     if key.startswith("validation ") and value]
+            if tried:
+                rows.append({**vars(trial), "step": int(row["step"]),
+                             "seconds": round(seconds, 3), "dice": float(np.mean(tried))})
     return rows
 
 
-def _metrics(trial: Trial, out: Path) -> dict[str, Any]:
+def _history(trial: Trial, out: Path) -> list[dict[str, str]]:
+    with open(trial.folder(out) / "history.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def metrics(trial: Trial, out: Path) -> dict[str, Any]:
+    """What its metrics.json holds."""
     return read_json(trial.folder(out) / "metrics.json")
+
+
+class Start(NamedTuple):
+    """Where 3D training begins: the mean Dice on patches of held-out cases before any step, and the
+    loss of the first."""
+
+    dice: float
+    loss: float
 
 
 @dataclass(frozen=True)
 class Row:
     """What a study says of one way from one source: Dice by class, over cases and seeds, and the
-    difference of its mean to the reference, of which one seed says nothing. `start`: the mean Dice
-    on patches before any step in 3D."""
+    difference of its mean to the reference, of which one seed says nothing; where it began."""
 
     way: str
     source: str
     dice: dict[str, float]
-    start: float
+    start: Start | None
     difference: Interval | None
     p: float
 
 
-def table(rows: Sequence[dict[str, Any]], reference: str, starts: dict[tuple[str, str], float]
-          ) -> list[Row]:
+def table(rows: Sequence[dict[str, Any]], reference: str, starts: dict[Kind, Start]) -> list[Row]:
     """The ways of `scores`, each compared with the way `reference`, p by Holm over all of them."""
     kinds = [*dict.fromkeys((row["way"], row["source"]) for row in rows)]
     classes = list(dict.fromkeys(row["class"] for row in rows))
@@ -187,24 +199,39 @@ def table(rows: Sequence[dict[str, Any]], reference: str, starts: dict[tuple[str
             found[i] = one._replace(low=max(one.low, -1.0), high=min(one.high, 1.0))
     raised = holm({str(i): each.p for i, each in found.items()})
     return [Row(*kind, {name: float(np.nanmean(dice[i, c])) for c, name in enumerate(classes)},
-                starts.get(kind, nan), found.get(i), raised.get(str(i), nan))
+                starts.get(kind), found.get(i), raised.get(str(i), nan))
             for i, kind in enumerate(kinds)]
 
 
-def starts(done: Sequence[Trial], out: Path) -> dict[tuple[str, str], float]:
-    """{(way, source): mean Dice on patches of held-out cases before any step in 3D}."""
-    found: dict[tuple[str, str], list[float]] = {}
+def starts(done: Sequence[Trial], out: Path) -> dict[Kind, Start]:
+    """{(way, source): where it began}, of those in 3D, the means over runs."""
+    found: dict[Kind, list[tuple[float, float]]] = {}
     for trial in done:
         if trial.network == "3d":
-            scores = _metrics(trial, out)["equivalence"]["held_out_patches"]["3d"].values()
-            found.setdefault((trial.way, trial.source), []).extend(
-                nan if each["dice"] is None else each["dice"] for each in scores)
-    return {key: float(np.nanmean(values)) for key, values in found.items()}
+            tried = metrics(trial, out)["equivalence"]["held_out_patches"]["3d"].values()
+            scores = [each["dice"] for each in tried if each["dice"] is not None]
+            first = next(row for row in _history(trial, out) if row["stage"] == "3d")
+            found.setdefault((trial.way, trial.source), []).append(
+                (float(np.mean(scores)) if scores else nan, float(first["loss"])))
+    return {kind: Start(*np.nanmean(values, axis=0).tolist()) for kind, values in found.items()}
+
+
+def reached(tried: Sequence[dict[str, Any]], reference: str) -> dict[Kind, int | None]:
+    """{(way, source): the first step of `curves` at which its mean Dice is at least the last of the
+    reference}; None where it never is."""
+    means: dict[Kind, dict[int, list[float]]] = {}
+    for row in tried:
+        means.setdefault((row["way"], row["source"]), {}).setdefault(row["step"], []).append(
+            row["dice"])
+    goal = next((np.mean(steps[max(steps)]) for (name, _), steps in means.items()
+                 if name == reference), np.inf)
+    return {kind: next((step for step in sorted(steps) if np.mean(steps[step]) >= goal), None)
+            for kind, steps in means.items()}
 
 
 def cells(rows: Sequence[Row], reference: str) -> list[list[str]]:
     """The table as text, its head first."""
-    lines = [["way", "2D network", *rows[0].dice, "mean", "before 3D training",
+    lines = [["way", "2D network", *rows[0].dice, "mean", "Dice before 3D", "first loss",
               f"less {reference}", "p (Holm)"]]
     for row in rows:
         told = ["", ""]
@@ -213,7 +240,7 @@ def cells(rows: Sequence[Row], reference: str) -> list[list[str]]:
             told = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})", f"{row.p:.3g}"]
         lines.append([row.way, Path(row.source).name, *(f"{x:.3f}" for x in row.dice.values()),
                       f"{np.mean(list(row.dice.values())):.3f}",
-                      "" if np.isnan(row.start) else f"{row.start:.3f}", *told])
+                      *([f"{x:.3f}" for x in row.start] if row.start else ["", ""]), *told])
     return lines
 
 
@@ -236,5 +263,5 @@ def conclusion(rows: Sequence[Row], reference: str) -> str:
 def markdown(rows: Sequence[Row], reference: str) -> str:
     """The table as Markdown, with what it lets one say below."""
     head, *lines = (f"| {' | '.join(line)} |" for line in cells(rows, reference))
-    return "\n".join([head, "|---" * (len(rows[0].dice) + 6) + "|", *lines, "",
+    return "\n".join([head, "|---" * (len(rows[0].dice) + 7) + "|", *lines, "",
                       conclusion(rows, reference)])
