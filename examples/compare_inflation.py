@@ -13,8 +13,9 @@ and the same patches, with several seeds on several folds, and scored on whole h
 What the 2D network is before is its source: slices (trained on those of the same cases), random, a
 checkpoint (resnet18.pth, of ImageNet say), or the folder of another run of the main job.
 
-All else is asked for as of the main job. Every run has a folder in --out; what is finished there is
-not done again, so the same command goes on after an interruption. It writes there
+All else is asked for as of the main job. Words may stand in a file, one a line, that @FILE takes: a
+study to keep. Every run has a folder in --out; what is finished there is not done again, so the
+same command goes on after an interruption. It writes there
 
   scores.csv      a row for each run, case and class: Dice, surface Dice, distances
   curves.csv      Dice on patches of held-out cases, step by step
@@ -77,7 +78,7 @@ def quietly(*what: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the study; returns its exit code."""
     report.spell_out()
-    parser = job.parser(description=__doc__, epilog=EXAMPLES,
+    parser = job.parser(description=__doc__, epilog=EXAMPLES, fromfile_prefix_chars="@",
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/comparison"), help="where runs and results lie "

@@ -67,7 +67,7 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"depth_stride": [2] * 5, "head": "fcn"}, "3 numbers"), ({"depth_stride": [3]}, "--depth"),
      ({"depth_stride": ["plane", 1]}, "--depth-stride"),
     ({"plan": "a", "minutes": 5}, "--minutes"), ({"from_2d": "a", "memory": 5}, "--memory"),
-    ({"minutes": 0}, "minutes"), ({"lr": (1e-3,)}, "--lr"), ({"folds": 2, "fold": 2}, "--fold"),
+    ({"minutes": 0}, "minutes"), ({"lr_new": 0}, "--lr-new is 0"), ({"lr": (1e-3,)}, "--lr"), ({"folds": 2, "fold": 2}, "--fold"),
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
     ({"from_2d": "a", "mirror": ["1=2"]}, "--mirror"),

@@ -149,6 +149,16 @@ def test_interrupted_it_goes_on_to_the_same_scores(done, data, tmp_path, monkeyp
     assert (tmp_path / "run/scores.csv").read_bytes() == (out / "scores.csv").read_bytes()
 
 
+def test_a_study_may_stand_in_a_file(done, data, monkeypatch, tmp_path):
+    out, words = done
+    before = (out / "scores.csv").read_bytes()
+    monkeypatch.setattr(ts.train, "fit", None)
+    (tmp_path / "study").write_text("\n".join(["--data", str(data), "--out", str(out), *TINY,
+                                               *words]), "utf-8")
+    assert comparison.main([f"@{tmp_path / 'study'}"]) == 0
+    assert (out / "scores.csv").read_bytes() == before
+
+
 def test_a_finished_study_is_read_and_may_grow(done, data, capsys, monkeypatch):
     out, words = done
     before = (out / "comparison.md").read_bytes()

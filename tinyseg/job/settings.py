@@ -108,6 +108,9 @@ class Settings:
                                "plan's; quick 1)", type=int, metavar="N")
     lr: tuple[float, ...] = option((2e-3, 3e-4), "AdamW's rate on slices and on volumes",
                                    type=float, nargs=2, metavar=("2D", "3D"))
+    lr_new: float = option(5.0, "times that is the rate of what begins at random in a network: its "
+                           "last layer, and the head on pretrained weights", type=float,
+                           metavar="TIMES")
     folds: int = option(5, "parts of the cross-validation", type=int, metavar="K")
     fold: int = option(0, "the part held out, from 0", type=int, metavar="I")
     device: str = option("cpu", "where it computes", choices=["cpu", "cuda"], movable=True)
@@ -136,10 +139,10 @@ class Settings:
         """What cannot be, one sentence each."""
         if min(self.steps_2d or 0, self.steps_3d or 0, self.seed) < 0 or self.batch == 0:
             yield "steps and seed must be at least 0 and batch at least 1"
-        for name in ("spacing", "patch", "lr", "minutes", "memory", "batch"):
+        for name in ("spacing", "patch", "lr", "lr_new", "minutes", "memory", "batch"):
             value = getattr(self, name)
             if value is not None and not min(value if isinstance(value, tuple) else [value]) > 0:
-                yield f"--{name} is {value}, expected positive numbers"
+                yield f"--{name.replace('_', '-')} is {value}, expected positive numbers"
         head = self.head or (None if self._taken else HEAD)
         if self.patch and self.batch == 1 and self.steps_3d != 0:
             yield from starved(self.patch, (32 if head == "unet" else 8,) * 3, 1)

@@ -25,7 +25,6 @@ RECENT = 50  # steps whose patches drawn anywhere are scored together
 TIMED = 5  # steps after which the time of all is told, the first of them apart
 AVERAGE = 0.99  # decay of the moving average of weights, which is what a stage leaves
 VALIDATIONS, LEAST = 10, 25  # how often held-out patches are looked at: times a stage, steps apart
-NEW = 5.0  # times the rate is that of parts which start at random, see `run`
 
 Batch = Callable[..., Any]  # (step) -> (images, labels); (step, sampling.patches): with their cases
 
@@ -35,7 +34,7 @@ class Stage:
     """A part of training: what a step sees, how many there are, at which rate of AdamW.
 
     size: voxels of a patch, (H, W) of a slice or (D, H, W); count: patches a step; salt: of its
-    random numbers, beside the seed.
+    random numbers, beside the seed; faster: times the rate is that of parts that start at random.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Stage:
     steps: int
     rate: float
     salt: int
+    faster: float
 
     def batches(self, cases: Sequence[sampling.Prepared], seed: int,
                 augment: Callable | None) -> Batch:
@@ -56,9 +56,9 @@ class Stage:
 
 def stages(plan: Plan, settings: Settings) -> dict[str, Stage]:
     """The stages of a run in their order, by name."""
-    slices, volumes = settings.lr
-    return {"2d": Stage("2d", plan.patch_2d, plan.batch_2d, plan.steps_2d, slices, 2),
-            "3d": Stage("3d", plan.patch_3d, plan.batch_3d, plan.steps_3d, volumes, 3)}
+    (slices, volumes), faster = settings.lr, settings.lr_new
+    return {"2d": Stage("2d", plan.patch_2d, plan.batch_2d, plan.steps_2d, slices, 2, faster),
+            "3d": Stage("3d", plan.patch_3d, plan.batch_3d, plan.steps_3d, volumes, 3, faster)}
 
 
 class History:
@@ -105,12 +105,12 @@ def run(stage: Stage, net: Module, batch: Batch, history: History,
 
     save(step, arrays) keeps all that the rest of the stage depends on, every two minutes and
     however it ends. No generator is part of it, see `Stage.batches`. new: top-level parts that
-    have a rate NEW times as high. validate: see `train.fit`. Where stop() is true after a step,
+    have the rate times stage.faster. validate: see `train.fit`. Where stop() is true after a step,
     KeyboardInterrupt ends it.
     """
     fresh = [p for name, p in net.named_parameters() if name.split(".")[0] in new]
     others = [p for name, p in net.named_parameters() if name.split(".")[0] not in new]
-    optimizer = optim.AdamW([(others, 1), (fresh, NEW)], stage.rate, weight_decay=1e-2)
+    optimizer = optim.AdamW([(others, 1), (fresh, stage.faster)], stage.rate, weight_decay=1e-2)
     average = train.Average(net, AVERAGE)
     parts: dict[str, Any] = {"net/": net, "optimizer/": optimizer, "average/": average}
     step, arrays = place or (0, {})
