@@ -67,7 +67,8 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"depth_stride": [2] * 5, "head": "fcn"}, "3 numbers"), ({"depth_stride": [3]}, "--depth"),
      ({"depth_stride": ["plane", 1]}, "--depth-stride"),
     ({"plan": "a", "minutes": 5}, "--minutes"), ({"from_2d": "a", "memory": 5}, "--memory"),
-    ({"minutes": 0}, "minutes"), ({"lr_new": 0}, "--lr-new is 0"), ({"lr": (1e-3,)}, "--lr"), ({"folds": 2, "fold": 2}, "--fold"),
+    ({"minutes": 0}, "minutes"), ({"lr_new": 0}, "--lr-new is 0"), ({"lr": (1e-3,)}, "--lr"),
+    ({"training_cases": 0}, "--training-cases is 0"), ({"folds": 2, "fold": 2}, "--fold"),
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
     ({"from_2d": "a", "mirror": ["1=2"]}, "--mirror"),
@@ -78,6 +79,29 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
 def test_what_no_run_can_be_asked_for_is_named(wrong, said):
     with pytest.raises(job.SettingsError, match=said):
         job.Settings(**wrong)
+
+
+def test_fewer_cases_to_learn_from_are_drawn_by_the_seed():
+    ids = [f"case{i}" for i in (3, 0, 2, 1, 5, 4, 6, 8, 7, 9)]
+    whole, held_out = prepare.split(job.Settings(fold=1), ids)
+    assert len(whole) == 8 and {*whole} | {*held_out} == {*ids} and not {*whole} & {*held_out}
+    assert whole == [id for id in ids if id in whole]
+    drawn = [prepare.split(job.Settings(fold=1, training_cases=3, seed=seed), ids)
+             for seed in (0, 0, 1, 2)]
+    assert all(len(some) == 3 and {*some} <= {*whole} and rest == held_out for some, rest in drawn)
+    assert drawn[0] == drawn[1] and len({tuple(some) for some, _ in drawn}) > 1
+    assert prepare.split(job.Settings(fold=1, training_cases=8), ids) == (whole, held_out)
+    with pytest.raises(job.SettingsError, match="is 9; this fold leaves 8"):
+        prepare.split(job.Settings(fold=1, training_cases=9), ids)
+
+
+def test_no_other_case_is_prepared(data, tmp_path):
+    asked = {**SMALL, "steps_2d": 0, "steps_3d": 0, "training_cases": 1}
+    with job.Run(tmp_path / "run", job.Settings(data=data, **asked)) as run:
+        run.decide()
+        assert len(run.trained) == len(run.prepared["training"]) == 1
+        assert {path.name.split(".")[0] for path in (tmp_path / "run/prepared").iterdir()} == {
+            *run.trained, *run.held_out}
 
 
 def test_a_resumed_run_moves_and_grows_and_changes_nothing_else():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from .. import models, pretrained
@@ -19,7 +20,9 @@ from ..inflate import inflate
 from ..nn import Module
 from .fingerprint import fingerprint
 from .plan import Plan, going_with, measure, propose, varied, within
-from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings
+from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings, SettingsError
+
+SUBSET = 6  # salt, of which cases are learned from
 
 
 @contextmanager
@@ -147,21 +150,36 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def cases(dataset: decathlon.Dataset, asked: Settings, decided: Plan, run: Path
-          ) -> dict[str, sampling.Prepared]:
-    """All cases, normalised and resampled once and kept in the folder of a run, or of that which
-    its 2D network is taken from, if they are prepared alike there, by id; what of them changed
-    since is refused, before anything is prepared."""
+def split(asked: Settings, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The cases that are learned from, in their order, and those that are held out."""
+    trained, held_out = decathlon.folds(ids, asked.folds)[asked.fold]
+    if asked.training_cases is None:
+        return [id for id in ids if id in trained], held_out
+    if asked.training_cases > len(trained):
+        raise SettingsError(f"--training-cases is {asked.training_cases}; this fold leaves "
+                            f"{len(trained)}")
+    drawn = np.random.default_rng((asked.seed, SUBSET)).permutation(trained)
+    drawn = set(drawn[: asked.training_cases].tolist())
+    return [id for id in ids if id in drawn], held_out
+
+
+def cases(dataset: decathlon.Dataset, asked: Settings, decided: Plan, run: Path,
+          used: Collection[str]) -> dict[str, sampling.Prepared]:
+    """The cases that are used, normalised and resampled once and kept in the folder of a run, or of
+    that which its 2D network is taken from, if they are prepared alike there, by id; what of them
+    changed since is refused, before anything is prepared."""
     plan, folder = decided.preprocessing, run / "prepared"
     theirs = asked.from_2d
     if theirs and (theirs / "prepared").is_dir() and (
             Plan.read(theirs / "plan.json").preprocessing == plan):
         folder = theirs / "prepared"
-    if other := [what for case in dataset.cases for what in sampling.changed(folder, case, plan)]:
+    if other := [what for case in dataset.cases if case.id in used
+                 for what in sampling.changed(folder, case, plan)]:
         raise ValueError(f"{folder}: made of other data: {', '.join(dict.fromkeys(other))} changed "
                          "since this run began; bring that back, or begin again in another --out")
     found = {}
-    for number, case in enumerate(tqdm(dataset.cases, desc="prepare", unit="case")):
+    chosen = [(i, case) for i, case in enumerate(dataset.cases) if case.id in used]
+    for number, case in tqdm(chosen, desc="prepare", unit="case"):
         try:
             found[case.id] = sampling.open(folder, case.id)
         except (FileNotFoundError, ValueError):

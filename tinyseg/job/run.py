@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from .. import checkpoint, files, pretrained, report
 from ..backend import Array, device
-from ..data import augment, decathlon
+from ..data import augment
 from ..infer.windows import OVERLAP
 from ..nn import Module, to_device
 from . import pages, prepare, stages
@@ -117,7 +117,7 @@ class Run:
                 raise ValueError(f"{self.dataset.cases[0].label.parent}: the {key} are no longer "
                                  f"those that the run in {self.folder} began with; bring them "
                                  "back, or begin again in another --out")
-        self.trained, self.held_out = decathlon.folds(self.cases, asked.folds)[asked.fold]
+        self.trained, self.held_out = prepare.split(asked, self.cases)
         self._recall()
         plan = self._plan or prepare.taken(asked)
         self.mirror = prepare.reflection(asked, self.dataset.labels, plan)
@@ -211,10 +211,10 @@ class Run:
         for wrong in starved(plan.patch_3d, (prod(plan.depth_stride), plane, plane), plan.batch_3d):
             if plan.steps_3d:
                 raise ValueError(wrong)
-        made = prepare.cases(self.dataset, asked, plan, self.folder)
+        used = [*self.trained, *self.held_out]
+        made = prepare.cases(self.dataset, asked, plan, self.folder, used)
         self.prepared = {part: [made[id] for id in ids] for part, ids in (
-            ("training", [id for id in self.cases if id in self.trained]),
-            ("held out", self.held_out))}
+            ("training", self.trained), ("held out", self.held_out))}
         small = sum(any(n < p for n, p in zip(case.label.shape, plan.patch_3d, strict=True))
                     for case in self.prepared["training"])
         print(f"spacing {' x '.join(f'{s:.3g}' for s in plan.preprocessing.spacing)} mm, patch "

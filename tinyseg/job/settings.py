@@ -113,6 +113,8 @@ class Settings:
                            metavar="TIMES")
     folds: int = option(5, "parts of the cross-validation", type=int, metavar="K")
     fold: int = option(0, "the part held out, from 0", type=int, metavar="I")
+    training_cases: int | None = option(None, "of the others, drawn by the seed, to learn from "
+                                        "(default: all)", type=int, metavar="N")
     device: str = option("cpu", "where it computes", choices=["cpu", "cuda"], movable=True)
     seed: int = option(0, "of all that is random", type=int)
     score_mirrored: bool = option(False, "score the mean of the answers to a scan and to its "
@@ -139,7 +141,8 @@ class Settings:
         """What cannot be, one sentence each."""
         if min(self.steps_2d or 0, self.steps_3d or 0, self.seed) < 0 or self.batch == 0:
             yield "steps and seed must be at least 0 and batch at least 1"
-        for name in ("spacing", "patch", "lr", "lr_new", "minutes", "memory", "batch"):
+        for name in ("spacing", "patch", "lr", "lr_new", "minutes", "memory", "batch",
+                     "training_cases"):
             value = getattr(self, name)
             if value is not None and not min(value if isinstance(value, tuple) else [value]) > 0:
                 yield f"--{name.replace('_', '-')} is {value}, expected positive numbers"
