@@ -24,7 +24,7 @@ import pytest
 import tinyseg as ts
 from tinyseg import checkpoint, files, report
 from tinyseg.data import ct, decathlon, nifti, phantom, sampling
-from tinyseg.job import stages
+from tinyseg.job import pages, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_pancreas_3d.py"
@@ -46,6 +46,7 @@ def tiny(change):
         folder, 4, seed, (8, 24, 24), (5, 6, 6)))
     for figure in ("progress", "overlay"):
         change.setattr(report, figure, lambda path, *content: report.write_json(path, []))
+    change.setattr(pages, "of_run", lambda *content: None)
     change.setitem(ts.models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
     change.setattr(stages, "SAVE_EVERY", 0)
 

@@ -16,7 +16,7 @@ def simulated(rng, mean, folds, seeds, cases, by_case=1.0, by_seed=1.0, rest=1.0
 
 
 @pytest.mark.parametrize("folds, seeds, cases, by_seed", [
-    (2, 3, 20, 0.3), (2, 3, 20, 1.0), (1, 5, 12, 0.5), (3, 4, 9, 0.7)])
+    (2, 3, 20, 1.0), (1, 5, 12, 0.3)])
 def test_95_of_100_intervals_hold_the_truth(folds, seeds, cases, by_seed):
     rng, number = np.random.default_rng(0), 2000
     held = sum(found.low <= 0.7 <= found.high for found in (
@@ -42,12 +42,12 @@ def test_a_bootstrap_over_cases_and_seeds_promises_too_much():
 def test_where_nothing_differs_nothing_is_found():
     """Five ways against one reference, all alike: a false one in at most 5 of 100 studies."""
     rng, false = np.random.default_rng(0), 0
-    for _ in range(1000):
+    for _ in range(600):
         reference = simulated(rng, 0.0, 2, 3, 10)
         found = {str(way): interval([a - b for a, b in zip(
             simulated(rng, 0.0, 2, 3, 10), reference, strict=True)]).p for way in range(5)}
         false += min(holm(found).values()) < 0.05
-    assert false / 1000 <= 0.05
+    assert false / 600 <= 0.05
 
 
 def test_where_seeds_agree_it_is_the_paired_t_test():

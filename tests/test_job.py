@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tinyseg as ts
 from tinyseg import job, metrics, report
 from tinyseg.data import phantom
-from tinyseg.job import evaluate, prepare, stages
+from tinyseg.job import evaluate, pages, prepare, stages
 from tinyseg.job import plan as plans
 from tinyseg.job import settings as asking
 
@@ -159,6 +159,7 @@ def small():
         change.setitem(ts.models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
         for figure in ("progress", "overlay"):
             change.setattr(report, figure, lambda *content: None)
+        change.setattr(pages, "of_run", lambda *content: None)
         yield
 
 

@@ -18,6 +18,7 @@ import pytest
 import tinyseg as ts
 from tinyseg import __main__ as commands
 from tinyseg.data import decathlon, phantom
+from tinyseg.job import pages
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_pancreas_3d.py"
 SMALL = ["--patch", "12", "24", "32", "--steps-2d", "4", "--steps-3d", "3", "--batch", "1",
@@ -25,7 +26,7 @@ SMALL = ["--patch", "12", "24", "32", "--steps-2d", "4", "--steps-3d", "3", "--b
          "--augment", "mild"]
 FILES = {"model_2d.npz", "model_3d.npz", "history.csv", "metrics.json", "progress.png",
          "checkpoint.npz", "run.json", "plan.json", "predictions", "predictions_2d",
-         "predictions_ensemble", "prepared"}
+         "predictions_ensemble", "prepared", "report.html"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -254,6 +255,7 @@ def undrawn(monkeypatch):
     """No pictures: they take most of the time of so small a run."""
     for name in ("overlay", "progress"):
         monkeypatch.setattr(job.report, name, lambda *content: None)
+    monkeypatch.setattr(pages, "of_run", lambda *content: None)
 
 
 def begun(data, out, *words):

@@ -43,7 +43,7 @@ def square(channels=5):
         Conv(4, 3, (5, 5), stride=2, padding=2, bias=False, rng=rng)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from(LIKE_2D), networks(), st.integers(1, 5), st.integers(1, 7),
        st.booleans())
 def test_constant_depth(data, structure, network, slots, depth, train):
@@ -60,7 +60,7 @@ def test_constant_depth(data, structure, network, slots, depth, train):
     assert same_on_every_slice(net, deep, normal(2, 7, 9, 2), depth, planes)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from([name for name in WAYS if PROFILES[name].volumes]), networks(),
        st.integers(1, 5), st.integers(1, 7), st.sampled_from(["zero", "edge"]))
 def test_any_volume(structure, network, slots, depth, padding):
@@ -84,7 +84,7 @@ def test_the_table_claims_no_less_than_there_is(structure):
     assert constant == PROFILES[structure].exact
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(LIKE_2D), networks(), st.integers(1, 5), st.integers(1, 7),
        st.sampled_from(["plane", 1]))
 def test_deflated_it_answers_alike_on_constant_depth_whatever_was_trained(
