@@ -5,10 +5,10 @@ minutes of training.
 
 Without any, the network has the linear head at output stride 8 in depth as in the plane, patches
 are plain, the last weights count, and scans are scored without their mirror image. Each run is the
-main job, fold 0 of 5, in a folder of --out; one that has its metrics.json is not run again, so that
-an interrupted benchmark goes on. Prints the mean Dice over classes of whole held-out volumes, and
-how far seeds lie apart. Minutes are by steps that are timed before: nothing else should work on the
-machine.
+main job, fold 0 of --folds, in a folder of --out; one that has its metrics.json is not run again,
+so that an interrupted benchmark goes on. Prints the mean Dice over classes of whole held-out
+volumes, and how far seeds lie apart. Minutes are by steps that are timed before: nothing else
+should work on the machine.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main() -> None:
     add("--data", type=Path, required=True, help="folder of the Decathlon or of nnU-Net")
     add("--minutes", type=float, required=True, help="of training, for every run")
     add("--seeds", type=int, default=1, metavar="N", help="runs with seeds 0 to N - 1 (1)")
+    add("--folds", type=int, default=5, metavar="K", help="one of which is held out (5)")
     add("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW",
         help=f"of {', '.join(ROWS)} (all)")
     add("--out", type=Path, default=Path("runs/ablation"), help="where runs go (runs/ablation)")
@@ -73,7 +74,7 @@ def main() -> None:
         print(f"\n{row}, seed {seed}", flush=True)
         folder = asked.out / f"{row.replace(' ', '_')}_{seed}"
         found[row].append(measure(ROWS[row], folder, data=asked.data, minutes=asked.minutes,
-                                  seed=seed))
+                                  folds=asked.folds, seed=seed))
     print("\n| parts | 2D | 3D | seeds |\n|---|---|---|---|")
     for row, runs in found.items():
         told = [f"{mean(scores):.3f}" + (f" ({min(scores):.3f} to {max(scores):.3f})"

@@ -32,8 +32,11 @@ def interval(differences: Sequence[np.ndarray], level: float = 0.95) -> Interval
     a of its own in every fold. With the mean squares of the seeds, of the cases and of what is left
     in a fold of S seeds and n cases, the variance of its mean is (MS_s + MS_c - MS_e) / (S n), and
     its degrees of freedom are Satterthwaite's (1946), as for readers and cases (Dorfman, Berbaum
-    and Metz 1992; Hillis 2007). ValueError for fewer than two seeds or cases, of which nothing is
-    known, and for what is not finite.
+    and Metz 1992; Hillis 2007). That networks of two folds have learned from many of the same cases
+    is not in it: nothing in a study tells how much that counts (Bengio and Grandvalet 2004).
+
+    ValueError for fewer than two seeds or cases, of which nothing is known, and for what is not
+    finite.
     """
     from scipy.stats import t  # takes longer than all of tinyseg to import
 
