@@ -95,6 +95,14 @@ def test_fewer_cases_to_learn_from_are_drawn_by_the_seed():
         prepare.split(job.Settings(fold=1, training_cases=9), ids)
 
 
+def test_a_random_start_on_volumes_has_the_rate_of_slices(done):
+    plan = job.Plan.read(done / "plan.json")
+    for start, rate in (("inflated", 1e-4), ("random", 1e-2)):
+        made = stages.stages(plan, job.Settings(lr=(1e-2, 1e-4), start=start, lr_new=3.0))
+        assert [stage.rate for stage in made.values()] == [1e-2, rate]
+        assert [stage.faster for stage in made.values()] == [3, 3]
+
+
 def test_no_other_case_is_prepared(data, tmp_path):
     asked = {**SMALL, "steps_2d": 0, "steps_3d": 0, "training_cases": 1}
     with job.Run(tmp_path / "run", job.Settings(data=data, **asked)) as run:

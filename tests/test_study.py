@@ -251,7 +251,8 @@ def test_a_source_is_taken_as_it_is(data, done, tmp_path):
         assert all((a.data == b.data).all() == same for (key, a), (_, b) in zip(
             mine.named_parameters(), theirs.named_parameters(), strict=True) if "conv" in key)
         assert (folder / f"{name}_2d/history.csv").read_text("utf-8").strip() == ""
-        assert (folder / f"{name}_zero/metrics.json").exists()
+        told = json.loads((folder / f"{name}_zero/metrics.json").read_text("utf-8"))
+        assert told["config"]["lr"] == [2e-3, 2e-3]  # not that of going on
     assert {row["source"] for row in read(tmp_path / "run/scores.csv")} == {str(source), "random"}
 
 

@@ -106,8 +106,9 @@ class Settings:
                                   type=int, metavar="N", grows=True)
     batch: int | None = option(None, "volumes a step, and slices in proportion (default: the "
                                "plan's; quick 1)", type=int, metavar="N")
-    lr: tuple[float, ...] = option((2e-3, 3e-4), "AdamW's rate on slices and on volumes",
-                                   type=float, nargs=2, metavar=("2D", "3D"))
+    lr: tuple[float, ...] = option((2e-3, 3e-4), "AdamW's rate on slices and on volumes; a 3D "
+                                   "network that starts at random has that of slices", type=float,
+                                   nargs=2, metavar=("2D", "3D"))
     lr_new: float = option(5.0, "times that is the rate of what begins at random in a network: its "
                            "last layer, and the head on pretrained weights", type=float,
                            metavar="TIMES")

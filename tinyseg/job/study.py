@@ -19,6 +19,7 @@ from ..files import read_json
 from ..intervals import Interval, holm, interval
 from ..profiles import PROFILES
 from .plan import Plan
+from .settings import Settings
 
 Kind = tuple[str, str]  # a way and the source of its 2D network
 FLAT = "2d"  # the way of a 2D network, slice by slice
@@ -85,9 +86,11 @@ class Trial:
     def settings(self, out: Path, first: Trial, asked: dict[str, Any]) -> dict[str, Any]:
         """The settings of its run, given those that are asked for of all. `first`: the trial whose
         plan all others take, each fold with what it finds in its own cases."""
-        own = {"fold": self.fold, "seed": self.seed}
+        own: dict[str, Any] = {"fold": self.fold, "seed": self.seed}
         rest = {key: value for key, value in asked.items() if key not in OF_THE_PLAN}
         if self.network == "3d":
+            if source(self.source):  # its 2D network has learned nothing of these scans yet
+                own["lr"] = (asked.get("lr", Settings.lr)[0],) * 2
             return rest | way(self.way) | own | {"from_2d": self.base.folder(out)}
         planner = replace(first, fold=self.fold)
         if self == first:
