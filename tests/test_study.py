@@ -71,9 +71,9 @@ def test_words_for_sources(tmp_path):
 
 
 def test_every_trial_comes_behind_the_one_that_it_takes_from(tmp_path):
-    ways, sources = ["random", "zero", "zero:first"], ["slices", "a/b.pth"]
+    ways, sources = ["random", "zero", "zero:first"], ["slices", "a/b.pth", "c/b.pth"]
     found = study.trials(ways, sources, 3, 2)
-    assert len(found) == len({each.folder(tmp_path) for each in found}) == 3 * 2 * (2 * 4 - 1)
+    assert len(found) == len({each.folder(tmp_path) for each in found}) == 3 * 2 * (3 * 4 - 2)
     for i, each in enumerate(found):
         assert each.base in found[: i + 1] and each.base.base == each.base
     assert [each.seed for each in found] == sorted(each.seed for each in found)
@@ -245,8 +245,9 @@ def test_a_source_is_taken_as_it_is(data, done, tmp_path):
     words = ["--ways", "zero", "--sources", str(source), "random"]
     assert ask(data, tmp_path / "run", *words) == 0
     theirs = ts.load(source / "model_2d.npz")
-    for name, same in (("slices_2d", True), ("random", False)):
-        folder = tmp_path / "run/fold0_seed0"
+    folder = tmp_path / "run/fold0_seed0"
+    theirs_in, = (path.name.removesuffix("_zero") for path in folder.glob("slices_2d_*_zero"))
+    for name, same in ((theirs_in, True), ("random", False)):
         mine = ts.load(folder / f"{name}_2d/model_2d.npz")
         assert all((a.data == b.data).all() == same for (key, a), (_, b) in zip(
             mine.named_parameters(), theirs.named_parameters(), strict=True) if "conv" in key)

@@ -100,14 +100,14 @@ def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference:
     """Write report.html of a study in the folder `out`: what its `table`, `scores` and `curves`
     say, and one of its runs to look at."""
     (head, *lines), paired = cells(rows, reference), pairs(scored, reference)
-    compared = [(f"{row.way}, {Path(row.source).name}", *row.difference[:3])
+    compared = [(f"{row.way}, {row.source}", *row.difference[:3])
                 for row in rows if row.difference]
     sections = [("Answer", f'<p>{escape(conclusion(rows, reference))}</p>' + (page.figure(
         report.forest, compared, f"mean Dice less that of {reference}", caption="95 % intervals "
         "over cases and seeds; grey ones hold zero.") if compared else "")),
         ("Dice of whole held-out volumes", page.table(head, lines)),
         ("Learning", page.figure(report.learning, [
-            {**row, "way": f"{row['way']}, {Path(row['source']).name}"} for row in tried],
+            {**row, "way": f"{row['way']}, {row['source']}"} for row in tried],
             caption="Dice on patches of held-out cases; bands reach over seeds and folds.")),
         ("Case by case", page.figure(
             report.scatter, paired, reference, caption="Each point is a case and class, the mean "
@@ -124,7 +124,7 @@ def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference:
                 shown = viewers(prepare.scans(Settings(**asked), out / "phantom", None),
                                 next(iter(metrics(trial, out)["models"]["3d"]["cases"])), folder,
                                 "3d", plan)
-            slots.append([f"{trial.way}, {Path(trial.source).name}",
+            slots.append([f"{trial.way}, {trial.source}",
                           " ".join(f"{x:.3f}" for x in moved(flat, begun, deep)),
                           str(goals.get((trial.way, trial.source)) or "never")])
     if slots:
@@ -146,7 +146,7 @@ def pairs(rows: Sequence[Mapping[str, Any]], reference: str
             found.setdefault((row["way"], row["source"]), {}).setdefault(
                 (row["case"], row["class"]), []).append(row["dice"])
     base = next((cases for (name, _), cases in found.items() if name == reference), {})
-    return {f"{name}, {Path(source).name}": (
+    return {f"{name}, {source}": (
         [float(np.mean(base[key])) for key in cases if key in base],
         [float(np.mean(cases[key])) for key in cases if key in base])
         for (name, source), cases in found.items() if name != reference and base}

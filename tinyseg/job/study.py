@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import nan, prod
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -79,8 +80,10 @@ class Trial:
 
     def folder(self, out: Path) -> Path:
         """Where it lies."""
-        name = "".join(c if c.isalnum() or c in "-.," else "_" for c in
-                       f"{Path(self.source).name} {self.way}")
+        origin = self.source
+        if origin not in (SLICES, RANDOM):  # two files may have one name
+            origin = f"{Path(origin).name} {crc32(origin.encode()):08x}"
+        name = "".join(c if c.isalnum() or c in "-.," else "_" for c in f"{origin} {self.way}")
         return out / f"fold{self.fold}_seed{self.seed}" / name
 
     def settings(self, out: Path, first: Trial, asked: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +244,7 @@ def cells(rows: Sequence[Row], reference: str) -> list[list[str]]:
         if row.difference:
             mean, low, high, _ = row.difference
             told = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})", f"{row.p:.3g}"]
-        lines.append([row.way, Path(row.source).name, *(f"{x:.3f}" for x in row.dice.values()),
+        lines.append([row.way, row.source, *(f"{x:.3f}" for x in row.dice.values()),
                       f"{np.mean(list(row.dice.values())):.3f}",
                       *([f"{x:.3f}" for x in row.start] if row.start else ["", ""]), *told])
     return lines
@@ -256,7 +259,7 @@ def conclusion(rows: Sequence[Row], reference: str) -> str:
     kinds = (("better than", 1), ("worse than", -1))
     told = []
     for what, sign in kinds:
-        names = [f"{row.way} ({Path(row.source).name})" for row in compared
+        names = [f"{row.way} ({row.source})" for row in compared
                  if row.p < 0.05 and row.difference and row.difference.mean * sign > 0]
         told.append(f"{what} {reference}: {', '.join(names) or 'none'}")
     return (f"At 5 % over all comparisons, {'; '.join(told)}. Where an interval holds zero, either "
