@@ -66,10 +66,12 @@ def volumes(run: job.Run, flat: ts.nn.Module) -> ts.nn.Module:
     """The 3D network that is made of it, trained on volumes."""
     asked = run.settings
     deep = ts.inflate(flat, **asked.way, **run.plan.inflation)
-    if asked.start == "random":
+    if asked.start != "inflated":
         deep = ts.models.build(deep.config | {"seed": asked.seed})
         assert isinstance(deep, ts.models.Segmenter)
         deep.prior(run.shares)
+        if asked.start != "random" and run.stage != "3d":
+            run.pretrain(deep)
     run.compare(flat, deep)
     for prefix in asked.freeze:
         deep.freeze(prefix)

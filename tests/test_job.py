@@ -73,7 +73,7 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
     ({"from_2d": "a", "mirror": ["1=2"]}, "--mirror"),
     ({"profile": "cubic"}, "--profile"), ({"profile": "scale"}, "--alpha goes with"),
-    ({"alpha": [0.5, 0.5]}, "--alpha goes with"), ({"start": "flat"}, "--start"),
+    ({"alpha": [0.5, 0.5]}, "--alpha goes with"), 
     ({"profile": "scale", "alpha": [0.5, 0.2, 0.2]}, "sum is 1"),
 ])
 def test_what_no_run_can_be_asked_for_is_named(wrong, said):

@@ -1392,6 +1392,22 @@ def test_recalibrated_on_photographs(weights):
     assert np.abs(again - y).mean() < np.abs(trained - y).mean() / 2
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+def test_kernels_of_volumes_with_other_slots_keep_their_sum(slots):
+    net, w = Conv(2, 4, (slots, 3, 3), bias=False, rng=0), normal(4, 2, 3, 3, 3)
+    if slots != 3:
+        with pytest.raises(ValueError, match=r"weight has shape \(4, 2, 3, 3, 3\)"):
+            pretrained.load(net, {"weight": w})
+    pretrained.load(net, {"weight": w}, resample=True)
+    before, found = np.moveaxis(w, (1, 0), (-2, -1)), net.weight.data
+    assert close(found.sum(axis=0), before.sum(axis=0), 1e-6)
+    if slots == 5:  # the slots of three stand at 1/3, 2 and 11/3 of five
+        a, b, c = before
+        assert close(found, np.stack([2 * a / 3, a / 3, b, c / 3, 2 * c / 3]), 1e-6)
+    if slots == 3:
+        assert (found == before.astype("float32")).all()
+
+
 EXACT = [name for name, row in PROFILES.items() if row.exact and row.structure != "pointwise"]
 DEEP = pytest.param("resnet50", marks=pytest.mark.slow)
 

@@ -257,6 +257,20 @@ def test_a_source_is_taken_as_it_is(data, done, tmp_path):
     assert {row["source"] for row in read(tmp_path / "run/scores.csv")} == {str(source), "random"}
 
 
+def test_a_3d_network_may_be_another_ones(data, done, tmp_path):
+    source = done[0] / "fold0_seed0/slices_zero/model_3d.npz"
+    words = ["--ways", f"native:{source}", "--steps-3d", "0"]
+    assert ask(data, tmp_path / "run", *words) == 0
+    folder, = (tmp_path / "run/fold0_seed0").glob("slices_native*")
+    mine, theirs = ts.load(folder / "model_3d.npz"), ts.load(source)
+    assert all((a.data == b.data).all() for (key, a), (_, b) in zip(
+        mine.named_parameters(), theirs.named_parameters(), strict=True) if "bn" not in key)
+    with pytest.raises(ValueError, match="native:FILE"):
+        study.way(f"native:{tmp_path / 'none.pth'}")
+    with pytest.raises(ts.job.SettingsError, match="--start none.pth: no such file"):
+        ts.job.Settings(start="none.pth").expect_files()
+
+
 def test_a_slot_that_did_not_move_has_not():
     flat = ts.models.resnet_seg(rank=2, in_channels=1, classes=2)
     begun = ts.inflate(flat, 3, "zero")

@@ -20,7 +20,7 @@ from . import prepare
 from .evaluate import predictions
 from .plan import Plan
 from .settings import Settings
-from .study import RANDOM, Row, Trial, cells, conclusion, metrics, reached, way
+from .study import Row, Trial, cells, conclusion, metrics, reached, way
 
 KERNEL = "One filter of {}, the largest, and its slots along depth: red is positive, blue negative."
 
@@ -114,7 +114,7 @@ def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference:
             "over seeds; above the line the way is better than the reference.") if paired else "")]
     goals, slots = reached(tried, reference), []
     for trial in trials[: len(rows)]:  # of the first seed and fold
-        if trial.network == "3d" and trial.way != RANDOM:
+        if trial.network == "3d" and "start" not in way(trial.way):
             folder, flat = trial.folder(out), load(trial.base.folder(out) / "model_2d.npz")
             plan, deep = Plan.read(folder / "plan.json"), load(folder / "model_3d.npz")
             begun = inflate(flat, **Settings(**way(trial.way)).way, **plan.inflation)

@@ -200,8 +200,8 @@ def expect_split(source: Path, told: dict[str, Any]) -> None:
                              "would be of scans that its network has seen")
 
 
-def imported(flat: Module, path: Path) -> pretrained.Report:
+def imported(net: Module, path: str | Path) -> pretrained.Report:
     """Load pretrained weights into a network, and its head only where it has these classes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of folded statistics: `recalibrate` replaces them
-        return pretrained.load(flat, path, head="fit")
+        return pretrained.load(net, path, head="fit", resample=True)

@@ -23,7 +23,7 @@ from .settings import Settings, SettingsError, starved
 
 PARTS = ("run.json", "checkpoint.npz", "prepared")  # by which a folder is known to hold a run
 ORDER = ("2d", "3d")  # of the stages
-LOOK: dict[str, Any] = {"salt": 1, "count": 8}  # slices of a batch that is looked at
+LOOK: dict[str, Any] = {"salt": 1, "count": 8}  # patches of a batch that is looked at
 LOOKS = 8  # batches
 COMPARISON = 4  # salt, of patches of held-out cases
 SHOWN = {"2d": 32, "3d": 4}  # of them that a network is compared on
@@ -222,25 +222,25 @@ class Run:
               + (f"; {small} smaller cases are padded" if small else ""))
         return plan
 
-    def pretrain(self, flat: Module) -> None:
-        """Load the weights asked for, and give batch-norm statistics of training slices."""
-        assert self.settings.pretrained
-        told = prepare.imported(flat, self.settings.pretrained)
+    def pretrain(self, net: Module) -> None:
+        """Load the weights asked for, and give batch-norm statistics of training patches."""
+        name, asked = f"{net.config['rank']}d", self.settings
+        told = prepare.imported(net, asked.pretrained if asked.pretrained and name == "2d"
+                                else asked.start)
         print(str(told).splitlines()[0])
         if any(note.startswith("the head stays") for note in told.notes):
             print("its head is for other classes: ours starts at random")
-        pretrained.recalibrate(flat, (images for images, _ in self._looked()))
-        print(f"batch-norm recalibrated on {LOOKS} batches of training slices; in eval mode "
-              "nothing changed")
+        pretrained.recalibrate(net, (images for images, _ in self._looked(name)))
+        print(f"batch-norm recalibrated on {LOOKS} batches; in eval mode nothing changed")
 
     @property
     def shares(self) -> Array:
         """What share of the voxels of training slices is of each class, (classes,)."""
         return stages.shares(self._looked(), len(self.labels))
 
-    def _looked(self) -> Iterator[tuple[Array, Array]]:
+    def _looked(self, name: str = "2d") -> Iterator[tuple[Array, Array]]:
         """Some batches of training slices, always the same, before any step."""
-        draw = replace(self.stages["2d"], **LOOK).batches(
+        draw = replace(self.stages[name], **LOOK).batches(
             self.prepared["training"], self.settings.seed, self._augment())
         return map(draw, range(LOOKS))
 

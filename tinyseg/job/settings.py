@@ -82,8 +82,9 @@ class Settings:
         metavar="A")
     slot: str = option("center", "of a profile that has one: center, first, or its number from 0",
                        metavar="SLOT")
-    start: str = option("inflated", "where the 3D network begins: random gives the same network "
-                        "without anything of the 2D one", choices=["inflated", "random"])
+    start: str = option("inflated", "where the 3D network begins: inflated, random, the same "
+                        "network without anything of the 2D one, or a checkpoint of a 3D network",
+                        metavar="START")
     freeze: tuple[str, ...] = option((), "parts of the 3D network that rest, by the beginning of "
                                      "their names", nargs="+", metavar="PREFIX")
     spacing: tuple[float, ...] | None = option(
@@ -187,10 +188,11 @@ class Settings:
 
     def expect_files(self) -> None:
         """SettingsError for a file that is asked for and not there."""
-        run = self.from_2d
-        for name, path in (("plan", self.plan), ("pretrained", self.pretrained), *(
-                ("from-2d", run and run / name)
-                for name in ("model_2d.npz", "plan.json", "run.json"))):
+        run, named = self.from_2d, self.start in ("inflated", "random")
+        for name, path in (("plan", self.plan), ("pretrained", self.pretrained),
+                           ("start", None if named else Path(self.start)), *(
+                               ("from-2d", run and run / part)
+                               for part in ("model_2d.npz", "plan.json", "run.json"))):
             if path and not path.is_file():
                 raise SettingsError(f"--{name} {path}: no such file")
 

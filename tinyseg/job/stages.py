@@ -57,7 +57,7 @@ class Stage:
 def stages(plan: Plan, settings: Settings) -> dict[str, Stage]:
     """The stages of a run in their order, by name."""
     (slices, volumes), faster = settings.lr, settings.lr_new
-    if settings.start == "random":  # it has to learn what a 2D network learns on slices
+    if settings.start != "inflated":  # it has to learn what a 2D network learns on slices
         volumes = slices
     return {"2d": Stage("2d", plan.patch_2d, plan.batch_2d, plan.steps_2d, slices, 2, faster),
             "3d": Stage("3d", plan.patch_3d, plan.batch_3d, plan.steps_3d, volumes, 3, faster)}

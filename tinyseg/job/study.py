@@ -32,18 +32,20 @@ OF_THE_PLAN = ("minutes", "memory", "plan", "pretrained", "head", "backbone")  #
 
 def way(word: str) -> dict[str, Any]:
     """The settings of a run that makes its 3D network so: "random", "zero", "zero:first" (the
-    profile and its slot), "scale:0.2,0.6,0.2"; or goes on in 2D, "2d-longer". ValueError for
-    another word."""
+    profile and its slot), "scale:0.2,0.6,0.2", "native:FILE", a checkpoint of a 3D network; or goes
+    on in 2D, "2d-longer". ValueError for another word."""
     name, _, more = word.partition(":")
     if word == RANDOM:
         return {"start": word}
     if word == LONGER:
         return {}
+    if name == "native" and Path(more).is_file():
+        return {"start": more}
     if name == "scale" and more:
         return {"profile": name, "alpha": tuple(map(float, more.split(",")))}
     if name not in PROFILES:
-        raise ValueError(f"found the way {word!r}, expected {LONGER}, {RANDOM}, scale:A,B,C or one"
-                         f" of {', '.join(PROFILES)}")
+        raise ValueError(f"found the way {word!r}, expected {LONGER}, {RANDOM}, scale:A,B,C,"
+                         f" native:FILE or one of {', '.join(PROFILES)}")
     return {"profile": name, **({"slot": more} if more else {})}
 
 
@@ -116,7 +118,7 @@ def trials(ways: Sequence[str], sources: Sequence[str], seeds: int, folds: int) 
     return [Trial(each, origin, fold, seed)
             for seed in range(seeds) for fold in range(folds) for origin in sources
             for each in dict.fromkeys((FLAT, *ways))
-            if each != RANDOM or origin == sources[0]]
+            if "start" not in (way(each) if each != FLAT else {}) or origin == sources[0]]
 
 
 def scores(done: Sequence[Trial], out: Path) -> list[dict[str, Any]]:

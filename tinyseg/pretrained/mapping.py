@@ -15,6 +15,7 @@ from ..checkpoint import read as read_ours
 from ..models import BACKBONES
 from ..models.depth import STAGES
 from ..nn import Module
+from ..ops import interpolation
 from .files import read
 from .names import HEADS, Renames, choose, first, matcher, places, renamed, under
 
@@ -170,9 +171,19 @@ def _stem(w: np.ndarray, channels: int, how: str) -> tuple[np.ndarray, np.ndarra
     return np.repeat(grey, channels, axis=-2), constant
 
 
+def _slots(w: np.ndarray, slots: int) -> np.ndarray:
+    """A kernel (T, H, W, I, O) with another number of slots along depth: each of its own goes to
+    the nearest two, by linear weights, so that the sum over slots is what it was."""
+    if len(w) == slots:
+        return w
+    shares = interpolation(slots, len(w), align_corners=False).astype(w.dtype)  # (T, slots)
+    return np.tensordot(shares.T, w, axes=1)
+
+
 def _fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], report: Report,
          left_out: Callable[[str], bool], others: tuple[str, ...], *, drop: bool, ours: bool,
-         stem: str, allowed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+         stem: str, resample: bool, allowed: tuple[str, ...]
+         ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The new state of a network whose state is `net`, out of `arrays` under the report's prefix;
     and what is wrong with it. What stands under the prefixes `others` is another network."""
     mine = {n: a for n, a in net.items() if not (drop and n.startswith(HEADS))}
@@ -199,6 +210,8 @@ def _fit(net: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], report
             elif constant is not None:
                 wrong.append('there is no bn1.running_mean for the constant of stem="imagenet"; '
                              'take stem="sum"')
+        if resample and fitted.ndim == 5 and fitted.shape[1:] == target.shape[1:]:
+            fitted = _slots(fitted, len(target))
         if fitted.shape != target.shape:
             wrong.append(f"{name} has shape {array.shape}, the network needs {target.shape} "
                          "(channels last)")
@@ -261,8 +274,8 @@ def _finite(array: np.ndarray, dtype: np.dtype) -> bool:
 
 
 def load(net: Module, path: str | Path | Mapping[str, np.ndarray], *, head: str = "keep",
-         allow_missing: Iterable[str] = (), stem: str = "sum", prefix: str | None = None,
-         rename: Renames = (), ignore: Iterable[str] = ()) -> Report:
+         allow_missing: Iterable[str] = (), stem: str = "sum", resample: bool = False,
+         prefix: str | None = None, rename: Renames = (), ignore: Iterable[str] = ()) -> Report:
     """Write the weights of a foreign checkpoint (or one of ours) into a network.
 
     path: a file, or {name: array} in PyTorch's layout, as `read` gives it. Kernels become
@@ -271,6 +284,8 @@ def load(net: Module, path: str | Path | Mapping[str, np.ndarray], *, head: str 
     head: "keep"; "drop" leaves what follows the trunk (fc, classifier, decoder and
     segmentation_head) as it is, whatever the file has; "fit" keeps it where the file has the very
     same, and drops it otherwise.
+    resample: kernels of volumes with another number of slots along depth are resampled (as UpKern,
+    Roy et al. 2023, but with the sum over slots kept), and not refused.
     prefix: what the network's names begin with in the file, "" for nothing; None finds it.
     rename: {regular expression: replacement} for the names in the file, in turn, as re.sub has it:
     {"shortcut": "downsample", "^linear": "fc"}.
@@ -298,7 +313,8 @@ def load(net: Module, path: str | Path | Mapping[str, np.ndarray], *, head: str 
     allowed = (allow_missing,) if isinstance(allow_missing, str) else tuple(allow_missing)
     try:
         report, state = _only_fit(net.state(), renamed(raw, rename), source, prefix, head,
-                                  matcher(ignore), ours=ours, stem=stem, allowed=allowed)
+                                  matcher(ignore), ours=ours, stem=stem, resample=resample,
+                                  allowed=allowed)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     net.load_state(state, strict=False)
