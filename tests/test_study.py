@@ -71,7 +71,7 @@ def test_words_for_sources(tmp_path):
 
 
 def test_every_trial_comes_behind_the_one_that_it_takes_from(tmp_path):
-    ways, sources = ["random", "zero", "zero:first"], ["slices", "a/b.pth", "c/b.pth"]
+    ways, sources = ["random", "zero", "zero:first"], ["a/b.pth", "slices", "c/b.pth"]
     found = study.trials(ways, sources, 3, 2)
     assert len(found) == len({each.folder(tmp_path) for each in found}) == 3 * 2 * (3 * 4 - 2)
     for i, each in enumerate(found):

@@ -114,7 +114,9 @@ class Trial:
 
 def trials(ways: Sequence[str], sources: Sequence[str], seeds: int, folds: int) -> list[Trial]:
     """All runs, each behind the 2D one that it begins with; a seed after the other, so that one is
-    soon complete. A random start is the same whatever the source: it goes with the first."""
+    soon complete; slices first, whose steps the plan has. A start without the 2D network is the
+    same whatever the source: it goes with the first."""
+    sources = sorted(dict.fromkeys(sources), key=lambda origin: origin != SLICES)
     return [Trial(each, origin, fold, seed)
             for seed in range(seeds) for fold in range(folds) for origin in sources
             for each in dict.fromkeys((FLAT, *ways))
