@@ -27,8 +27,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; padding: 1rem;
   max-width: 68rem }
 h1 { font-size: 1.7rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin-top: 2.2rem }
-figure { margin: 1rem 0 } figcaption, .note { color: #55606e; font-size: .9rem }
-svg { max-width: 100%; height: auto }
+figure { margin: 1rem 0; overflow-x: auto } figcaption, .note { color: #55606e; font-size: .9rem }
+svg { display: block }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right;
@@ -40,8 +40,8 @@ pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .85r
 .plane { flex: 1 1 14rem; max-width: 22rem }
 .plane div { width: 100%; background-repeat: no-repeat; image-rendering: pixelated }
 .plane input { width: 100%; accent-color: var(--mark) }
-@media print { body { max-width: none } .plane input { display: none }
-  h2 { break-after: avoid } figure, table { break-inside: avoid } }
+@media print { body { max-width: none } svg { max-width: 100%; height: auto }
+  .plane input { display: none } h2 { break-after: avoid } figure, table { break-inside: avoid } }
 """
 SCRIPT = """
 for (const plane of document.querySelectorAll(".plane")) {
