@@ -112,7 +112,8 @@ def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference:
         ("Case by case", page.figure(
             report.scatter, paired, reference, caption="Each point is a case and class, the mean "
             "over seeds; above the line the way is better than the reference.") if paired else "")]
-    goals, slots = reached(tried, reference), []
+    goals = reached(tried, reference)
+    slots: list[list[str]] = []
     for trial in trials[: len(rows)]:  # of the first seed and fold
         if trial.network == "3d" and "start" not in way(trial.way):
             folder, flat = trial.folder(out), load(trial.base.folder(out) / "model_2d.npz")

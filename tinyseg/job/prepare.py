@@ -158,8 +158,8 @@ def split(asked: Settings, ids: Sequence[str]) -> tuple[list[str], list[str]]:
     if asked.training_cases > len(trained):
         raise SettingsError(f"--training-cases is {asked.training_cases}; this fold leaves "
                             f"{len(trained)}")
-    drawn = np.random.default_rng((asked.seed, SUBSET)).permutation(trained)
-    drawn = set(drawn[: asked.training_cases].tolist())
+    order = np.random.default_rng((asked.seed, SUBSET)).permutation(trained).tolist()
+    drawn = set(order[: asked.training_cases])
     return [id for id in ids if id in drawn], held_out
 
 

@@ -7,7 +7,7 @@ and the patches of the others of that fold and seed. Differences are paired, cas
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan, prod
 from pathlib import Path
@@ -220,13 +220,13 @@ def starts(done: Sequence[Trial], out: Path) -> dict[Kind, Start]:
         if trial.network == "3d":
             tried = metrics(trial, out)["equivalence"]["held_out_patches"]["3d"].values()
             scores = [each["dice"] for each in tried if each["dice"] is not None]
-            first = next(row for row in _history(trial, out) if row["stage"] == "3d")
+            losses = [float(row["loss"]) for row in _history(trial, out) if row["stage"] == "3d"]
             found.setdefault((trial.way, trial.source), []).append(
-                (float(np.mean(scores)) if scores else nan, float(first["loss"])))
-    return {kind: Start(*np.nanmean(values, axis=0).tolist()) for kind, values in found.items()}
+                (float(np.mean(scores)) if scores else nan, losses[0] if losses else nan))
+    return {kind: Start(*np.mean(values, axis=0).tolist()) for kind, values in found.items()}
 
 
-def reached(tried: Sequence[dict[str, Any]], reference: str) -> dict[Kind, int | None]:
+def reached(tried: Sequence[Mapping[str, Any]], reference: str) -> dict[Kind, int | None]:
     """{(way, source): the first step of `curves` at which its mean Dice is at least the last of the
     reference}; None where it never is."""
     means: dict[Kind, dict[int, list[float]]] = {}
