@@ -9,7 +9,7 @@ and the same patches, with several seeds on several folds, and scored on whole h
   NAME          inflated by a profile: zero, average, negative, planar, factored, acs, ...
   NAME:SLOT     by one that has a slot: zero:first
   scale:A,B,C   by numbers: scale:0.2,0.6,0.2
-  native:FILE   the 3D network from a checkpoint of one, MedicalNet's resnet_50.pth say
+  native:FILE   the 3D network from a checkpoint of one, under torchvision's names
 
 What the 2D network is before is its source: slices (trained on those of the same cases), random, a
 checkpoint (resnet18.pth, of ImageNet say), or the folder of another run of the main job.
