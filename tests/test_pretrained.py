@@ -1408,7 +1408,7 @@ def test_kernels_of_volumes_with_other_slots_keep_their_sum(slots):
         assert (found == before.astype("float32")).all()
 
 
-EXACT = [name for name, row in PROFILES.items() if row.exact and row.structure != "pointwise"]
+EXACT = [name for name, row in PROFILES.items() if row.exact and row.structure == "full"]
 DEEP = pytest.param("resnet50", marks=pytest.mark.slow)
 
 

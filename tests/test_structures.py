@@ -43,7 +43,7 @@ def square(channels=5):
         Conv(4, 3, (5, 5), stride=2, padding=2, bias=False, rng=rng)))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data(), st.sampled_from(LIKE_2D), networks(), st.integers(1, 5), st.integers(1, 7),
        st.booleans())
 def test_constant_depth(data, structure, network, slots, depth, train):
@@ -60,7 +60,7 @@ def test_constant_depth(data, structure, network, slots, depth, train):
     assert same_on_every_slice(net, deep, normal(2, 7, 9, 2), depth, planes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from([name for name in WAYS if PROFILES[name].volumes]), networks(),
        st.integers(1, 5), st.integers(1, 7), st.sampled_from(["zero", "edge"]))
 def test_any_volume(structure, network, slots, depth, padding):
@@ -84,7 +84,7 @@ def test_the_table_claims_no_less_than_there_is(structure):
     assert constant == PROFILES[structure].exact
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(LIKE_2D), networks(), st.integers(1, 5), st.integers(1, 7),
        st.sampled_from(["plane", 1]))
 def test_deflated_it_answers_alike_on_constant_depth_whatever_was_trained(
@@ -103,7 +103,7 @@ def test_deflated_it_answers_alike_on_constant_depth_whatever_was_trained(
     assert back.state().keys() == net.state().keys()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from([n for n in PROFILES if PROFILES[n].exact]), networks(), st.integers(1, 5))
 def test_deflation_undoes_inflation(structure, network, slots):
     net, _ = network
@@ -230,7 +230,9 @@ def test_gradients_of_what_goes_along_depth(structure):
 
 @pytest.mark.parametrize("head", ["linear", "unet"])
 @pytest.mark.parametrize("structure", ["average", *WAYS])
-def test_whole_networks_are_saved_and_built_again(structure, head, tmp_path):
+def test_whole_networks_are_saved_and_built_again(structure, head, tmp_path, monkeypatch):
+    for name, deep in (("resnet18", False), ("resnet50", True)):
+        monkeypatch.setitem(models.BACKBONES, name, ((1, 1, 1, 0), deep))
     options = {"decoder": (8, 6)} if head == "unet" else {}
     net = models.resnet_seg("resnet50" if structure == BOTTLENECKS else "resnet18", rank=2,
                             in_channels=1, classes=2, head=head, **options)

@@ -142,7 +142,8 @@ def outline(asked: Settings, plan: Plan | None, channels: int, classes: int) -> 
                                           "head": asked.head or HEAD})
     for prefix in asked.freeze:  # an inflated network has the same names
         net.copy().freeze(prefix)
-    inflate(net, plan.depth if plan else 3, **asked.way)
+    if (asked.profile, asked.slot) != (Settings.profile, Settings.slot):  # which always can be
+        inflate(net, plan.depth if plan else 3, **asked.way)
     return net
 
 
