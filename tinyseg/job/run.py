@@ -211,10 +211,10 @@ class Run:
         for wrong in starved(plan.patch_3d, (prod(plan.depth_stride), plane, plane), plan.batch_3d):
             if plan.steps_3d:
                 raise ValueError(wrong)
-        used = [*self.trained, *self.held_out]
-        made = prepare.cases(self.dataset, asked, plan, self.folder, used)
-        self.prepared = {part: [made[id] for id in ids] for part, ids in (
-            ("training", self.trained), ("held out", self.held_out))}
+        made = prepare.cases(self.dataset, asked, plan, self.folder,
+                             [*self.trained, *self.held_out])
+        self.prepared = {"training": [made[id] for id in self.trained],
+                         "held out": [made[id] for id in self.held_out]}
         small = sum(any(n < p for n, p in zip(case.label.shape, plan.patch_3d, strict=True))
                     for case in self.prepared["training"])
         print(f"spacing {' x '.join(f'{s:.3g}' for s in plan.preprocessing.spacing)} mm, patch "
@@ -225,8 +225,7 @@ class Run:
     def pretrain(self, net: Module) -> None:
         """Load the weights asked for, and give batch-norm statistics of training patches."""
         name, asked = f"{net.config['rank']}d", self.settings
-        told = prepare.imported(net, asked.pretrained if asked.pretrained and name == "2d"
-                                else asked.start)
+        told = prepare.imported(net, (name == "2d" and asked.pretrained) or asked.start)
         print(str(told).splitlines()[0])
         if any(note.startswith("the head stays") for note in told.notes):
             print("its head is for other classes: ours starts at random")
@@ -321,7 +320,8 @@ class Run:
 
     def _shown(self, name: str) -> tuple[Array, Array]:
         """Patches of held-out cases, always the same, by which networks are compared."""
-        stage = replace(self.stages[name], salt=COMPARISON, count=SHOWN[name])
+        count = SHOWN[name] // (1 + self.settings.quick)
+        stage = replace(self.stages[name], salt=COMPARISON, count=count)
         with prepare.during("drawing patches of held-out cases"):
             return stage.batches(self.prepared["held out"], self.settings.seed, None)(0)
 
