@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from train_pancreas_3d import slices, volumes
+from train_pancreas_3d import FAULTS, failed, slices, volumes
 
 from tinyseg import job, parallel, report
 from tinyseg.files import whole
@@ -67,11 +67,13 @@ def work(trial: study.Trial, out: Path, first: study.Trial, asked: dict[str, Any
 
 
 def quietly(*what: Any) -> None:
-    """`work` in a process of its own, on one core; what it prints goes to log.txt."""
+    """`work` in a process of its own, on one core; what it prints goes to a file beside its
+    folder, of that name and .log."""
     trial, out, *_ = what
     parallel.set_threads(1)
-    trial.folder(out).parent.mkdir(parents=True, exist_ok=True)
-    with open(trial.folder(out).with_suffix(".log"), "a", encoding="utf-8") as log:
+    folder = trial.folder(out)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.log", "a", encoding="utf-8") as log:
         with redirect_stdout(log), redirect_stderr(log):
             work(*what)
 
@@ -119,10 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
-    except (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-        told = ", ".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"error: {told}", file=sys.stderr)
-        return 2 if isinstance(error, job.SettingsError) else 1
+    except FAULTS as error:
+        return failed(error)
     print(f"\n{found}\n\nsee {out / 'report.html'}, comparison.md, scores.csv and curves.csv")
     return 0
 

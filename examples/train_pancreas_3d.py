@@ -31,6 +31,7 @@ from tqdm import tqdm
 import tinyseg as ts
 from tinyseg import job, report
 
+FAULTS = (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError)  # that are told
 EXAMPLES = """\
 examples:
   python examples/train_pancreas_3d.py --quick
@@ -128,14 +129,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; go on with --resume and the same --out", file=sys.stderr)
         return 130
-    except (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-        told = ", ".join([str(error), *getattr(error, "__notes__", [])])
-        if isinstance(error, MemoryError):
-            told = (f"out of memory: {told}; a new run needs less with a smaller --patch or "
-                    "--batch, or a coarser --spacing")
-        tqdm.write(f"error: {told}", file=sys.stderr)
-        return 2 if isinstance(error, job.SettingsError) else 1
+    except FAULTS as error:
+        return failed(error)
     return 0
+
+
+def failed(error: BaseException) -> int:
+    """Tell a person what went wrong; the exit code."""
+    told = ", ".join([str(error), *getattr(error, "__notes__", [])])
+    if isinstance(error, MemoryError):
+        told = (f"out of memory: {told}; a new run needs less with a smaller --patch or "
+                "--batch, or a coarser --spacing")
+    tqdm.write(f"error: {told}", file=sys.stderr)
+    return 2 if isinstance(error, job.SettingsError) else 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,40 @@ for name in {*os.environ}:  # before NumPy, tqdm and matplotlib are imported, wh
         del os.environ[name]
 
 
+def draw_nothing(change):
+    """Let runs draw nothing: pictures take most of the time of so small ones."""
+    from tinyseg import report
+    from tinyseg.job import pages
+
+    for owner, name in ((report, "progress"), (report, "overlay"), (pages, "of_run")):
+        change.setattr(owner, name, lambda *content: None)
+
+
+@pytest.fixture(scope="module")
+def tiny_task(tmp_path_factory):
+    """A synthetic task of four cases of a few thousand voxels."""
+    from tinyseg.data import phantom
+
+    return phantom.write(tmp_path_factory.mktemp("task"), 4, 1, (8, 24, 24), (5, 6, 6))
+
+
+@pytest.fixture(scope="module")
+def tiny_runs():
+    """ResNet-18 has two residual blocks, and no run draws anything."""
+    from tinyseg import models
+
+    with pytest.MonkeyPatch.context() as change:
+        change.setitem(models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
+        draw_nothing(change)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No run draws anything."""
+    draw_nothing(monkeypatch)
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     """CuPy's stand-in, with kernels on the CPU: one library, so that each source compiles once."""

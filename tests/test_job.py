@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinyseg as ts
-from tinyseg import job, metrics, report
-from tinyseg.data import phantom
-from tinyseg.job import evaluate, pages, prepare, stages
+from tinyseg import job, metrics
+from tinyseg.job import evaluate, prepare, stages
 from tinyseg.job import plan as plans
 from tinyseg.job import settings as asking
 
+pytestmark = pytest.mark.usefixtures("tiny_runs")
 SMALL = {"patch": (8, 16, 16), "steps_2d": 2, "steps_3d": 3, "batch": 1, "folds": 2, "seed": 3,
          "head": "linear", "spacing": (5, 6, 6)}
 EXAMPLES = st.fixed_dictionaries({}, optional={
@@ -157,18 +157,8 @@ def test_classes_that_are_met_late_are_absent_before():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return phantom.write(tmp_path_factory.mktemp("task"), 4, 1, (8, 24, 24), (5, 6, 6))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with pytest.MonkeyPatch.context() as change:
-        change.setitem(ts.models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
-        for figure in ("progress", "overlay"):
-            change.setattr(report, figure, lambda *content: None)
-        change.setattr(pages, "of_run", lambda *content: None)
-        yield
+def data(tiny_task):
+    return tiny_task
 
 
 def network(run):

@@ -18,7 +18,6 @@ import pytest
 import tinyseg as ts
 from tinyseg import __main__ as commands
 from tinyseg.data import decathlon, phantom
-from tinyseg.job import pages
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_pancreas_3d.py"
 SMALL = ["--patch", "12", "24", "32", "--steps-2d", "4", "--steps-3d", "3", "--batch", "1",
@@ -248,14 +247,6 @@ def test_wrong_arguments(data, done, tmp_path, capsys):
     assert run.returncode == 1 and run.stderr.startswith("error: ") and "none" in run.stderr
     assert commands.main(["predict", str(wrong), "scan.nii.gz", "out.nii.gz"]) == 1
     assert commands.main(["evaluate", str(tmp_path), str(tmp_path)]) == 1
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """No pictures: they take most of the time of so small a run."""
-    for name in ("overlay", "progress"):
-        monkeypatch.setattr(job.report, name, lambda *content: None)
-    monkeypatch.setattr(pages, "of_run", lambda *content: None)
 
 
 def begun(data, out, *words):

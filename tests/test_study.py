@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 import tinyseg as ts
-from tinyseg import report
-from tinyseg.data import phantom
 from tinyseg.intervals import holm, interval
 from tinyseg.job import pages, study
 
@@ -18,23 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import compare_inflation as comparison  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("tiny_runs")
 TINY = ["--patch", "8", "16", "16", "--steps-2d", "2", "--steps-3d", "2", "--batch", "1",
         "--folds", "2", "--head", "linear", "--spacing", "5", "6", "6", "--augment", "mild"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return phantom.write(tmp_path_factory.mktemp("task"), 4, 1, (8, 24, 24), (5, 6, 6))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    with pytest.MonkeyPatch.context() as change:
-        change.setitem(ts.models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
-        for figure in ("progress", "overlay"):
-            change.setattr(report, figure, lambda *content: None)
-        change.setattr(pages, "of_run", lambda *content: None)
-        yield
+def data(tiny_task):
+    return tiny_task
 
 
 def ask(data, out, *more):

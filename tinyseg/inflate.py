@@ -62,14 +62,10 @@ def inflate(net: Network, depth: int | tuple[int, ...] = 3,
                          '"colour" with one of T x k x k kernels')
     draw = dirichlet(seed) if isinstance(profile, str) and profile == "dirichlet" else None
     out, rng = net.copy(), np.random.default_rng(seed)
-    kernels = {name: m for name, m in [("", out), *out.named(Module)] if isinstance(m, Conv)}
+    kernels = _convolutions(out, 2, "inflate")
     first = {id(conv.weight): name for name, conv in reversed(kernels.items())}  # tied or not
     owned = [name for name, conv in kernels.items() if first[id(conv.weight)] == name]
     wide = [name for name in owned if max(kernels[name].window.kernel) > 1]
-    wrong = [name for name, conv in kernels.items() if len(conv.window.kernel) != 2]
-    if wrong or not kernels:
-        raise ValueError("inflate needs a network of rank-2 convolutions, found "
-                         + (f"{wrong[0]} of another rank" if wrong else "no convolution"))
     reaching = [name for name in owned
                 if along.reaches(kernels[name].window, kernels[name].reduces)]
     if not reaching and structure == "pointwise":
@@ -124,12 +120,7 @@ def deflate(net: Network) -> Network:
     which look along depth as they do across.
     """
     out, flat = net.copy(), {}
-    kernels = {name: m for name, m in [("", out), *out.named(Module)] if isinstance(m, Conv)}
-    wrong = [name for name, conv in kernels.items() if len(conv.window.kernel) != 3]
-    if wrong or not kernels:
-        raise ValueError("deflate needs a network of rank-3 convolutions, found "
-                         + (f"{wrong[0]} of another rank" if wrong else "no convolution"))
-    for name, conv in kernels.items():
+    for name, conv in _convolutions(out, 3, "deflate").items():
         try:
             if id(conv.weight) not in flat:
                 flat[id(conv.weight)] = conv.weight, (
@@ -146,6 +137,16 @@ def deflate(net: Network) -> Network:
         if isinstance(getattr(module, "config", None), dict):
             module.config = {**module.config, "rank": 2, **asdict(Depth())}
     return out
+
+
+def _convolutions(net: Module, rank: int, whose: str) -> dict[str, Conv]:
+    """{name: convolution} of a network; ValueError unless there is one and all are of this rank."""
+    found = {name: m for name, m in [("", net), *net.named(Module)] if isinstance(m, Conv)}
+    wrong = [name for name, conv in found.items() if len(conv.window.kernel) != rank]
+    if wrong or not found:
+        raise ValueError(f"{whose} needs a network of rank-{rank} convolutions, found "
+                         + (f"{wrong[0]} of another rank" if wrong else "no convolution"))
+    return found
 
 
 def _in_plane(window: Window) -> Window:

@@ -63,14 +63,15 @@ def segment(nets: Module | Sequence[Module], scan: Volume, *, each: bool = False
         raise ValueError("found largest or smallest with probabilities, expected them without; they"
                          " clean label maps")
     nets = _several(nets)
-    found, stream = _voices(nets, scan, soft=probabilities or each or len(nets) > 1, **options)
+    found, stream = _voices(nets, scan, each=each,
+                            soft=probabilities or each or len(nets) > 1, **options)
     shape, count = scan.array.shape[:3], len(nets) + 1 if each else 1
     result = (np.empty((count, *shape, len(found)), "float32") if probabilities else
               np.empty((count, *shape), np.min_scalar_type(max(found))))
     for d, voices in zip(range(shape[0]), stream, strict=True):
-        for one, row in zip(result, voices[-count:], strict=True):
+        for one, row in zip(result, voices, strict=True):
             one[d] = row if probabilities else np.array(found)[row.argmax(axis=-1)]
-    for one in result:
+    for one in result if largest or smallest else ():
         one[...] = islands(one, largest=largest, smallest=smallest * 1000 / prod(scan.spacing))
     return result if each else result[0]
 
@@ -101,7 +102,7 @@ def rows(nets: Module | Sequence[Module], scan: Volume, *, plan: Plan | None = N
     nets = _several(nets)
     found, voices = _voices(nets, scan, plan=plan, patch=patch, overlap=overlap, mirror=mirror,
                             soft=probabilities or len(nets) > 1, progress=progress)
-    return found, (row for *_, row in voices)
+    return found, (row for row, in voices)
 
 
 def _several(nets: Module | Sequence[Module]) -> list[Module]:
@@ -110,10 +111,10 @@ def _several(nets: Module | Sequence[Module]) -> list[Module]:
 
 def _voices(nets: Sequence[Module], scan: Volume, *, plan: Plan | None = None,
             patch: Sequence[int] | Literal["whole"] | None = None, overlap: float = OVERLAP,
-            mirror: Sequence[int] = (), progress: Progress = iter, soft: bool
+            mirror: Sequence[int] = (), progress: Progress = iter, soft: bool, each: bool = False
             ) -> tuple[list[int], Iterator[list[np.ndarray]]]:
-    """`rows` with what every network says alone before what all say together, if `soft`; else the
-    logits of the only one."""
+    """`rows` in lists of one: the logits of the only network, if not `soft`; and with `each` behind
+    what every network says alone."""
     shape, channels = scan.array.shape[:3], (*scan.array.shape, 1)[3]
     for net in nets:
         if not {"rank", "classes", "in_channels"} <= getattr(net, "config", {}).keys():
@@ -154,7 +155,7 @@ def _voices(nets: Sequence[Module], scan: Volume, *, plan: Plan | None = None,
                 continue
             shares = [ops.softmax(Tensor(one)).data[..., classes] for one in logits]
             yield [row / row.sum(axis=-1, keepdims=True)  # some classes may have no number
-                   for row in (*shares, sum(shares))]
+                   for row in (*shares * each, sum(shares))]
 
     return list(found), voices()
 

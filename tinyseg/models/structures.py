@@ -41,10 +41,10 @@ def convolve(x: Tensor, weight: Tensor, window: Window, bias: Tensor | None = No
     return ops.conv(x, weight, bias, **window.options)
 
 
-def extended(x: Tensor, window: Window) -> Tensor:
-    """x (N, D, H, W, C) with the window's padding along depth."""
-    options = line(window).options
-    return ops.pad(x, padding=options["padding"], padding_mode=options["padding_mode"])
+def parameter(conv: Conv, numbers: np.ndarray) -> Tensor:
+    """Numbers as a parameter beside the convolution's kernel: its type, where it is."""
+    w = conv.weight.data
+    return Tensor(array_module(w).asarray(numbers, dtype=w.dtype), requires_grad=numbers.size > 0)
 
 
 class Along(Module):
@@ -63,8 +63,8 @@ class Along(Module):
         """Make the numbers of its own, if it has any."""
 
     def apply(self, x: Tensor, conv: Conv) -> Tensor:
-        """What the convolution answers."""
-        raise NotImplementedError
+        """What the convolution answers; by default the 2D kernel's answer to each slice."""
+        return convolve(x, conv.weight, plane(conv.window), conv.bias)
 
     def flat(self, conv: Conv) -> Array:
         """The 2D kernel that answers alike where nothing changes along depth."""
@@ -76,9 +76,8 @@ class Factored(Along):
     diagonal."""
 
     def begin(self, conv: Conv, alpha: Array) -> None:
-        library, channels = array_module(conv.weight.data), conv.weight.shape[-1]
-        self.weight = Tensor(library.asarray(np.multiply.outer(alpha, np.eye(channels))[
-            :, None, None], dtype=conv.weight.dtype), requires_grad=True)
+        same = np.eye(conv.weight.shape[-1])
+        self.weight = parameter(conv, np.multiply.outer(alpha, same)[:, None, None])
 
     def apply(self, x: Tensor, conv: Conv) -> Tensor:
         y = convolve(x, conv.weight, plane(conv.window, 1))
@@ -92,14 +91,12 @@ class Depthwise(Along):
     """1 x k x k, then T taps along depth, of each channel its own: weight (T, C_out)."""
 
     def begin(self, conv: Conv, alpha: Array) -> None:
-        library = array_module(conv.weight.data)
-        self.weight = Tensor(library.asarray(np.repeat(alpha[:, None], conv.weight.shape[-1], 1),
-                                             dtype=conv.weight.dtype), requires_grad=True)
+        self.weight = parameter(conv, np.repeat(alpha[:, None], conv.weight.shape[-1], 1))
 
     def apply(self, x: Tensor, conv: Conv) -> Tensor:
-        y = convolve(x, conv.weight, plane(conv.window, 1))
-        count, window = line(conv.window).positions(y.shape[1:-1]), line(conv.window)
-        y = extended(y, conv.window)
+        y, window = convolve(x, conv.weight, plane(conv.window, 1)), line(conv.window)
+        count, options = window.positions(y.shape[1:-1]), window.options
+        y = ops.pad(y, padding=options["padding"], padding_mode=options["padding_mode"])
         parts = [y[(slice(None), *points)] * self.weight[tap[0]]
                  for tap, points in window.taps(count)]
         y = sum(parts[1:], parts[0])
@@ -117,10 +114,7 @@ class Mixed(Along):
         return np.full(slots, 1 / slots)
 
     def begin(self, conv: Conv, alpha: Array) -> None:
-        library = array_module(conv.weight.data)
-        self.logits = Tensor(library.asarray(
-            np.repeat(np.log(alpha)[:, None], conv.weight.shape[-1], 1), dtype=conv.weight.dtype),
-            requires_grad=True)
+        self.logits = parameter(conv, np.repeat(np.log(alpha)[:, None], conv.weight.shape[-1], 1))
 
     def apply(self, x: Tensor, conv: Conv) -> Tensor:
         shares = ops.softmax(self.logits, axis=0)
@@ -133,7 +127,7 @@ class Shift(Along):
     from their own; then 1 x k x k. No numbers of its own, and T does not count."""
 
     def apply(self, x: Tensor, conv: Conv) -> Tensor:
-        return convolve(self.shifted(x, conv.window), conv.weight, plane(conv.window), conv.bias)
+        return super().apply(self.shifted(x, conv.window), conv)
 
     @staticmethod
     def shifted(x: Tensor, window: Window, count: int | None = None) -> Tensor:
@@ -153,9 +147,8 @@ class Gated(Along):
     gate for either half of the channels: weight (2, T, 3, 3, C_in / 2, 1), from zero."""
 
     def begin(self, conv: Conv, alpha: Array) -> None:
-        library, half = array_module(conv.weight.data), conv.weight.shape[-2] // 2
-        self.weight = Tensor(library.zeros((2, len(alpha), 3, 3, half, 1), conv.weight.dtype),
-                             requires_grad=half > 0)
+        half = conv.weight.shape[-2] // 2
+        self.weight = parameter(conv, np.zeros((2, len(alpha), 3, 3, half, 1)))
 
     def apply(self, x: Tensor, conv: Conv) -> Tensor:
         half, window = self.weight.shape[-2], replace(
@@ -169,7 +162,7 @@ class Gated(Along):
             both = x[..., : 2 * half]
             stay, rest = both - moved, [x[..., 2 * half :]] * (2 * half < x.shape[-1])
             x = ops.concatenate(Shift.shifted(moved, conv.window, half) + stay, *rest)
-        return convolve(x, conv.weight, plane(conv.window), conv.bias)
+        return super().apply(x, conv)
 
 
 class Views(Along):
@@ -187,8 +180,7 @@ class Views(Along):
             raise ValueError(f"found the window {window}, expected one alike along both axes of the"
                              " plane that keeps its size; other kernels do not turn into a plane")
         if self.blend == "softmax":
-            self.logits = Tensor(array_module(conv.weight.data).zeros(
-                (3, conv.weight.shape[-1]), conv.weight.dtype), requires_grad=True)
+            self.logits = parameter(conv, np.zeros((3, conv.weight.shape[-1])))
 
     def apply(self, x: Tensor, conv: Conv) -> Tensor:
         filters = conv.weight.shape[-1]
