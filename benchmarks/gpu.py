@@ -1,25 +1,32 @@
-"""Everything on one GPU beside PyTorch and cuDNN, in one run: a CSV file and tables in Markdown.
+"""Everything on one GPU beside PyTorch and cuDNN, in one run: tables and logs in one folder.
 
 Parts; what matters most is measured first, as far as the time goes:
 
   peaks      what the card gives: copy, float32 and TF32 matrix product
+  steps      forward, Dice + cross-entropy, backward, SGD; memory
+  kernels    where the time of such a step goes: each kernel's launches and milliseconds
+  tests      pytest -m gpu: NumPy, CuPy and kernels agree on this card
+  races      a step of a small network under NVIDIA's compute-sanitizer
   layers     every distinct convolution of ResNet-18 and -50 at rank 3, output stride 8: forward,
              gradient in x, gradient in w; TF32 beside TF32, float32 beside float32 and, for the
              layers with most columns, beside im2col (columns written out, then multiplied)
-  steps      forward, Dice + cross-entropy, backward, SGD; memory
+  tiles      a few of them with other tiles and numbers of buffers
   memory     operations bound by memory, in GB/s of the fewest bytes they can move
   inference  a whole volume through infer.sliding_window
 
 Times are medians of CUDA events on random data, ours and PyTorch's in turn. Single operations are
 queued while the stream is held: gaps between launches do not count; steps and inference include
-what the host does. PyTorch runs eagerly with cudnn.benchmark, in channels_last_3d and in its
-default layout. An answer further from PyTorch's float32 than by rounding makes the exit code 1.
+what the host does. PyTorch runs eagerly with cudnn.benchmark, TF32 in channels_last_3d and in its
+default layout, whole networks also as its users run them, under AMP in bf16. A cell that PyTorch
+refuses is left empty. An answer further from PyTorch's float32 than by rounding, one that differs
+in a bit from the same call again, or a test that fails makes the exit code 1.
 
   python benchmarks/gpu.py                        all parts, in 8.5 minutes
   python benchmarks/gpu.py --parts layers steps   these parts
-  python benchmarks/gpu.py --quick                few layers and one step: a minute or two
+  python benchmarks/gpu.py --quick                one network and few layers, with tests: 4 minutes
 
-Needs a GPU, CuPy (tinyseg[cuda13] or [cuda12]) and PyTorch with CUDA; exit code 2 without.
+gpu.csv, gpu.md, tests.txt and races.txt under --out hold what was found, also when the run is
+stopped. Needs a GPU, CuPy (tinyseg[cuda13] or [cuda12]) and PyTorch with CUDA; exit code 2 without.
 """
 
 from __future__ import annotations
@@ -33,21 +40,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from math import exp, inf, log, nan, prod
+from math import inf, prod
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a bare checkout will do; PyTorch's twins
 
+from gpu_tables import report  # noqa: E402
+
 from tinyseg import device  # noqa: E402
 from tinyseg.cuda import exact  # noqa: E402
 
-PARTS = ("peaks", "layers", "steps", "memory", "inference")
-TARGETS = {"forward": 0.5, "dx": 0.45, "dw": 0.35}  # cuDNN's time / ours, for a first release
-LAYOUTS = {"channels_last": "channels_last_3d", "default": "default"}
-FIELDS = ("part case what resnet18 resnet50 direction precision ours channels_last default im2col "
-          "rate unit error limit cudnn_error ours_gib channels_last_gib default_gib note").split()
+PARTS = "peaks steps kernels tests races layers tiles memory inference".split()
+SECONDS = {"tests": 150.0, "races": 60.0}  # of parts that take long, as far as is known before
+FIELDS = ("part case what resnet18 resnet50 direction precision ours channels_last default amp "
+          "im2col launches rate unit error limit cudnn_error ours_gib channels_last_gib "
+          "default_gib amp_gib note").split()
 
 
 class Gpu:
@@ -68,6 +77,7 @@ class Gpu:
         """
         cudnn, cuda = self.torch.backends.cudnn, self.torch.backends.cuda
         cudnn.benchmark, cudnn.deterministic = search, not search
+        cudnn.benchmark_limit = 4  # candidates, as its own ranking has them: the rest costs minutes
         cudnn.allow_tf32 = cuda.matmul.allow_tf32 = name == "TF32"  # sets PyTorch 2.9's new names
         with exact() if name == "fp32" else nullcontext():
             yield
@@ -125,14 +135,15 @@ class Gpu:
 
 
 class Record:
-    """The rows measured so far, in the CSV file as soon as they are known, and what went wrong.
+    """The rows measured so far, in gpu.csv as soon as they are known, and what went wrong.
 
     Times are in milliseconds, `rate` is ours; resnet18 and resnet50 say how often a layer occurs.
     """
 
-    def __init__(self, path: Path, header: dict):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows, self.faults, self.file = [], [], path.open("w", newline="", encoding="utf-8")
+    def __init__(self, folder: Path, header: dict):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows, self.faults, self.folder, self.header = [], [], folder, header
+        self.file = (folder / "gpu.csv").open("w", newline="", encoding="utf-8")
         self.file.writelines(f"# {name}: {value}\n" for name, value in header.items())
         self.writer = csv.DictWriter(self.file, FIELDS)
         self.writer.writeheader()
@@ -154,75 +165,16 @@ class Record:
         self.faults.append(text)
         print(f"WRONG: {text}", flush=True)
 
+    def tables(self) -> str:
+        """What gpu.md holds from now on: the machine and all tables of what was measured."""
+        text = ", ".join(f"{k} {v}" for k, v in self.header.items()) + "\n\n" + report(self)
+        (self.folder / "gpu.md").write_text(text, "utf-8")
+        return text
+
     def of(self, part: str, **wanted) -> list[dict]:
         """The rows of a part that were measured."""
         return [row for row in self.rows if row["part"] == part and "ours" in row
                 and all(row.get(k) == v for k, v in wanted.items())]
-
-
-def geometric_mean(numbers) -> float:
-    """NaN of nothing."""
-    logs = [log(n) for n in numbers]
-    return exp(sum(logs) / len(logs)) if logs else nan
-
-
-def throughput(rows: list[dict], network: str) -> float:
-    """Ours, over all layers of a network, as often as each occurs."""
-    took = [row["ours"] * row[network] for row in rows]
-    done = sum(t * row["rate"] for t, row in zip(took, rows, strict=True))
-    return done / sum(took) if took else nan
-
-
-def table(*rows) -> str:
-    """Rows, the first of them the heading, as Markdown; nothing without a second."""
-    lines = ["| " + " | ".join(map(str, row)) + " |\n" for row in rows]
-    return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]]) if rows[1:] else ""
-
-
-def layer_table(record: Record) -> str:
-    """The layers of each network beside cuDNN; in a mean each distinct one counts once."""
-    rows = []
-    for case, precision in dict.fromkeys((r["case"], r["precision"]) for r in record.of("layers")):
-        for network in ("resnet18", "resnet50"):
-            found = [[r for r in record.of("layers", case=case, precision=precision, direction=d)
-                      if r[network]] for d in TARGETS]
-            head = f"{network}, {case}, {precision}", len(found[0])
-            for s, layout in LAYOUTS.items():
-                means = (geometric_mean(r[s] / r["ours"] for r in f) for f in found)
-                rows.append((*head, f"cuDNN ({layout}) / ours", *(f"{m:.2f}" for m in means)))
-            rows.append((*head, "ours, TFLOP/s", *(f"{throughput(f, network):.0f}" for f in found)))
-    goal = "", "", "target of a first release", *(f"{t:.2f}" for t in TARGETS.values())
-    return table(("convolutions", "layers", "time", *TARGETS), *rows, goal) if rows else ""
-
-
-def side_by_side(title: str, rows: list[dict]) -> str:
-    """Whole networks beside PyTorch."""
-    def line(row):
-        return (f"{row['what']}, {row['case']}, {row['precision']}",
-                *(f"{row[side]:.1f} ms" for side in ("ours", *LAYOUTS)),
-                ", ".join(f"{row[side] / row['ours']:.2f}" for side in LAYOUTS),
-                ", ".join(f"{row.get(f'{s}_gib', nan):.1f}" for s in ("ours", *LAYOUTS)))
-
-    return table((title, "tinyseg", *(f"PyTorch {layout}" for layout in LAYOUTS.values()),
-                  "PyTorch / tinyseg", "GiB of each"), *map(line, rows))
-
-
-def report(record: Record) -> str:
-    """All tables, of what was measured."""
-    peaks = record.of("peaks")
-    copy = next((row["rate"] for row in peaks if row["unit"] == "GB/s"), nan)
-    texts = [
-        table(("peak", "measured"), *((r["what"], f"{r['rate']:.0f} {r['unit']}") for r in peaks)),
-        layer_table(record),
-        table(("forward, fp32, ms", "ours", "im2col", "cuDNN channels_last_3d"), *(
-            (r["what"], *(f"{r[s]:.3f}" for s in ("ours", "im2col", "channels_last")))
-            for r in record.of("layers") if "im2col" in r)),
-        *(side_by_side(part, record.of(part)) for part in ("steps", "inference")),
-        table(("bound by memory", "", "tinyseg", "of a copy", "PyTorch / tinyseg"), *(
-            (r["what"], r["direction"], f"{r['rate']:.0f} GB/s", f"{r['rate'] / copy:.2f}",
-             ", ".join(f"{r[s] / r['ours']:.2f}" for s in LAYOUTS if s in r))
-            for r in record.of("memory")))]
-    return "\n".join(filter(None, texts))
 
 
 def plan(gpu: Gpu, record: Record, quick: bool) -> Iterator[tuple]:
@@ -243,26 +195,36 @@ def plan(gpu: Gpu, record: Record, quick: bool) -> Iterator[tuple]:
             yield "layers", f"{case} {precision} {layer}", partial(
                 parts.convolution, gpu, record, case, precision, layer, counts, im2col)
 
-    def networks(part, function, case):
-        for backbone in parts.BACKBONES[:1 if quick else None]:
+    def networks(part, function, case, backbones=parts.BACKBONES):
+        for backbone in backbones:
             yield part, f"{case} {backbone}", partial(function, gpu, record, case, backbone)
 
+    small, large = ([b] for b in parts.BACKBONES)
     first, *others = parts.CASES
     yield "peaks", "", partial(parts.peaks, gpu, record)
+    yield from networks("steps", parts.step, first, small)
+    yield from networks("kernels", parts.kernels, first, small)
+    yield "tests", "", partial(parts.program, record, "tests", [
+        sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"])
+    yield "races", "", partial(parts.program, record, "races", [
+        "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", sys.executable, "-m",
+        "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "a_step_on"])
     yield from layers(first, "TF32")
-    yield from networks("steps", parts.step, first)  # quick here: cuDNN has searched these layers
-    yield from layers(first, "fp32")
+    for layer in parts.TILED:
+        yield "tiles", str(layer), partial(parts.tiles, gpu, record, layer)
     for operation in parts.operations(gpu):
         yield "memory", operation[0], partial(parts.memory, gpu, record, *operation)
     yield "memory", "SGD", partial(parts.sgd, gpu, record)
     if quick:
         return
-    yield from networks("inference", parts.inference, first)
+    yield from networks("steps", parts.step, first, large)
     for case in others:
-        yield from layers(case, "TF32")
         yield from networks("steps", parts.step, case)
-    for case in others:
-        yield from layers(case, "fp32")
+    yield from networks("inference", parts.inference, first)
+    yield from layers(first, "fp32")
+    for precision in "TF32", "fp32":
+        for case in others:
+            yield from layers(case, precision)
 
 
 def libraries():
@@ -296,7 +258,7 @@ def header(gpu: Gpu) -> dict:
 
 def run(gpu: Gpu, record: Record, parts: list[str], quick: bool, deadline: float) -> None:
     """Work through the plan until what comes next would end after `deadline`."""
-    longest, late = dict.fromkeys(PARTS, 15.0), False  # seconds
+    longest, late = dict.fromkeys(PARTS, 15.0) | SECONDS, False
     for part, label, call in plan(gpu, record, quick):
         if part not in parts:
             continue
@@ -310,6 +272,7 @@ def run(gpu: Gpu, record: Record, parts: list[str], quick: bool, deadline: float
             record.fault(f"{part} {label}: {type(error).__name__}: {str(error)[:500]}")
             record.row(part=part, what=label, note=f"failed: {type(error).__name__}")
         gpu.release()
+        record.tables()
         longest[part] = max(longest[part], time.monotonic() - began)
 
 
@@ -317,13 +280,14 @@ def main(arguments: list[str] | None = None) -> int:
     """0: measured; 1: something is wrong; 2: no GPU."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu.csv",
-                        help="the CSV file (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu",
+                        metavar="FOLDER", help="where all files go (%(default)s)")
     parser.add_argument("--minutes", type=float, default=8.5,
                         help="start no measurement that would end later (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                         help=f"of {', '.join(PARTS)} (all)")
-    parser.add_argument("--quick", action="store_true", help="few layers, one step, no inference")
+    parser.add_argument("--quick", action="store_true",
+                        help="one network and few layers, no inference")
     args = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * args.minutes
 
@@ -340,8 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:  # a kernel that fails may take the whole context with it
             record.fault(f"stopped early: {type(error).__name__}: {str(error)[:500]}")
     missed = sum(r.get("note", "").startswith("not measured") for r in record.rows)
-    print("", ", ".join(f"{k} {v}" for k, v in described.items()), report(record), sep="\n")
-    print(f"{len(record.rows)} rows in {args.out}; not measured for lack of time: {missed}")
+    print("", record.tables(), sep="\n")
+    print(f"{len(record.rows)} rows in {record.folder}; not measured for lack of time: {missed}")
     print(*(f"WRONG: {fault}" for fault in record.faults), sep="\n")
     return 1 if record.faults else 0
 

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, partial
-from math import ceil, prod
-from statistics import median
+from functools import partial
+from math import ceil, nan, prod
+from unittest import mock
 
-import numpy as np
 import torch
+from gpu_networks import (
+    BACKBONES,
+    CASES,
+    CLASSES,
+    difference,
+    inference,
+    kernels,
+    network,
+    step,
+    torch_loss,
+    torch_twin,
+)
 from torch.nn import functional
-from torch_models import Net, channels_first, channels_last, our_layout, torch_layout
+from torch_models import channels_first, channels_last, our_layout, torch_layout
 
 import tinyseg as ts
 from tinyseg import losses, ops, windows
 from tinyseg.models import Residual
-from tinyseg.nn import Conv, MaxPool
+from tinyseg.nn import Conv
 
-BACKBONES, CLASSES = ("resnet18", "resnet50"), 3
-CASES = {  # batch, patch, and whether inflated: depth 3, no stride or dilation along depth
-    "2x40x224x224 isotropic": (2, (40, 224, 224), False),
-    "1x96x96x96 isotropic": (1, (96, 96, 96), False),
-    "2x40x224x224 inflated": (2, (40, 224, 224), True),
-    "1x96x96x96 inflated": (1, (96, 96, 96), True)}
-VOLUME = (96, 256, 256)  # of inference
+__all__ = ["BACKBONES", "CASES", "TILED", "convolution", "inference", "kernels", "layers", "memory",
+           "network", "operations", "peaks", "program", "sgd", "step", "tiles", "torch_twin"]
+
 DIRECTIONS = ("forward", "dx", "dw")
 LIMITS = {"TF32": 3e-3, "fp32": 1e-4}  # of |ours - cuDNN's float32| / |cuDNN's float32|
-SIDES = "ours", *(THEIRS := ("channels_last", "default"))  # PyTorch's layouts
+THEIRS = "channels_last", "default"  # PyTorch's layouts
+TILES = [  # of the tensor-core kernels; the first are the library's, of 64 and of 128 filters
+    {"ROWS": 128, "COLUMNS": columns, "WARP_ROWS": 64, "WARP_COLUMNS": across, "STAGES": stages}
+    for columns, across, stages in ((64, 32, 4), (128, 64, 3), (64, 32, 3), (64, 64, 4),
+                                    (128, 32, 3), (128, 64, 2), (128, 32, 2), (128, 64, 4))]
+SECONDS = 240  # that tests or a sanitizer may take
+CONV = partial(windows.Window.of, (3, 3, 3), 1)
 
 
 @dataclass(frozen=True)
@@ -59,11 +72,9 @@ class Layer:
         return f"{self.c_in}->{self.c_out} {kernel} stride {stride} dilation {dilation} @{grid}"
 
 
-@cache
-def network(backbone: str, inflated: bool):
-    """A network on the CPU, with the options of a case."""
-    depth = {"depth": 3, "depth_stride": 1, "depth_dilation": 1} if inflated else {}
-    return ts.models.resnet_seg(backbone, rank=3, in_channels=1, classes=CLASSES, **depth)
+TILED = [Layer(CONV(d, d), grid, c, c) for c, d, grid in (  # of ResNet-18 at 40 x 224 x 224
+    (64, 1, (2, 10, 56, 56)), (128, 1, (2, 5, 28, 28)), (256, 2, (2, 5, 28, 28)),
+    (512, 4, (2, 5, 28, 28)))]
 
 
 def layers(net, batch: int, size: tuple[int, ...]) -> Counter:
@@ -83,12 +94,6 @@ def layers(net, batch: int, size: tuple[int, ...]) -> Counter:
             size = through(conv, size)
     through(net.fc, size)
     return found
-
-
-def difference(a, b) -> float:
-    """|a - b| / |b| of tensors."""
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
 
 
 def peaks(gpu, record, copied=1 << 29, n=8192):
@@ -134,15 +139,32 @@ def in_turn(function, sets, i):
     return function(*sets[i % len(sets)])
 
 
-def convolution(gpu, record, case, precision, layer, counts, im2col=False):
-    """Time and error of a layer in every direction, beside cuDNN in both layouts."""
-    sets: dict = {side: [] for side in SIDES}
+def inputs(gpu, layer):
+    """{side: [[x, w, y], ...]}: as many sets as do not fit into the second-level cache."""
+    sets: dict = {side: [] for side in ("ours", *THEIRS)}
     for _ in range(min(8, ceil(3 * gpu.cache / (4 * sum(map(prod, layer.shapes)))))):
         x, w, y = (gpu.random(*shape) for shape in layer.shapes)
         sets["ours"].append([gpu.cupy.asarray(a) for a in (x, w, y)])
         for side in THEIRS:
             sets[side].append([gpu.layout(a, side) for a in (
                 channels_first(x), torch_layout(w), channels_first(y))])
+    return sets
+
+
+def accepted(calls: dict) -> dict:
+    """Those of PyTorch's calls that it does not refuse."""
+    def works(call):
+        try:
+            return call(0) is not None
+        except RuntimeError:
+            return False
+
+    return {side: call for side, call in calls.items() if side not in THEIRS or works(call)}
+
+
+def convolution(gpu, record, case, precision, layer, counts, im2col=False):
+    """Time and error of a layer in every direction, beside cuDNN in both layouts."""
+    sets = inputs(gpu, layer)
     for direction in DIRECTIONS:
         if direction == "dx" and layer.c_in == 1:
             continue  # the image needs no gradient
@@ -154,122 +176,67 @@ def convolution(gpu, record, case, precision, layer, counts, im2col=False):
                  for side, f in functions.items()}
         as_ours = our_layout if direction == "dw" else channels_last
         with gpu.precision("fp32", search=False):
-            right = as_ours(calls["channels_last"](0))
+            right = next((as_ours(calls[side](0)) for side in ("default", "channels_last")
+                          if side in accepted(calls)), None)
         with gpu.precision(precision):
-            took = gpu.medians(calls)
-            error = difference(gpu.shared(calls["ours"](0)), right)
-            cudnn_error = difference(as_ours(calls["channels_last"](0)), right)
+            took = gpu.medians(calls := accepted(calls))
+            answer, again = (gpu.shared(calls["ours"](0)) for _ in range(2))
+            theirs = next((as_ours(calls[s](0)) for s in THEIRS if s in calls), None)
+        errors = {} if right is None else {
+            "error": difference(answer, right), "limit": LIMITS[precision],
+            "cudnn_error": nan if theirs is None else difference(theirs, right)}
         record.row(part="layers", case=case, what=str(layer), **counts, direction=direction,
                    precision=precision, **took, rate=layer.operations / took["ours"] / 1e9,
-                   unit="TFLOP/s", error=error, limit=LIMITS[precision], cudnn_error=cudnn_error)
+                   unit="TFLOP/s", **errors)
+        if not torch.equal(answer, again):
+            record.fault(f"{layer} {direction} {precision}: another answer the second time")
 
 
-def torch_twin(net):
-    """The PyTorch network with the windows and weights of ours."""
-    model = Net(net.config["backbone"], 3, 1, CLASSES)
-    for name, module in net.named((Conv, MaxPool)):
-        w = module.window
-        walk = w.kernel, w.stride, tuple(before for before, _ in w.padding), w.dilation
-        model.set_submodule(name, torch.nn.MaxPool3d(*walk) if isinstance(module, MaxPool) else
-                            torch.nn.Conv3d(*module.weight.shape[-2:], *walk, bias=name == "fc"))
-    weights = {name: torch_layout(torch.tensor(a)) for name, a in net.state().items()}
-    model.load_state_dict(weights, strict=False)  # all but num_batches_tracked
-    return model
+def tiles(gpu, record, layer):
+    """A layer by the tensor-core kernels with other tiles; in one turn, beside cuDNN's best layout.
+    """
+    sets, body = inputs(gpu, layer), windows.kernels._body
+    for direction in DIRECTIONS:
+        def ours(i, constants, direction=direction):
+            def chosen(*arguments):
+                file, threads, usual = body(*arguments)
+                if file != "conv_mma":
+                    return file, threads, usual
+                warps = prod(constants[a] // constants[f"WARP_{a}"] for a in ("ROWS", "COLUMNS"))
+                return file, 32 * warps, constants
+
+            with mock.patch.object(windows.kernels, "_body", chosen):
+                return in_turn(partial(our_convolution, layer, direction), sets["ours"], i)
+
+        calls = {i: partial(ours, constants=constants) for i, constants in enumerate(TILES)}
+        theirs = {side: partial(in_turn, partial(their_convolution, layer, direction), sets[side])
+                  for side in THEIRS[:1]}
+        with gpu.precision("TF32"):
+            took = gpu.medians({**calls, **accepted(theirs)})
+            right, *others = (gpu.shared(call(0)) for call in calls.values())
+        for i, constants in enumerate(TILES):
+            record.row(part="tiles", what=str(layer), direction=direction, precision="TF32",
+                       ours=took[i], channels_last=took.get("channels_last", nan),
+                       rate=layer.operations / took[i] / 1e9, unit="TFLOP/s",
+                       error=difference((right, *others)[i], right), limit=1e-5,
+                       note=" ".join(f"{k}={v}" for k, v in constants.items()))
 
 
-def torch_loss(logits, labels):
-    """losses.dice_cross_entropy, written in PyTorch."""
-    p, t = logits.softmax(1), channels_first(functional.one_hot(labels, CLASSES))
-    space = (0, 2, 3, 4)
-    ratio = (2 * (p * t).sum(space) + 1e-5) / (p.sum(space) + t.sum(space) + 1e-5)
-    return functional.cross_entropy(logits, labels) + 1 - ratio[1:].mean()
-
-
-def training(gpu, net, side, x, labels):
-    """step(i) on one side; it returns the loss."""
-    if side == "ours":
-        net, loss = ts.to_device(net.copy(), gpu.cupy), losses.dice_cross_entropy
-        optimizer = ts.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
-        x, labels = gpu.cupy.asarray(x), gpu.cupy.asarray(labels).astype("uint8")
-    else:
-        net, loss = gpu.layout(torch_twin(net).cuda(), side), torch_loss
-        optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
-        x = gpu.layout(channels_first(x), side)
-
-    def step(i):
-        optimizer.zero_grad()
-        value = loss(net(x), labels)
-        value.backward()
-        optimizer.step()
-        return value.data
-
-    return step
-
-
-def reserved(gpu, run):
-    """(what run() returns, the GiB reserved by both libraries, of which one does nothing)."""
-    gpu.release()  # cuDNN's search took more memory than what comes after it
-    torch.cuda.reset_peak_memory_stats()
-    answer = run()
-    return answer, (gpu.pool.total_bytes() + torch.cuda.max_memory_reserved()) / 2**30
-
-
-def step(gpu, record, case, backbone):
-    """A whole training step; the losses of the first must agree."""
-    batch, size, inflated = CASES[case]
-    x, values, row = gpu.random(batch, *size, 1), {}, {}
-    labels = torch.randint(0, CLASSES, (batch, *size), device="cuda")
-    with gpu.precision("TF32"):
-        for side in SIDES:
-            run = training(gpu, network(backbone, inflated), side, x, labels)
-            values[side] = float(run(0))
-            took, row[f"{side}_gib"] = reserved(
-                gpu, lambda run=run, side=side: gpu.medians({side: run}, budget=1, hold=False))
-            row |= took
-            del run
-            gpu.release()
-    record.row(part="steps", case=case, what=backbone, precision="TF32", **row, limit=1e-2,
-               error=abs(values["ours"] / values["default"] - 1))
-
-
-def predictor(gpu, net, side):
-    """The network of one side, from host memory to host memory."""
-    if side == "ours":
-        return ts.to_device(net.copy(), gpu.cupy)
-    twin = gpu.layout(torch_twin(net).cuda(), side).eval()
-
-    def run(x):
-        x = gpu.layout(channels_first(torch.from_numpy(x.data)).cuda(), side)
-        with torch.inference_mode():
-            return ts.Tensor(channels_last(twin(x)).cpu().numpy())
-
-    return run
-
-
-def inference(gpu, record, case, backbone):
-    """A whole volume in windows of the case."""
-    batch, patch, inflated = CASES[case]
-    row, answers = {}, {}
-    image = np.random.default_rng(0).standard_normal((*VOLUME, 1), "float32")
-
-    def seconds(side, run, times):
-        took = []
-        for _ in range(times):
-            began = time.perf_counter()
-            answers[side] = ts.infer.sliding_window(run, image, patch, batch=batch)
-            took.append(time.perf_counter() - began)
-        return median(took)
-
-    with gpu.precision("TF32"):
-        for side in SIDES:
-            run = predictor(gpu, network(backbone, inflated), side)
-            seconds(side, run, 1)
-            took, row[f"{side}_gib"] = reserved(gpu, partial(seconds, side, run, 3))
-            row[side] = 1e3 * took
-            del run
-    error = difference(*(torch.from_numpy(answers[side]) for side in ("ours", "default")))
-    record.row(part="inference", case=case, what=backbone, precision="TF32", **row, error=error,
-               limit=3e-2, note=f"volume {'x'.join(map(str, VOLUME))}, overlap a half")
+def program(record, part, command):
+    """Another program's verdict; what it prints goes into <part>.txt."""
+    log = record.folder / f"{part}.txt"
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(command, cwd=ts.cuda.loader.FOLDER.parent, stdout=file,
+                                  stderr=subprocess.STDOUT, timeout=SECONDS).returncode
+        except FileNotFoundError:
+            return record.row(part=part, note=f"no {command[0]} here")
+        except subprocess.TimeoutExpired:
+            return record.fault(f"{part}: not done after {SECONDS} s; {log.name} says how far")
+    last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
+    record.row(part=part, what=" ".join(last), note=f"exit code {code}")
+    if code:
+        record.fault(f"{part}: exit code {code}, see {log.name}")
 
 
 def operations(gpu, x=(2, 20, 112, 112, 64), coarse=(2, 5, 28, 28, CLASSES), fine=(40, 224, 224)):
@@ -294,7 +261,7 @@ def operations(gpu, x=(2, 20, 112, 112, 64), coarse=(2, 5, 28, 28, CLASSES), fin
            lambda x: functional.max_pool3d(x, 3, 2, 1), [x], size + pooled, size + pooled)
     logits = (coarse[0], *fine, CLASSES)
     voxels, up = prod(logits[:-1]), 4 * (prod(coarse) + prod(logits))
-    yield ("linear upsampling by 8", partial(ops.upsample.__wrapped__, size=fine,
+    yield ("linear upsampling by 8", partial(ops._upsample.__wrapped__, size=fine,
                                              align_corners=True),
            lambda x: functional.interpolate(x, fine, mode="trilinear", align_corners=True),
            [coarse], up, up)
@@ -321,11 +288,13 @@ def memory(gpu, record, what, ours, theirs, shapes, *least):
     def backward(i):
         return pulls(mine, (True,) * len(arrays)) if callable(pulls) else [p(mine) for p in pulls]
 
-    calls: dict = {"forward": {"ours": lambda i: ours(*arrays)}, "backward": {"ours": backward}}
+    calls: dict = {"forward": {}, "backward": {}}
     for s in THEIRS:
         calls["forward"][s] = lambda i, s=s: theirs(*(a.detach() for a in inputs[s]))
         calls["backward"][s] = lambda i, s=s: torch.autograd.grad(
             results[s], inputs[s], cotangents[s], retain_graph=True)
+    calls["forward"]["ours"] = lambda i: ours(*arrays)  # last: a read of ours by the host would end
+    calls["backward"]["ours"] = backward  # the hold on what comes after it in a turn
     for (direction, each), bytes_ in zip(calls.items(), least, strict=True):
         took = gpu.medians(each)
         a, b = ((value, results["default"]) if direction == "forward" else

@@ -14,7 +14,7 @@ struct Geometry {
   int batch, channels, filters;                 // N, C_in, C_out
   int size[3], positions[3], taps[3];           // S, P, K
   int stride[3], dilation[3], before[3];
-  int grid[3], start[3], step[3];               // the output's grid
+  int grid[3], start[3], step[3];               // the output's grid, where it is written
 };
 
 struct Place { int n, d, h, w; };
@@ -48,6 +48,19 @@ __device__ __forceinline__ Place tap(int k, const Geometry& g) {
 __device__ __forceinline__ bool inside(const Place& p, const Geometry& g) {
   return (unsigned)p.d < (unsigned)g.size[0] && (unsigned)p.h < (unsigned)g.size[1] &&
          (unsigned)p.w < (unsigned)g.size[2];
+}
+
+// One bit for each tap, at most 32 and row-major, that lies inside if the first stands at `at`.
+__device__ __forceinline__ unsigned seen(const Place& at, const Geometry& g) {
+  unsigned line = 0, mask = 0;
+  for (int w = 0; w < g.taps[2]; ++w)
+    line |= (unsigned)((unsigned)(at.w + w * g.dilation[2]) < (unsigned)g.size[2]) << w;
+  for (int d = 0, first = 0; d < g.taps[0]; ++d)
+    for (int h = 0; h < g.taps[1]; ++h, first += g.taps[2])
+      if ((unsigned)(at.d + d * g.dilation[0]) < (unsigned)g.size[0] &&
+          (unsigned)(at.h + h * g.dilation[1]) < (unsigned)g.size[1])
+        mask |= line << first;
+  return mask;
 }
 
 __device__ __forceinline__ Place operator+(const Place& a, const Place& b) {

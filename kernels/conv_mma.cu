@@ -4,14 +4,14 @@
 // to about 3e-4 of the output's scale, what rounding the factors to 10 bits of mantissa costs.
 //
 // A block computes a tile of ROWS x COLUMNS numbers of a matrix product, a warp a WARP_ROWS x
-// WARP_COLUMNS part of it in fragments of 16 x 8. The sum advances 32 terms at a time through
-// STAGES buffers in shared memory that cp.async fills in the background, so that the multiplying
-// warps never wait for global memory. The matrix of patches is never stored.
+// WARP_COLUMNS part of it in fragments of 16 x 8. The sum advances TERMS terms, a turn, at a time
+// through STAGES buffers in shared memory that cp.async fills in the background, so that the
+// multiplying warps never wait for global memory. The matrix of patches is never stored. Where the
+// tiles are few, the sum is cut into gridDim.z slices, which kernels/slices.cu adds in order: the
+// result is the same in every run.
 //
 // Least traffic: x, w and y once, 4 (N S C_in + K C_in C_out + N P C_out) bytes; as implicit GEMM
-// each row's patch crosses from the second-level cache once for every COLUMNS filters, less what
-// the first level keeps: the sum runs over taps inside of 32 channels, and taps along an axis
-// read nearly the same rows.
+// each row's patch crosses from the second-level cache once for every COLUMNS filters.
 #include "common.cuh"
 #include "conv.cuh"
 
@@ -34,8 +34,8 @@
 #define THREADS (ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
 #define FRAGMENTS_DOWN (WARP_ROWS / 16)
 #define FRAGMENTS_ACROSS (WARP_COLUMNS / 8)
-// Row lengths of the buffers with one row per term. 8 more than a multiple of 32: the lanes of a
-// fragment, 4 terms by 8 columns, then stand in 32 different banks.
+// Row lengths of the buffers with one row per term. 8 more than a multiple of 32: the 16 bytes
+// that eight lanes read at once, of 4 terms and 2 groups, then lie in different banks.
 #define A_PITCH (ROWS + 8)
 #define B_PITCH (COLUMNS + 8)
 
@@ -49,15 +49,34 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * 32 + ((chunk ^ (row & 7)) << 2);
 }
 
+// Which row or column of a warp's part is number `group` (of eight) of fragment `i` is free, if all
+// agree: four neighbours belong to four fragments, so that a lane moves them as one float4.
+__device__ __forceinline__ int spread(int i, int group) { return i / 4 * 32 + group * 4 + i % 4; }
+
 // The fragments of eight terms of the right factor, one row of the buffer per term.
 __device__ __forceinline__ void load_b(B& b, const float* buffer, int term, int column) {
   const int lane = threadIdx.x & 31;
-  const unsigned* from = (const unsigned*)buffer + (term + lane % 4) * B_PITCH + column + lane / 4;
 #pragma unroll
-  for (int j = 0; j < FRAGMENTS_ACROSS; ++j) {
-    b[j][0] = tf32(from[j * 8]);
-    b[j][1] = tf32(from[j * 8 + 4 * B_PITCH]);
-  }
+  for (int j = 0; j < FRAGMENTS_ACROSS; j += 4)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 v = *(const float4*)(buffer + (term + lane % 4 + half * 4) * B_PITCH + column + spread(j, lane / 4));
+      b[j][half] = tf32(v.x), b[j + 1][half] = tf32(v.y);
+      b[j + 2][half] = tf32(v.z), b[j + 3][half] = tf32(v.w);
+    }
+}
+
+// The fragments of eight terms of the left factor, likewise; fragment i has the rows of 2i and 2i+1.
+__device__ __forceinline__ void load_a(A& a, const float* buffer, int term, int row) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < FRAGMENTS_DOWN; i += 2)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 v = *(const float4*)(buffer + (term + lane % 4 + half * 4) * A_PITCH + row + spread(2 * i, lane / 4));
+      a[i][2 * half] = tf32(v.x), a[i][2 * half + 1] = tf32(v.y);
+      a[i + 1][2 * half] = tf32(v.z), a[i + 1][2 * half + 1] = tf32(v.w);
+    }
 }
 
 __device__ __forceinline__ void multiply(Sums& sum, const A& a, const B& b) {
@@ -67,70 +86,87 @@ __device__ __forceinline__ void multiply(Sums& sum, const A& a, const B& b) {
     for (int j = 0; j < FRAGMENTS_ACROSS; ++j) multiply_tf32(sum[i][j], a[i], b[j][0], b[j][1]);
 }
 
-// Hands every pair of neighbouring sums to `write(row of the tile, column of the tile, pair)`.
-template <class Write> __device__ __forceinline__ void for_pairs(const Sums& sum, Write write) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const int row = warp % (ROWS / WARP_ROWS) * WARP_ROWS + lane / 4;
-  const int column = warp / (ROWS / WARP_ROWS) * WARP_COLUMNS + lane % 4 * 2;
+// Writes the `columns` first numbers of each row of a warp's part: row `place(q)` of the tile, for
+// the q-th of this lane, begins at `out(place(q))`, null for a row that is not there.
+template <class Where, class Out>
+__device__ __forceinline__ void store(const Sums& sum, Where place, Out out, int column, int columns) {
+  const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int i = 0; i < FRAGMENTS_DOWN; ++i)
+  for (int q = 0; q < 2 * FRAGMENTS_DOWN; ++q) {
+    float* to = out(place(q));
+    if (!to) continue;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int j = 0; j < FRAGMENTS_ACROSS; j += 4)
 #pragma unroll
-      for (int j = 0; j < FRAGMENTS_ACROSS; ++j)
-        write(row + i * 16 + half * 8, column + j * 8,
-              make_float2(sum[i][j][half * 2], sum[i][j][half * 2 + 1]));
+      for (int i = 0; i < 2; ++i) {
+        const int at = column + spread(j, lane % 4 * 2 + i), e = q % 2 * 2 + i;
+        if (at < columns)
+          *(float4*)(to + at) = make_float4(sum[q / 2][j][e], sum[q / 2][j + 1][e], sum[q / 2][j + 2][e],
+                                            sum[q / 2][j + 3][e]);
+      }
+  }
 }
 
-// y = correlate(x, w). Rows: positions; columns: filters; the sum over (32 channels, tap).
-// grid (ceil(N P / ROWS), ceil(C_out / COLUMNS)); shared STAGES (ROWS * 32 + 32 * B_PITCH) floats
+// y = correlate(x, w). Rows: positions; columns: filters; the sum over (32 channels, tap), without
+// the taps that no row of the tile sees. grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), slices);
+// with more than one slice y is (slices, N P, C_out).
+// shared STAGES (ROWS * 32 + 32 * B_PITCH) floats
 extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     const float* __restrict__ x, const float* __restrict__ w, float* __restrict__ y, Geometry g) {
   DYNAMIC_SHARED(memory);
-  __shared__ int reach[32];                                  // from the corner to each tap, in points
+  __shared__ int reach[32], corners[ROWS];                   // from the corner to each tap, in points
+  __shared__ unsigned masks[ROWS], any;                      // taps that a row sees, that any row sees
   float* const buffers = (float*)memory;
-  const int t = threadIdx.x, lane = t & 31, warp = t / 32, kernel = taps(g), count = rows(g);
+  const int t = threadIdx.x, lane = t & 31, warp = t / 32, count = rows(g);
   const int first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
-  if (t < kernel) reach[t] = point(tap(t, g), g.size);
+  if (t < taps(g)) reach[t] = point(tap(t, g), g.size);
+  if (t == 0) any = 0;
+  __syncthreads();
+  for (int r = t; r < ROWS; r += THREADS) {
+    const Place at = corner(place(min(first_row + r, count - 1), g.positions), g);
+    corners[r] = point(at, g.size);
+    atomicOr(&any, masks[r] = seen(at, g));
+  }
+  __syncthreads();
 
-  // A thread brings one chunk of 4 channels of every THREADS / 8th row: the point of its corner
-  // (which may lie in the padding) and one bit for every tap that lies inside.
+  // A thread brings one chunk of 4 channels of every THREADS / 8th row.
   constexpr int A_LOADS = ROWS * 8 / THREADS, B_CHUNKS = COLUMNS / 4, B_LOADS = 32 * B_CHUNKS / THREADS;
   int from[A_LOADS];
   unsigned valid[A_LOADS];
 #pragma unroll
   for (int i = 0; i < A_LOADS; ++i) {
-    const int row = first_row + t / 8 + i * (THREADS / 8);
-    const Place at = corner(place(min(row, count - 1), g.positions), g);
-    from[i] = point(at, g.size);
-    valid[i] = 0;
-    for (int k = 0; k < kernel; ++k) valid[i] |= (unsigned)(row < count && inside(at + tap(k, g), g)) << k;
+    from[i] = corners[t / 8 + i * (THREADS / 8)];
+    valid[i] = masks[t / 8 + i * (THREADS / 8)];
   }
-  __syncthreads();
 
-  int next_tap = 0, next_channel = 0;                        // of the buffer to be filled next
+  // This slice's turns, and the tap and the channels of the buffer to be filled next.
+  const unsigned live = any;
+  const int all = __popc(live) * ((g.channels + TERMS - 1) / TERMS);
+  const int begin = (long long)all * blockIdx.z / gridDim.z;
+  const int turns = (int)((long long)all * (blockIdx.z + 1) / gridDim.z) - begin;
+  int next_channel = live ? begin / __popc(live) * TERMS : 0;
+  unsigned left = live;
+  for (int skipped = live ? begin % __popc(live) : 0; skipped; --skipped) left &= left - 1;
   auto fill = [&](int stage) {
     float* a = buffers + stage * (ROWS * 32 + 32 * B_PITCH);
     float* b = a + ROWS * 32;
-    const int channel = next_channel + t % 8 * 4, step = reach[next_tap];
+    const int next_tap = __ffs(left) - 1, channel = next_channel + t % 8 * 4, step = reach[next_tap];
+    const unsigned bit = channel < g.channels ? 1u << next_tap : 0;
 #pragma unroll
-    for (int i = 0; i < A_LOADS; ++i) {
-      const bool ok = valid[i] >> next_tap & 1 && channel < g.channels;
+    for (int i = 0; i < A_LOADS; ++i)
       copy_async(a + swizzled(t / 8 + i * (THREADS / 8), t % 8),
-                 ok ? x + (long long)(from[i] + step) * g.channels + channel : x, ok);
-    }
+                 x + ((long long)(from[i] + step) * g.channels + channel), valid[i] & bit);
     const int column = first_column + t % B_CHUNKS * 4;
+    const float* const row = w + ((long long)next_tap * g.channels + next_channel) * g.filters + column;
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {
       const int term = t / B_CHUNKS + i * (THREADS / B_CHUNKS);
-      const bool ok = next_channel + term < g.channels && column < g.filters;
-      const long long row = (long long)next_tap * g.channels + next_channel + term;
-      copy_async(b + term * B_PITCH + t % B_CHUNKS * 4, ok ? w + row * g.filters + column : w, ok);
+      copy_async(b + term * B_PITCH + t % B_CHUNKS * 4, row + term * g.filters,
+                 next_channel + term < g.channels && column < g.filters);
     }
-    if (++next_tap == kernel) next_tap = 0, next_channel += TERMS;
+    if (!(left &= left - 1)) left = live, next_channel += TERMS;
   };
 
-  const int turns = kernel * ((g.channels + TERMS - 1) / TERMS);
   const int row = warp % (ROWS / WARP_ROWS) * WARP_ROWS, column = warp / (ROWS / WARP_ROWS) * WARP_COLUMNS;
   Sums sum = {};
 #pragma unroll
@@ -152,64 +188,81 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       for (int i = 0; i < FRAGMENTS_DOWN; ++i) {
         load_matrices(left[i], a + swizzled(row + i * 16 + lane % 16, term / 4 + lane / 16));
 #pragma unroll
-        for (int e = 0; e < 4; ++e) left[i][e] = tf32(left[i][e]);
+        for (int e = 0; e < 4; ++e) left[i][e] = tf32(__uint_as_float(left[i][e]));
       }
       load_b(right, a + ROWS * 32, term, column);
       multiply(sum, left, right);
     }
   }
-  for_pairs(sum, [&](int i, int j, float2 pair) {
-    if (first_row + i < count && first_column + j < g.filters)
-      *(float2*)(y + output(first_row + i, g) + first_column + j) = pair;
-  });
+  const auto out = [&](int i) -> float* {
+    if (first_row + i >= count) return nullptr;
+    return y + first_column + (gridDim.z == 1 ? output(first_row + i, g)
+        : ((long long)blockIdx.z * count + first_row + i) * g.filters);
+  };
+  store(sum, [&](int q) { return row + q * 8 + lane / 4; }, out, column, g.filters - first_column);
 }
 
-// slices[s] = the part of correlate_dw(x, y) that positions s * share to (s + 1) * share give.
-// Rows: (tap, channel); columns: filters; the sum over positions, cut into slices that fill the
-// GPU; adding the slices in order makes the result the same in every run.
+// slices[s] = a part of correlate_dw(x, y). Rows: (tap, channel); columns: filters; the sum over the
+// box of positions where a tap of the tile lies inside, a part of which each slice has.
 // slices (gridDim.z, K C_in, C_out); grid (ceil(K C_in / ROWS), ceil(C_out / COLUMNS), slices);
 // shared STAGES * 32 (A_PITCH + B_PITCH) floats
 extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
-    const float* __restrict__ x, const float* __restrict__ y, float* __restrict__ slices, Geometry g,
-    int share) {
+    const float* __restrict__ x, const float* __restrict__ y, float* __restrict__ slices, Geometry g) {
   DYNAMIC_SHARED(memory);
-  __shared__ __align__(16) Place corners[2][TERMS];          // of the positions of two turns
+  __shared__ int low[3], box[3];                             // where the box begins, its size
+  __shared__ int corners[2][TERMS], numbers[2][TERMS];       // of the positions of two turns: points
+  __shared__ unsigned masks[2][TERMS];                       // of their corners, rows of y, taps seen
   float* const buffers = (float*)memory;
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, count = taps(g) * g.channels;
   const int first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
-  const int begin = blockIdx.z * share, end = min(rows(g), begin + share);
+  if (t < 3) {
+    int begin = g.positions[t], end = 0;
+    for (int k = first_row / g.channels; k <= (min(first_row + ROWS, count) - 1) / g.channels; ++k) {
+      const Place at = tap(k, g);
+      const int reach = (t == 0 ? at.d : t == 1 ? at.h : at.w) - g.before[t];
+      begin = min(begin, max(0, (g.stride[t] - 1 - reach) / g.stride[t]));
+      end = max(end, min(g.positions[t], (g.size[t] - 1 - reach + g.stride[t]) / g.stride[t]));
+    }
+    low[t] = min(begin, end), box[t] = max(0, end - begin);
+  }
+  __syncthreads();
+  const int all = g.batch * box[0] * box[1] * box[2];
+  const int share = ((all - 1) / (int)gridDim.z / TERMS + 1) * TERMS;
+  const int begin = min(all, (int)blockIdx.z * share), end = min(all, begin + share);
   const int turns = (end - begin + TERMS - 1) / TERMS;
 
   auto locate = [&](int turn) {
-    if (t >= TERMS) return;
     const int term = begin + turn * TERMS + t;
-    Place at = corner(place(min(term, end - 1), g.positions), g);
-    if (term >= end) at.d = -(1 << 30);                      // outside for every tap
-    corners[turn & 1][t] = at;
+    if (t >= TERMS || !turns) return;
+    Place at = place(min(term, end - 1), box);
+    at = {at.n, at.d + low[0], at.h + low[1], at.w + low[2]};
+    numbers[turn & 1][t] = point(at, g.positions);
+    at = corner(at, g);
+    corners[turn & 1][t] = point(at, g.size);
+    masks[turn & 1][t] = term < end ? seen(at, g) : 0;
   };
 
   constexpr int A_CHUNKS = ROWS / 4, A_LOADS = TERMS * A_CHUNKS / THREADS;
   constexpr int B_CHUNKS = COLUMNS / 4, B_LOADS = TERMS * B_CHUNKS / THREADS;
   const int a_row = first_row + t % A_CHUNKS * 4, b_column = first_column + t % B_CHUNKS * 4;
-  const Place step = tap(a_row / g.channels, g);             // 4 channels never straddle two taps
-  const int channel = a_row % g.channels;
+  const int k = a_row / g.channels;                          // 4 channels never straddle two taps
+  const int step = point(tap(k, g), g.size), channel = a_row % g.channels;
+  const unsigned bit = a_row < count ? 1u << k : 0;
   auto fill = [&](int turn) {
     float* a = buffers + turn % STAGES * (TERMS * (A_PITCH + B_PITCH));
     float* b = a + TERMS * A_PITCH;
 #pragma unroll
     for (int i = 0; i < A_LOADS; ++i) {
       const int term = t / A_CHUNKS + i * (THREADS / A_CHUNKS);
-      const Place at = corners[turn & 1][term] + step;
-      const bool ok = a_row < count && inside(at, g);
       copy_async(a + term * A_PITCH + t % A_CHUNKS * 4,
-                 ok ? x + (long long)point(at, g.size) * g.channels + channel : x, ok);
+                 x + ((long long)(corners[turn & 1][term] + step) * g.channels + channel),
+                 masks[turn & 1][term] & bit);
     }
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {
-      const int term = t / B_CHUNKS + i * (THREADS / B_CHUNKS), position = begin + turn * TERMS + term;
-      const bool ok = position < end && b_column < g.filters;
+      const int term = t / B_CHUNKS + i * (THREADS / B_CHUNKS);
       copy_async(b + term * B_PITCH + t % B_CHUNKS * 4,
-                 ok ? y + (long long)position * g.filters + b_column : y, ok);
+                 y + ((long long)numbers[turn & 1][term] * g.filters + b_column), b_column < g.filters);
     }
   };
 
@@ -233,17 +286,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
     for (int term = 0; term < TERMS; term += 8) {
       A left;
       B right;
-      const unsigned* from = (const unsigned*)a + (term + lane % 4) * A_PITCH + row + lane / 4;
-#pragma unroll
-      for (int i = 0; i < FRAGMENTS_DOWN; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) left[i][e] = tf32(from[i * 16 + e % 2 * 8 + e / 2 * 4 * A_PITCH]);
+      load_a(left, a, term, row);
       load_b(right, a + TERMS * A_PITCH, term, column);
       multiply(sum, left, right);
     }
   }
-  for_pairs(sum, [&](int i, int j, float2 pair) {
-    if (first_row + i < count && first_column + j < g.filters)
-      *(float2*)(slices + ((long long)blockIdx.z * count + first_row + i) * g.filters + first_column + j) = pair;
-  });
+  const auto out = [&](int i) -> float* {
+    if (first_row + i >= count) return nullptr;
+    return slices + ((long long)blockIdx.z * count + first_row + i) * g.filters + first_column;
+  };
+  store(sum, [&](int q) { return row + spread(q, lane / 4); }, out, column, g.filters - first_column);
 }

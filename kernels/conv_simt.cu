@@ -103,16 +103,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
   }
 }
 
-// slices[s] = the part of correlate_dw(x, y) that positions s * share to (s + 1) * share give.
-// Rows: (tap, channel); columns: filters; the sum over positions, cut into slices that fill the
-// GPU; adding the slices in order makes the result the same in every run.
+// slices[s] = the part of correlate_dw(x, y) that the s-th part of the positions gives. Rows: (tap,
+// channel); columns: filters; the sum over positions, cut into slices that fill the GPU and that
+// slices.cu adds in order.
 // slices (gridDim.z, K C_in, C_out); grid (ceil(K C_in / ROWS), ceil(C_out / COLUMNS), slices)
 extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
-    const float* __restrict__ x, const float* __restrict__ y, float* __restrict__ slices, Geometry g,
-    int share) {
+    const float* __restrict__ x, const float* __restrict__ y, float* __restrict__ slices, Geometry g) {
   __shared__ __align__(16) float a[2][DEPTH][ROWS + 4], b[2][DEPTH][COLUMNS];
   __shared__ Place corners[2][DEPTH];                           // of the positions of two buffers
   const int t = threadIdx.x, first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
+  const int share = (rows(g) - 1) / (int)gridDim.z + 1;
   const int begin = blockIdx.z * share, end = min(rows(g), begin + share);
   const int count = taps(g) * g.channels;
   const int a_row = t % ROWS, a_term = t / ROWS;                // neighbours read one position

@@ -62,7 +62,8 @@ def test_training(cuda, tiny, launched, rank, size, make, options):
         assert np.linalg.norm(theirs[name] - array) <= 1e-2 * np.linalg.norm(moved) + 1e-6, name
     rough, _ = curve(cuda, net.copy(), size, make)
     assert np.allclose(values, rough, rtol=1e-2) and rough != ours
-    assert set(launched) == {"conv_simt", "conv_mma", "norm", "pool", "upsample", "loss", "optim"}
+    assert set(launched) == {"conv_simt", "conv_mma", "slices", "norm", "pool", "upsample", "loss",
+                             "optim"}
     assert launched["norm"] >= {"moments", "normalize", "adjoint_sums", "normalize_dx"}
     assert launched["conv_mma"] == launched["conv_simt"] == {"correlate", "correlate_dw"}
 

@@ -144,4 +144,5 @@ def launch(file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...]
     function = _function(library, file, kernel, tuple(sorted(constants.items())))
     if shared > 48 << 10 and shared > function.max_dynamic_shared_size_bytes:
         function.max_dynamic_shared_size_bytes = shared  # so much a kernel must ask for
+        function.preferred_shared_memory_carveout = 100  # percent: several blocks side by side
     function(tuple(grid), tuple(block), passed, shared_mem=shared)

@@ -8,6 +8,7 @@ leading axes of one. TF32 on the tensor cores where the channels allow, float32 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from math import ceil, prod
 
 import numpy as np
@@ -25,7 +26,8 @@ GEOMETRY = np.dtype(  # struct Geometry of kernels/conv.cuh
     + [(name, "int32", AXES) for name in ("size", "positions", "taps", "stride", "dilation",
                                           "before", "grid", "start", "step")])
 ROWS = 128  # of a block's tile; its columns are 64, or 128 on the tensor cores
-BLOCKS = 512  # that fill a GPU: about four for each multiprocessor of an H100
+BLOCKS = 264  # that a GPU runs at once: two on each multiprocessor of an H100
+TERMS = 32  # of a sum that a block adds in one turn
 
 
 def serves(window: Window, *arrays: Array) -> bool:
@@ -63,38 +65,64 @@ def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, i
                              "STAGES": 3 if columns == 128 else 4}
 
 
+@lru_cache(maxsize=4096)
+def _slices(tiles: int, turns: int, numbers: int) -> int:
+    """Into how many slices a sum of so many turns is cut, where a block does one tile of one slice.
+
+    As many as make the whole quickest, counted in turns: blocks run BLOCKS at a time, each begins
+    and ends in the time of 8 turns, and 900,000 of the `numbers` of a slice are moved in one.
+    """
+    def took(n):
+        moved = (2 * n + 1) * numbers / 900_000 if n > 1 else 0
+        return ceil(tiles * n / BLOCKS) * (turns / n + 8) + moved
+
+    return min(range(1, max(1, turns // 4) + 1), key=took)
+
+
+def _launch(kernel: str, x: Array, other: Array, into: Array, shape: tuple[int, int, int],
+            geometry: np.ndarray, written: np.ndarray, pitch: int) -> None:
+    """`kernel`, a matrix product of `shape` (rows, terms, columns), in slices if need be.
+
+    written: the geometry of the output, where slices are added up. pitch: what a term of a tile
+    takes in shared memory beside its numbers.
+    """
+    rows, terms, filters = shape
+    file, threads, constants = _body(x.shape[-1], filters, prod(geometry["taps"]))
+    columns = constants["COLUMNS"]
+    tiles = ceil(rows / ROWS), ceil(filters / columns)
+    whole = file == "conv_simt" and kernel == "correlate"  # it has no slices
+    slices = 1 if whole else _slices(prod(tiles), ceil(terms / TERMS), rows * filters)
+    target = into if slices == 1 else array_module(x).empty((slices, rows, filters), x.dtype)
+    stages = constants.get("STAGES", 0)  # float32's buffers are declared in its source
+    cuda.launch(file, kernel, (*tiles, slices), (threads,), x, other, target, geometry,
+                shared=4 * TERMS * stages * (ROWS + columns + pitch), **constants)
+    if slices > 1:
+        vector = 1 if filters % 4 else 4
+        cuda.launch("slices", "total", (ceil(rows * filters / (256 * vector)),), (256,), target,
+                    slices, written, into, VECTOR=vector, THREADS=256)
+
+
 def products(x: Array, problems: Iterable[Correlation]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
     x = plain(x)
-    for problem in problems:
-        _product(x, *problem)
-
-
-def _product(x: Array, w: Array, into: Array, start, step, stride, dilation, before) -> None:
-    w, filters, taps = plain(w), w.shape[-1], prod(w.shape[:-2])
-    file, threads, constants = _body(x.shape[-1], filters, taps)
-    columns, positions = constants["COLUMNS"], count(into.shape[1:-1], start, step)
-    shared = 0 if file == "conv_simt" else 4 * 32 * constants["STAGES"] * (ROWS + columns + 8)
-    cuda.launch(file, "correlate",
-                (ceil(len(x) * prod(positions) / ROWS), ceil(filters / columns)), (threads,), x, w,
-                into, _geometry(x.shape, filters, w.shape[:-2], positions, stride, dilation, before,
-                                into.shape[1:-1], start, step), shared=shared, **constants)
+    for w, into, start, step, stride, dilation, before in problems:
+        w, positions = plain(w), count(into.shape[1:-1], start, step)
+        geometry = _geometry(x.shape, w.shape[-1], w.shape[:-2], positions, stride, dilation,
+                             before, into.shape[1:-1], start, step)
+        shape = len(x) * prod(positions), prod(w.shape[:-1]), w.shape[-1]
+        _launch("correlate", x, w, into, shape, geometry, geometry, pitch=8)
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     """See products: the gradient of correlate(x, w) in w, (*K, C_in, C_out)."""
     x, y = plain(x), plain(y)
-    positions, channels, filters, taps = y.shape[1:-1], x.shape[-1], y.shape[-1], prod(kernel)
-    file, threads, constants = _body(channels, filters, taps)
-    columns, rows = constants["COLUMNS"], len(y) * prod(positions)
-    tiles = ceil(taps * channels / ROWS), ceil(filters / columns)
-    share = max(256, ceil(rows / ceil(BLOCKS / prod(tiles))))  # at least eight turns of 32
-    slices = array_module(x).empty((ceil(rows / share), taps * channels, filters), x.dtype)
-    shared = 0 if file == "conv_simt" else 4 * 32 * constants["STAGES"] * (ROWS + columns + 16)
-    cuda.launch(file, "correlate_dw", (*tiles, len(slices)), (threads,), x, y, slices,
-                _geometry(x.shape, filters, kernel, positions, stride, dilation, before), share,
-                shared=shared, **constants)
-    return slices.sum(axis=0).reshape(*kernel, channels, filters)
+    positions, channels, filters = y.shape[1:-1], x.shape[-1], y.shape[-1]
+    dw = array_module(x).empty((*kernel, channels, filters), x.dtype)
+    shape = prod(kernel) * channels, len(y) * prod(positions), filters
+    _launch("correlate_dw", x, y, dw, shape,
+            _geometry(x.shape, filters, kernel, positions, stride, dilation, before),
+            _geometry((1, 1, 1), filters, (1,), shape[:1], 1, 1, 0), pitch=16)
+    return dw
 
 
 def unfold(x: Array, window: Window) -> Array:

@@ -1,0 +1,86 @@
+"""The tables of benchmarks/gpu.py, in Markdown: `report` of its Record."""
+
+from __future__ import annotations
+
+from math import exp, isnan, log, nan
+
+TARGETS = {"forward": 0.8, "dx": 0.75, "dw": 0.65}  # cuDNN's time / ours, at equal dtype, layout
+LAYOUTS = {"channels_last": "channels_last_3d", "default": "default"}
+SIDES = {"ours": "tinyseg", "amp": "PyTorch AMP bf16 channels_last_3d",
+         **{side: f"PyTorch {layout}" for side, layout in LAYOUTS.items()}}
+
+
+def geometric_mean(numbers) -> float:
+    """Of those that are known; NaN of none."""
+    logs = [log(n) for n in numbers if not isnan(n)]
+    return exp(sum(logs) / len(logs)) if logs else nan
+
+
+def ratio(row: dict, side: str) -> float:
+    """How often our time fits into that of a side; NaN where the side was not measured."""
+    return row.get(side, nan) / row["ours"]
+
+
+def throughput(rows: list[dict], network: str) -> float:
+    """Ours, over all layers of a network, as often as each occurs."""
+    took = [row["ours"] * row[network] for row in rows]
+    done = sum(t * row["rate"] for t, row in zip(took, rows, strict=True))
+    return done / sum(took) if took else nan
+
+
+def table(*rows) -> str:
+    """Rows, the first of them the heading, as Markdown; nothing without a second."""
+    lines = ["| " + " | ".join(map(str, row)) + " |\n" for row in rows]
+    return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]]) if rows[1:] else ""
+
+
+def layer_table(record) -> str:
+    """The layers of each network beside cuDNN; in a mean each distinct one counts once."""
+    rows = []
+    for case, precision in dict.fromkeys((r["case"], r["precision"]) for r in record.of("layers")):
+        for network in ("resnet18", "resnet50"):
+            found = [[r for r in record.of("layers", case=case, precision=precision, direction=d)
+                      if r[network]] for d in TARGETS]
+            head = f"{network}, {case}, {precision}", len(found[0])
+            for s, layout in LAYOUTS.items():
+                means = (geometric_mean(ratio(r, s) for r in f) for f in found)
+                rows.append((*head, f"cuDNN ({layout}) / ours", *(f"{m:.2f}" for m in means)))
+            rows.append((*head, "ours, TFLOP/s", *(f"{throughput(f, network):.0f}" for f in found)))
+    goal = "", "", "target", *(f"{t:.2f}" for t in TARGETS.values())
+    return table(("convolutions", "layers", "time", *TARGETS), *rows, goal) if rows else ""
+
+
+def side_by_side(title: str, rows: list[dict]) -> str:
+    """Whole networks beside PyTorch: milliseconds, PyTorch's time / ours, GiB reserved."""
+    def cell(row, side):
+        if isnan(ratio(row, side)):
+            return "not measured"
+        text = f"{row[side]:.1f} ms" + (f" ({ratio(row, side):.2f})" if side != "ours" else "")
+        return text + (f", {row[gib]:.1f} GiB" if (gib := f"{side}_gib") in row else "")
+
+    return table((title, *SIDES.values()), *(
+        (f"{row['what']}, {row['case']}, {row['precision']}", *(cell(row, s) for s in SIDES))
+        for row in rows))
+
+
+def report(record) -> str:
+    """All tables, of what was measured."""
+    peaks = record.of("peaks")
+    copy = next((row["rate"] for row in peaks if row["unit"] == "GB/s"), nan)
+    texts = [
+        table(("peak", "measured"), *((r["what"], f"{r['rate']:.0f} {r['unit']}") for r in peaks)),
+        *(side_by_side(part, record.of(part)) for part in ("steps", "inference")),
+        table(("a step's kernels", "launches", "ms"), *(
+            (r["what"], r["launches"], f"{r['ours']:.2f}") for r in record.of("kernels"))),
+        layer_table(record),
+        table(("tiles of a convolution", "", "constants", "ms", "cuDNN / ours"), *(
+            (r["what"], r["direction"], r["note"], f"{r['ours']:.3f}",
+             f"{ratio(r, 'channels_last'):.2f}") for r in record.of("tiles"))),
+        table(("forward, fp32, ms", "ours", "im2col", "cuDNN channels_last_3d"), *(
+            (r["what"], *(f"{r.get(s, nan):.3f}" for s in ("ours", "im2col", "channels_last")))
+            for r in record.of("layers") if "im2col" in r)),
+        table(("bound by memory", "", "tinyseg", "of a copy", "PyTorch / tinyseg"), *(
+            (r["what"], r["direction"], f"{r['rate']:.0f} GB/s", f"{r['rate'] / copy:.2f}",
+             ", ".join(f"{ratio(r, s):.2f}" for s in LAYOUTS if s in r))
+            for r in record.of("memory")))]
+    return "\n".join(filter(None, texts))

@@ -1,0 +1,23 @@
+// A sum that kernels of convolution left in slices, added in order: the last step of correlate and
+// correlate_dw wherever gridDim.z cut theirs.
+//
+//   y[output(row), filter] = sum over s of  slices[s, row, filter]
+//
+// slices (count, N P, C_out) is read once and y written once; a thread owns VECTOR filters of a row.
+#include "common.cuh"
+#include "conv.cuh"
+#include "pack.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS) total(
+    const float* __restrict__ slices, int count, Geometry g, float* __restrict__ y) {
+  const long long numbers = (long long)rows(g) * g.filters;
+  const long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * VECTOR;
+  if (at >= numbers) return;
+  Pack sum = load(slices + at);
+#pragma unroll 4
+  for (int s = 1; s < count; ++s) {
+    const Pack v = load(slices + s * numbers + at);
+    EACH_CHANNEL sum.of[i] += v.of[i];
+  }
+  store(y + output(int(at / g.filters), g) + at % g.filters, sum);
+}
