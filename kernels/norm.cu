@@ -103,14 +103,15 @@ column_sum(const float* __restrict__ x, long long rows, int channels, int chunk,
     store(sums + (long long)blockIdx.x * channels + own.channel, sum);
 }
 
-// sums (chunks, 2, C): of g' and of g' xhat. What a ReLU let pass is read from y, and g' written to
+// sums, alongs (chunks, C): of g' and of g' xhat. What a ReLU let pass is read from y, and g' written to
 // `passed`; or y is computed again with beta, if nothing else was added. Without a ReLU y, beta and
 // `passed` are null.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 adjoint_sums(const float* __restrict__ g, const float* __restrict__ x, const float* __restrict__ y,
              const float* __restrict__ mean, const float* __restrict__ scale,
              const float* __restrict__ gamma, const float* __restrict__ beta, long long rows,
-             int channels, int chunk, float* __restrict__ sums, float* __restrict__ passed) {
+             int channels, int chunk, float* __restrict__ sums, float* __restrict__ alongs,
+             float* __restrict__ passed) {
   __shared__ Pack slots[2][THREADS];
   Share own = share(rows, channels, chunk);
   int c = own.channel;
@@ -135,8 +136,8 @@ adjoint_sums(const float* __restrict__ g, const float* __restrict__ x, const flo
   sum_over_block(sum, slots[0]);
   sum_over_block(along, slots[1]);
   if (threadIdx.y == 0 && c < channels) {
-    store(sums + 2LL * blockIdx.x * channels + c, sum);
-    store(sums + (2LL * blockIdx.x + 1) * channels + c, along);
+    store(sums + (long long)blockIdx.x * channels + c, sum);
+    store(alongs + (long long)blockIdx.x * channels + c, along);
   }
 }
 
@@ -229,11 +230,15 @@ moments(const float* __restrict__ x, long long rows, int channels, int chunk,
 }
 
 // means, m2s (parts, C) -> mean, variance (C,) of all rows of x, of which each part has `size` and
-// the last one the rest. All parts are one chunk.
+// the last one the rest. All parts are one chunk. Where there is a `scale`, it becomes
+// 1 / sqrt(variance + eps), and the running statistics, the variance of them without bias, move by
+// `momentum` towards these.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 merge_moments(const float* __restrict__ x, long long rows, int size,
               const float* __restrict__ means, const float* __restrict__ m2s, long long parts,
-              int channels, int chunk, float* __restrict__ mean, float* __restrict__ variance) {
+              int channels, int chunk, float* __restrict__ mean, float* __restrict__ variance,
+              float eps, float momentum, float* __restrict__ scale,
+              float* __restrict__ running_mean, float* __restrict__ running_variance) {
   __shared__ Moments slots[THREADS];
   Share own = share(parts, channels, chunk);
   int c = own.channel;
@@ -247,5 +252,15 @@ merge_moments(const float* __restrict__ x, long long rows, int size,
     EACH_CHANNEL all.mean.of[i] += origin.of[i], all.m2.of[i] /= all.n;
     store(mean + c, all.mean);
     store(variance + c, all.m2);
+    if (!scale) return;
+    Pack before = load(running_mean + c), spread = load(running_variance + c), factor;
+    EACH_CHANNEL {
+      factor.of[i] = 1 / sqrtf(all.m2.of[i] + eps);
+      before.of[i] += momentum * (all.mean.of[i] - before.of[i]);
+      spread.of[i] += momentum * (all.m2.of[i] * (all.n / (all.n - 1)) - spread.of[i]);
+    }
+    store(scale + c, factor);
+    store(running_mean + c, before);
+    store(running_variance + c, spread);
   }
 }

@@ -62,7 +62,12 @@ class ndarray:
 
     @property
     def data(self):
-        return SimpleNamespace(ptr=self._array.ctypes.data)
+        return SimpleNamespace(ptr=self._array.ctypes.data, device_id=0)
+
+    @property
+    def base(self):
+        base = self._array.base
+        return base if isinstance(base, np.ndarray) else None
 
     @property
     def device(self):

@@ -884,3 +884,51 @@ def test_an_operation_may_be_any_callable():
     x = Tensor(np.ones(2), requires_grad=True)
     twice(x).sum().backward()
     np.testing.assert_array_equal(x.grad, [2, 2])
+
+
+@op
+def pair(x, y):
+    """x + y, by one pull-back that gives both inputs the same array, made anew."""
+    def pull(g, wanted):
+        both = 1 * g
+        return both, both
+
+    return x + y, pull
+
+
+@op
+def split(x, y):
+    """The same, whose answers are views of one array."""
+    def pull(g, wanted):
+        both = 1 * g
+        return both.reshape(g.shape), both[:]
+
+    return x + y, pull
+
+
+@pytest.mark.parametrize("add", [operator.add, pair, split])
+def test_nor_do_those_of_one_pull_back(add):
+    """Whatever pull-backs return, what is written into one gradient shows in no other, and none is
+    counted twice where paths meet."""
+    x, y, weights = leaf(normal(3, 2)), leaf(normal(3, 2, seed=2)), normal(3, 2, seed=3)
+    total = add(x, y)
+    (weights * (total + add(total, x))).sum().backward()
+    assert np.allclose(x.grad, 3 * weights) and np.allclose(y.grad, 2 * weights)
+    assert not np.shares_memory(x.grad, y.grad) and not np.shares_memory(x.grad, weights)
+    x.grad += 1
+    assert np.allclose(y.grad, 2 * weights)
+
+
+def test_a_gradient_made_for_a_leaf_is_not_copied():
+    made = []
+
+    @op
+    def twice(x):
+        def pull(g):
+            made.append(2 * g)
+            return made[-1]
+        return 2 * x, (pull,)
+
+    x = leaf(normal(4))
+    twice(x).backward(np.ones(4))
+    assert x.grad is made[0]

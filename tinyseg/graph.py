@@ -7,6 +7,7 @@ cycles, and an array lives only while a pull-back has captured it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from inspect import CO_VARARGS
 from typing import Any
@@ -57,8 +58,9 @@ class Node:
                     "since (by an optimiser's step or load_state), so that its gradient may be "
                     "wrong; go backward before, or run the forward pass again after the change")
 
-    def gradients(self, g: Array) -> Iterator[tuple[Any, Array]]:
-        """(parent, gradient) pairs; the pull-backs, and all they captured, are let go."""
+    def gradients(self, g: Array) -> Iterator[tuple[Any, Array, bool]]:
+        """(parent, gradient, whether that is an array of its own) for each input; the pull-backs,
+        and all they captured, are let go."""
         edges, pull, self.edges, self.pull, self.read = self.edges, self.pull, [], None, []
         if callable(pull):
             pulled = pull(g)
@@ -66,12 +68,15 @@ class Node:
             if not isinstance(pulled, tuple | list) or len(pulled) <= edges[-1][1]:
                 raise TypeError(f"{self.name}: its pull-back returned {_described(pulled)}; "
                                 "expected a tuple with a gradient for each input")
+            seen = Counter(_memory(a) for a in pulled)
             for parent, i in edges:
-                yield parent, self._fitted(pulled[i], parent, i)
+                answer = self._fitted(pulled[i], parent, i)
+                yield parent, answer, _own(answer, g) and seen[_memory(answer)] < 2
         else:
             pull.reverse()
             for parent, i in edges:  # popped: what it captured dies before the next runs
-                yield parent, self._fitted(pull.pop()(g), parent, i)
+                answer = self._fitted(pull.pop()(g), parent, i)
+                yield parent, answer, _own(answer, g)
 
     def _fitted(self, g: Array, parent: Any, i: int) -> Array:
         """A pull-back's answer as the gradient in `parent`: summed over the axes along which that
@@ -92,6 +97,20 @@ class Node:
         return g if g.dtype == parent.dtype else g.astype(parent.dtype)
 
 
+def _memory(answer: Any) -> int:
+    """Equal for arrays that show the memory of one."""
+    base = getattr(answer, "base", None)
+    return id(answer if base is None else base)
+
+
+def _own(answer: Array, g: Array) -> bool:
+    """Whether a pull-back's answer may be kept and added to: it does not show the memory of `g`,
+    nor, what a broadcast does, one number in many places."""
+    flags = answer.flags
+    return (flags.c_contiguous and getattr(flags, "writeable", True)  # of CuPy's, all are
+            and _memory(answer) != _memory(g))
+
+
 def _described(answer: Any) -> str:
     if hasattr(answer, "dtype"):
         return f"an array of {answer.dtype} of shape {answer.shape}"
@@ -105,20 +124,20 @@ def walk(root: Any, g: Array, ready: Callable[[Any], None] | None = None) -> Non
     gradient is written, where the graph was freed or what an operation read has changed.
     """
     library, waiting = array_module(g), _consumers(root)
-    sums = {root: (g, False)}  # the gradient so far, and whether it was allocated here
+    sums = {root: (g, False)}  # the gradient so far, and whether it is in memory of its own
     complete = [root]
     while complete:
         vertex = complete.pop()
-        g, allocated = sums.pop(vertex)
+        g, own = sums.pop(vertex)
         if not isinstance(vertex, Node):
-            g = g if allocated else g.copy()  # a pull-back may have returned g or a view
+            g = g if own else g.copy()
             vertex.grad = library.asarray(g if vertex.grad is None else vertex.grad + g)
             if ready is not None:
                 ready(vertex)
             continue
-        for parent, pulled in vertex.gradients(g):
+        for parent, pulled, own in vertex.gradients(g):
             if parent not in sums:
-                sums[parent] = pulled, False
+                sums[parent] = pulled, own
             elif sums[parent][1]:
                 total = sums[parent][0]
                 total += pulled

@@ -35,6 +35,15 @@ def _moments(rows):
     return mean, squares.sum(axis=0) / len(rows) + (share * (means - mean) ** 2).sum(axis=0)
 
 
+def _statistics(rows, running_mean, running_var, momentum, eps):
+    """Mean and 1 / sqrt(variance + eps) of each column, (C,), towards which the running ones move:
+    by `momentum` of the way, to the variance without bias."""
+    (mean, var), n = _moments(rows), len(rows)
+    running_mean += momentum * (mean - running_mean)
+    running_var += momentum * (var * (n / (n - 1)) - running_var)
+    return mean, 1 / array_module(rows).sqrt(var + eps)
+
+
 def _normalize(rows, mean, scale, gamma, beta, residual, relu):
     """(rows - mean) scale gamma + beta [+ residual], then max(., 0) where asked."""
     library, factor = array_module(rows), scale * gamma
@@ -120,20 +129,17 @@ def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, trai
             raise ValueError(f"batch_norm: residual {residual.shape} does not fit input {shape}")
         residual = residual.reshape(rows.shape)
     added = residual is not None
-    moments, normalize, adjoint = (
-        (cuda.norm.moments, cuda.norm.normalize, cuda.norm.normalize_adjoint)
-        if cuda.serves(x, gamma, beta, residual) else (_moments, _normalize, _normalize_adjoint))
+    statistics, normalize, adjoint = (
+        (cuda.norm.statistics, cuda.norm.normalize, cuda.norm.normalize_adjoint)
+        if cuda.serves(x, gamma, beta, residual, running_mean, running_var)
+        else (_statistics, _normalize, _normalize_adjoint))
     if train:
-        n = len(rows)
-        if n < 2:
+        if len(rows) < 2:
             raise ValueError(f"batch_norm in train mode needs more than one value per channel, "
                              f"found input {shape}; use a larger batch or running statistics")
-        mean, var = moments(rows)
-        running_mean += momentum * (mean - running_mean)
-        running_var += momentum * (var * (n / (n - 1)) - running_var)
+        mean, scale = statistics(rows, running_mean, running_var, momentum, eps)
     else:
-        mean, var = running_mean.copy(), running_var
-    scale = 1 / array_module(x).sqrt(var + eps)
+        mean, scale = running_mean.copy(), 1 / array_module(x).sqrt(running_var + eps)
     y = normalize(rows, mean, scale, gamma, beta, residual, relu)
 
     def pull(g, wanted):

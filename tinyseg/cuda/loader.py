@@ -25,6 +25,7 @@ FOLDER = next(f for f in (_HERE.parents[1] / "kernels", _HERE.parents[2] / "kern
 POINTERS = {"float": "float32", "double": "float64", "int": "int32", "short": "int16",
             "long long": "int64", "unsigned char": "uint8", "unsigned long long": "uint64"}
 NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
+_NULL, _OBJECT = np.uintp(0), np.dtype("O")
 GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block, H100
 
 _exact: ContextVar[frozenset] = ContextVar("exact", default=frozenset())
@@ -53,8 +54,9 @@ def serves(*arrays: Array | None) -> bool:
 
 def plain(array: Array) -> Array:
     """`array`, contiguous from an address where 16-byte loads may start; a copy where need be."""
-    array = array_module(array).ascontiguousarray(array)
-    return array.copy() if array.data.ptr % 16 else array
+    if array.flags.c_contiguous and not array.data.ptr % 16:
+        return array
+    return array.copy()
 
 
 @cache
@@ -80,7 +82,7 @@ def signatures(file: str) -> dict[str, list[tuple[str, str]]]:
 
 @cache
 def _function(library: ModuleType, file: str, kernel: str, constants: tuple) -> Any:
-    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in constants))
+    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in sorted(constants)))
     return _module(library, file, options).get_function(kernel)
 
 
@@ -89,33 +91,74 @@ def _module(library: ModuleType, file: str, options: tuple[str, ...]) -> Any:
     return library.RawModule(code=source(file), options=options)
 
 
-def _checked(declared: str, value: Any, where: str) -> Any:
-    """`value` as it is passed for a parameter of the type `declared`."""
-    if declared.endswith("*"):
-        dtype = POINTERS[declared.rstrip(" *")]
-        if value is None:
-            return np.uintp(0)
-        if not hasattr(value, "device") or isinstance(value, np.ndarray):
-            raise TypeError(f"{where} is a {type(value).__name__}; expected an array on the GPU")
-        if value.dtype != dtype:
-            raise TypeError(f"{where} is {value.dtype}; expected {dtype}")
-        if not value.flags.c_contiguous:
-            raise ValueError(f"{where} is not contiguous; pass ascontiguousarray of it")
-        current = array_module(value).cuda.runtime.getDevice()
-        if value.device.id != current:
-            raise ValueError(f"{where} lies on GPU {value.device.id}; the current one is {current}")
-        return value
-    if declared not in NUMBERS:
-        if getattr(value, "dtype", np.dtype("O")).names is None:
-            raise TypeError(f"{where} is {value!r}; expected the fields of struct {declared}")
-        return np.asarray(value).reshape(1)  # CuPy passes an array of size one by value
-    number = np.dtype(NUMBERS[declared])
-    if number.kind == "i" and not hasattr(value, "__index__"):
-        raise TypeError(f"{where} is {value!r}; expected an integer")
-    if number.kind == "i" and not np.iinfo(number).min <= value <= np.iinfo(number).max:
-        raise ValueError(f"{where} is {value}: more than {declared} holds; use a smaller patch or "
-                         "batch")
-    return number.type(value)
+@cache
+def _parameters(file: str, kernel: str) -> list[tuple[str, str, Any, Any]]:
+    """(name, declared type, what makes the argument of a value, the limits of a whole number) of
+    each parameter; for a pointer the data type of its array and no limits."""
+    found = []
+    for declared, name in signatures(file)[kernel]:
+        if declared.endswith("*"):
+            made, limits = np.dtype(POINTERS[declared.rstrip(" *")]), None
+        else:
+            number = np.dtype(NUMBERS.get(declared, "V"))
+            made = number.type if declared in NUMBERS else None
+            held = np.iinfo(number) if number.kind == "i" else None
+            limits = held and (int(held.min), int(held.max))
+        found.append((name, declared, made, limits))
+    return found
+
+
+def _passed(file: str, kernel: str, arguments: tuple) -> tuple[list, ModuleType]:
+    """`arguments` as the kernel takes them, and the library of their arrays.
+
+    This runs hundreds of times a training step: what is right passes with few questions, and what
+    is wrong is asked all of them by `_refused`.
+    """
+    passed, library, current = [], None, 0
+    parameters = _parameters(file, kernel)
+    if len(arguments) != len(parameters):
+        raise TypeError(f"{file}.{kernel} takes {len(parameters)} arguments, got {len(arguments)}")
+    for (name, declared, made, limits), value in zip(parameters, arguments, strict=True):
+        if isinstance(made, np.dtype):
+            if value is None:
+                passed.append(_NULL)
+                continue
+            if library is None and hasattr(value, "device"):
+                library = array_module(value)
+                current = library.cuda.runtime.getDevice() if library is not np else 0
+            try:
+                right = (value.dtype == made and value.flags.c_contiguous
+                         and value.data.device_id == current)
+            except AttributeError:
+                right = False
+            if not right:
+                raise _refused(f"{file}.{kernel}: {name}", value, made, current)
+            passed.append(value)
+        elif made is None:
+            if getattr(value, "dtype", _OBJECT).names is None:
+                raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected the fields of "
+                                f"struct {declared}")
+            passed.append(np.asarray(value).reshape(1))  # CuPy passes an array of one by value
+        else:
+            if limits:
+                if not hasattr(value, "__index__"):
+                    raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected an integer")
+                if not limits[0] <= value <= limits[1]:
+                    raise ValueError(f"{file}.{kernel}: {name} is {value}: more than {declared} "
+                                     "holds; use a smaller patch or batch")
+            passed.append(made(value))
+    return passed, library
+
+
+def _refused(where: str, value: Any, dtype: np.dtype, current: int) -> Exception:
+    """What is wrong with an array for a pointer to `dtype` on GPU number `current`."""
+    if not hasattr(value, "device") or isinstance(value, np.ndarray):
+        return TypeError(f"{where} is a {type(value).__name__}; expected an array on the GPU")
+    if value.dtype != dtype:
+        return TypeError(f"{where} is {value.dtype}; expected {dtype}")
+    if not value.flags.c_contiguous:
+        return ValueError(f"{where} is not contiguous; pass ascontiguousarray of it")
+    return ValueError(f"{where} lies on GPU {value.data.device_id}; the current one is {current}")
 
 
 def launch(file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...],
@@ -127,22 +170,16 @@ def launch(file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...]
     constants: macros that the source is compiled with. Raises TypeError or ValueError naming the
     parameter, before anything runs.
     """
-    declared = signatures(file)[kernel]
-    name = f"{file}.{kernel}"
-    if len(arguments) != len(declared):
-        raise TypeError(f"{name} takes {len(declared)} arguments, got {len(arguments)}")
-    passed = tuple(_checked(kind, value, f"{name}: {parameter}")
-                   for (kind, parameter), value in zip(declared, arguments, strict=True))
+    passed, library = _passed(file, kernel, arguments)
     for n, limit in zip(grid, GRID_LIMIT, strict=False):
         if not 0 < n <= limit:
-            raise ValueError(f"{name}: grid {grid}; expected at most {GRID_LIMIT}, at least one; "
-                             "use a smaller patch or batch")
+            raise ValueError(f"{file}.{kernel}: grid {grid}; expected at most {GRID_LIMIT}, at "
+                             "least one; use a smaller patch or batch")
     if shared > SHARED_LIMIT:
-        raise ValueError(f"{name}: {shared} bytes of shared memory; a block has {SHARED_LIMIT}")
-    library = next(array_module(a) for (kind, _), a in zip(declared, arguments, strict=True)
-                   if kind.endswith("*") and a is not None)
-    function = _function(library, file, kernel, tuple(sorted(constants.items())))
+        raise ValueError(f"{file}.{kernel}: {shared} bytes of shared memory; a block has "
+                         f"{SHARED_LIMIT}")
+    function = _function(library, file, kernel, tuple(constants.items()))
     if shared > 48 << 10 and shared > function.max_dynamic_shared_size_bytes:
         function.max_dynamic_shared_size_bytes = shared  # so much a kernel must ask for
         function.preferred_shared_memory_carveout = 100  # percent: several blocks side by side
-    function(tuple(grid), tuple(block), passed, shared_mem=shared)
+    function(grid, block, passed, shared_mem=shared)

@@ -57,14 +57,28 @@ def _total(parts: Array) -> Array:
 
 def moments(rows: Array) -> tuple[Array, Array]:
     """Mean and biased variance of each column: (M, C) -> (C,), (C,)."""
+    return _moments(rows)[:2]
+
+
+def statistics(rows: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
+               ) -> tuple[Array, Array]:
+    """Mean and 1 / sqrt(variance + eps) of each column, towards which the running statistics move
+    by `momentum`: see normalisation._statistics."""
+    mean, _, scale = _moments(rows, eps, momentum, array_module(rows).empty_like(running_mean),
+                              running_mean, running_var)
+    return mean, scale
+
+
+def _moments(rows: Array, eps: float = 0, momentum: float = 0, scale: Array | None = None,
+             running_mean: Array | None = None, running_var: Array | None = None) -> tuple:
     rows, library, (m, channels) = plain(rows), array_module(rows), rows.shape
     chunk = _chunk(m, channels)
     means, m2s = (library.empty((ceil(m / chunk), channels), rows.dtype) for _ in range(2))
     mean, variance = (library.empty(channels, rows.dtype) for _ in range(2))
     _run("moments", rows.shape, (rows,), (means, m2s), chunk)
-    _run("merge_moments", means.shape, (rows, m, chunk, means, m2s), (mean, variance), len(means),
-         lanes=2)
-    return mean, variance
+    _run("merge_moments", means.shape, (rows, m, chunk, means, m2s),
+         (mean, variance, eps, momentum, scale, running_mean, running_var), len(means), lanes=2)
+    return mean, variance, scale
 
 
 def normalize(rows: Array, mean: Array, scale: Array, gamma: Array, beta: Array,
@@ -93,13 +107,13 @@ def normalize_adjoint(g: Array, rows: Array, y: Array, mean: Array, scale: Array
     library, (m, channels), chunk = array_module(rows), rows.shape, _chunk(*rows.shape)
     dresidual = g if residual else None
     g, rows, *vectors = map(plain, (g, rows, mean, scale, gamma))
-    parts = library.empty((ceil(m / chunk), 2 * channels), g.dtype)
+    sums, alongs = (library.empty((ceil(m / chunk), channels), g.dtype) for _ in range(2))
     kept = plain(y) if relu and residual else None
     again = plain(beta) if relu and not residual else None
     passed = None if kept is None else library.empty(g.shape, g.dtype)
-    _run("adjoint_sums", rows.shape, (g, rows, kept, *vectors, again), (parts, passed), chunk)
-    sums = _total(parts)
-    dbeta, dgamma = sums[:channels], sums[channels:]
+    _run("adjoint_sums", rows.shape, (g, rows, kept, *vectors, again), (sums, alongs, passed),
+         chunk)
+    dbeta, dgamma = _total(sums), _total(alongs)
     if passed is not None:
         g = dresidual = passed
     dx = library.empty(g.shape, g.dtype)

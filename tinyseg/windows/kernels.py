@@ -35,6 +35,7 @@ def serves(window: Window, *arrays: Array) -> bool:
     return len(window.kernel) <= AXES and cuda.serves(*arrays)
 
 
+@lru_cache(maxsize=4096)
 def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
               grid=None, start=0, step=1) -> np.ndarray:
     """struct Geometry, scalars repeated and leading axes of one added; the grid is by default
@@ -133,7 +134,7 @@ def unfold(x: Array, window: Window) -> Array:
     columns = array_module(x).empty((len(x), *positions, *window.kernel, x.shape[-1]), x.dtype)
     cuda.launch("unfold", "unfold", (min(ceil(columns.size / 256), 1 << 20),), (256,), x, columns,
                 _geometry(x.shape, 1, window.kernel, positions, window.stride, window.dilation,
-                          [p[0] for p in window.padding]))
+                          tuple(p[0] for p in window.padding)))
     return columns
 
 
@@ -145,7 +146,7 @@ def fold(columns: Array, size: tuple[int, ...], window: Window) -> Array:
     x = array_module(columns).empty((len(columns), *grid, columns.shape[-1]), columns.dtype)
     cuda.launch("unfold", "fold", (min(ceil(x.size / 256), 1 << 20),), (256,), plain(columns), x,
                 _geometry(x.shape, 1, window.kernel, columns.shape[1:1 + rank], window.stride,
-                          window.dilation, [p[0] for p in window.padding]))
+                          window.dilation, tuple(p[0] for p in window.padding)))
     return array_module(x).ascontiguousarray(pad_adjoint(x, border, [True] * len(border)))
 
 
