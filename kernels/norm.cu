@@ -86,11 +86,12 @@ __device__ __forceinline__ void sum_over_block(Pack& v, Pack* slots) {
   }
 }
 
-// x (M, C) -> sums (chunks, C).
+// x (M, C) -> sums (chunks, C); in a second layer of the grid, what follows x -> second, likewise.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 column_sum(const float* __restrict__ x, long long rows, int channels, int chunk,
-           float* __restrict__ sums) {
+           float* __restrict__ sums, float* __restrict__ second) {
   __shared__ Pack slots[THREADS];
+  if (blockIdx.z) x += rows * channels, sums = second;
   Share own = share(rows, channels, chunk);
   Pack sum = {};
 #pragma unroll 4
@@ -103,15 +104,14 @@ column_sum(const float* __restrict__ x, long long rows, int channels, int chunk,
     store(sums + (long long)blockIdx.x * channels + own.channel, sum);
 }
 
-// sums, alongs (chunks, C): of g' and of g' xhat. What a ReLU let pass is read from y, and g' written to
+// sums (2, chunks, C): of g' and of g' xhat. What a ReLU let pass is read from y, and g' written to
 // `passed`; or y is computed again with beta, if nothing else was added. Without a ReLU y, beta and
 // `passed` are null.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 adjoint_sums(const float* __restrict__ g, const float* __restrict__ x, const float* __restrict__ y,
              const float* __restrict__ mean, const float* __restrict__ scale,
              const float* __restrict__ gamma, const float* __restrict__ beta, long long rows,
-             int channels, int chunk, float* __restrict__ sums, float* __restrict__ alongs,
-             float* __restrict__ passed) {
+             int channels, int chunk, float* __restrict__ sums, float* __restrict__ passed) {
   __shared__ Pack slots[2][THREADS];
   Share own = share(rows, channels, chunk);
   int c = own.channel;
@@ -137,7 +137,7 @@ adjoint_sums(const float* __restrict__ g, const float* __restrict__ x, const flo
   sum_over_block(along, slots[1]);
   if (threadIdx.y == 0 && c < channels) {
     store(sums + (long long)blockIdx.x * channels + c, sum);
-    store(alongs + (long long)blockIdx.x * channels + c, along);
+    store(sums + (long long)(gridDim.x + blockIdx.x) * channels + c, along);
   }
 }
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -22,11 +23,16 @@ Array = Any  # an n-dimensional array of NumPy, CuPy or a library with their int
 
 def array_module(x: Array) -> ModuleType:
     """The library that `x` belongs to: the top-level package that defines its type."""
-    if isinstance(x, (np.ndarray, np.generic, int, float)):
+    return _library(type(x))
+
+
+@cache
+def _library(kind: type) -> ModuleType:
+    if issubclass(kind, (np.ndarray, np.generic, int, float)):
         return np
-    library = sys.modules[type(x).__module__.partition(".")[0]]
+    library = sys.modules[kind.__module__.partition(".")[0]]
     if not hasattr(library, "ndarray"):
-        raise TypeError(f"found a {type(x).__name__}; expected an array of NumPy or CuPy")
+        raise TypeError(f"found a {kind.__name__}; expected an array of NumPy or CuPy")
     return library
 
 

@@ -8,7 +8,8 @@ An operation is a function of arrays that returns its value and how to pull a gr
 
 Either one pull-back per positional input, or a single `pull(g, wanted)` that returns all gradients
 together (None where `wanted` is False). What a pull-back returns is g, a part of it, or an array
-that nothing else keeps: gradients of other paths may be added to that in place. Options are keyword-only and carry no gradient.
+that nothing else keeps: gradients of other paths may be added to that in place. Options are
+keyword-only and carry no gradient.
 
 What leads to no leaf with `requires_grad` is never recorded; `graph` has the rest of the story.
 """

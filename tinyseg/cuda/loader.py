@@ -11,6 +11,7 @@ import re
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ POINTERS = {"float": "float32", "double": "float64", "int": "int32", "short": "i
             "long long": "int64", "unsigned char": "uint8", "unsigned long long": "uint64"}
 NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
 _NULL, _OBJECT = np.uintp(0), np.dtype("O")
+_facts = attrgetter("dtype", "flags.c_contiguous", "data.device_id")
 GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block, H100
 
 _exact: ContextVar[frozenset] = ContextVar("exact", default=frozenset())
@@ -92,19 +94,16 @@ def _module(library: ModuleType, file: str, options: tuple[str, ...]) -> Any:
 
 
 @cache
-def _parameters(file: str, kernel: str) -> list[tuple[str, str, Any, Any]]:
-    """(name, declared type, what makes the argument of a value, the limits of a whole number) of
-    each parameter; for a pointer the data type of its array and no limits."""
-    found = []
+def _parameters(file: str, kernel: str) -> list[tuple[str, str, Any, tuple | None]]:
+    """(name, declared type, what an argument must be, the limits of a whole number) of each
+    parameter: a data type for a pointer, a scalar type for a number, None for a struct."""
+    found: list = []
     for declared, name in signatures(file)[kernel]:
-        if declared.endswith("*"):
-            made, limits = np.dtype(POINTERS[declared.rstrip(" *")]), None
-        else:
-            number = np.dtype(NUMBERS.get(declared, "V"))
-            made = number.type if declared in NUMBERS else None
-            held = np.iinfo(number) if number.kind == "i" else None
-            limits = held and (int(held.min), int(held.max))
-        found.append((name, declared, made, limits))
+        number = np.dtype(NUMBERS.get(declared, "V"))
+        held = np.iinfo(number) if number.kind == "i" else None
+        found.append((name, declared, np.dtype(POINTERS[declared.rstrip(" *")])
+                      if declared.endswith("*") else number.type if declared in NUMBERS else None,
+                      held and (int(held.min), int(held.max))))
     return found
 
 
@@ -114,40 +113,44 @@ def _passed(file: str, kernel: str, arguments: tuple) -> tuple[list, ModuleType]
     This runs hundreds of times a training step: what is right passes with few questions, and what
     is wrong is asked all of them by `_refused`.
     """
-    passed, library, current = [], None, 0
+    passed: list = []
+    library, current = np, 0
     parameters = _parameters(file, kernel)
     if len(arguments) != len(parameters):
         raise TypeError(f"{file}.{kernel} takes {len(parameters)} arguments, got {len(arguments)}")
-    for (name, declared, made, limits), value in zip(parameters, arguments, strict=True):
-        if isinstance(made, np.dtype):
-            if value is None:
-                passed.append(_NULL)
-                continue
-            if library is None and hasattr(value, "device"):
-                library = array_module(value)
-                current = library.cuda.runtime.getDevice() if library is not np else 0
-            try:
-                right = (value.dtype == made and value.flags.c_contiguous
-                         and value.data.device_id == current)
-            except AttributeError:
-                right = False
-            if not right:
-                raise _refused(f"{file}.{kernel}: {name}", value, made, current)
-            passed.append(value)
-        elif made is None:
-            if getattr(value, "dtype", _OBJECT).names is None:
+    for (name, declared, wanted, limits), value in zip(parameters, arguments, strict=True):
+        if type(wanted) is not type:
+            if value is None and wanted is not None:
+                value = _NULL
+            elif wanted is not None:
+                if library is np and hasattr(value, "device"):
+                    library = array_module(value)
+                    current = 0 if library is np else library.cuda.runtime.getDevice()
+                if _found(value) != (wanted, True, current):
+                    raise _refused(f"{file}.{kernel}: {name}", value, wanted, current)
+            elif getattr(value, "dtype", _OBJECT).names is None:
                 raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected the fields of "
                                 f"struct {declared}")
-            passed.append(np.asarray(value).reshape(1))  # CuPy passes an array of one by value
+            else:  # CuPy passes an array of one by value, quickly if it has no fields to describe
+                value = np.asarray(value).reshape(1).view(f"V{value.dtype.itemsize}")
+            passed.append(value)
         else:
             if limits:
-                if not hasattr(value, "__index__"):
+                if type(value) is not int and not hasattr(value, "__index__"):
                     raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected an integer")
                 if not limits[0] <= value <= limits[1]:
                     raise ValueError(f"{file}.{kernel}: {name} is {value}: more than {declared} "
                                      "holds; use a smaller patch or batch")
-            passed.append(made(value))
+            passed.append(wanted(value))
     return passed, library
+
+
+def _found(value: Any) -> tuple | None:
+    """(data type, whether it is contiguous, number of its GPU) of an array on one."""
+    try:
+        return _facts(value)
+    except AttributeError:
+        return None
 
 
 def _refused(where: str, value: Any, dtype: np.dtype, current: int) -> Exception:

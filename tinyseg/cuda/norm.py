@@ -7,6 +7,7 @@ bits are the same every time.
 
 from __future__ import annotations
 
+from functools import cache
 from math import ceil, inf
 
 from ..backend import Array, array_module
@@ -17,6 +18,7 @@ BLOCKS = 4 * 132  # that share an array: four for each multiprocessor of an H100
 ROWS = 4  # of a thread, at least: as many as it reads at once
 
 
+@cache
 def tiles(channels: int, lanes: int = 32) -> tuple[int, tuple[int, int], int]:
     """How blocks share the channels: channels of a thread, (lanes, rows) of a block, tiles."""
     vector = 1 if channels % 4 else 4
@@ -25,6 +27,7 @@ def tiles(channels: int, lanes: int = 32) -> tuple[int, tuple[int, int], int]:
     return vector, (wide, THREADS // wide), ceil(vectors / wide)
 
 
+@cache
 def _chunk(rows: int, channels: int) -> int:
     """How many rows a block takes so that the blocks fill a GPU, or have enough to do each."""
     _, (_, tall), count = tiles(channels)
@@ -32,27 +35,29 @@ def _chunk(rows: int, channels: int) -> int:
 
 
 def _run(kernel: str, shape: tuple[int, int], inputs: tuple, outputs: tuple, chunk: int,
-         lanes: int = 32) -> None:
-    """`kernel` on the rows of arrays of this shape, a block for each chunk and tile."""
+         lanes: int = 32, layers: int = 1) -> None:
+    """`kernel` on the rows of arrays of this shape, a block for each chunk and tile and layer."""
     rows, channels = shape
     vector, block, count = tiles(channels, lanes)
-    launch("norm", kernel, (ceil(rows / chunk), count), block, *inputs, rows, channels, chunk,
-           *outputs, VECTOR=vector, THREADS=THREADS)
+    launch("norm", kernel, (ceil(rows / chunk), count, layers), block, *inputs, rows, channels,
+           chunk, *outputs, VECTOR=vector, THREADS=THREADS)
 
 
 def column_sum(rows: Array) -> Array:
     """The sum of each column: (M, C) -> (C,)."""
     rows, chunk = plain(rows), _chunk(*rows.shape)
     parts = array_module(rows).empty((ceil(len(rows) / chunk), rows.shape[1]), rows.dtype)
-    _run("column_sum", rows.shape, (rows,), (parts,), chunk)
-    return _total(parts)
+    _run("column_sum", rows.shape, (rows,), (parts, None), chunk)
+    return _totals(parts[None])[0]
 
 
-def _total(parts: Array) -> Array:
-    """The sum over what the chunks left, in narrow tiles to have more blocks: (P, C) -> (C,)."""
-    total = array_module(parts).empty(parts.shape[1], parts.dtype)
-    _run("column_sum", parts.shape, (parts,), (total,), len(parts), lanes=2)
-    return total
+def _totals(parts: Array) -> list[Array]:
+    """The sums over what the chunks left, in narrow tiles to have more blocks: for one or two
+    quantities, (1 or 2, P, C) -> (C,) of each."""
+    layers, count, channels = parts.shape
+    totals = [array_module(parts).empty(channels, parts.dtype) for _ in range(layers)]
+    _run("column_sum", (count, channels), (parts,), (*totals, None)[:2], count, 2, layers)
+    return totals
 
 
 def moments(rows: Array) -> tuple[Array, Array]:
@@ -107,13 +112,12 @@ def normalize_adjoint(g: Array, rows: Array, y: Array, mean: Array, scale: Array
     library, (m, channels), chunk = array_module(rows), rows.shape, _chunk(*rows.shape)
     dresidual = g if residual else None
     g, rows, *vectors = map(plain, (g, rows, mean, scale, gamma))
-    sums, alongs = (library.empty((ceil(m / chunk), channels), g.dtype) for _ in range(2))
+    parts = library.empty((2, ceil(m / chunk), channels), g.dtype)
     kept = plain(y) if relu and residual else None
     again = plain(beta) if relu and not residual else None
     passed = None if kept is None else library.empty(g.shape, g.dtype)
-    _run("adjoint_sums", rows.shape, (g, rows, kept, *vectors, again), (sums, alongs, passed),
-         chunk)
-    dbeta, dgamma = _total(sums), _total(alongs)
+    _run("adjoint_sums", rows.shape, (g, rows, kept, *vectors, again), (parts, passed), chunk)
+    dbeta, dgamma = _totals(parts)
     if passed is not None:
         g = dresidual = passed
     dx = library.empty(g.shape, g.dtype)

@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from math import ceil, gcd
 from typing import NamedTuple, Protocol
@@ -48,11 +49,12 @@ class Engine(Protocol):
         """The gradient, (*K, C_in, C_out), for x (N, *S, C_in) and y (N, *P, C_out)."""
 
 
-def repeated(window: Window) -> tuple[Window, list[tuple[int, int]]]:
+@lru_cache(maxsize=4096)
+def repeated(window: Window) -> tuple[Window, tuple[tuple[int, int], ...]]:
     """The window without its repeated border, and how far that extends the grid, batch first."""
     border = [p if e else (0, 0) for p, e in zip(window.padding, window.edge, strict=True)]
     zeros = tuple((0, 0) if e else p for p, e in zip(window.padding, window.edge, strict=True))
-    return replace(window, padding=zeros, edge=(False,) * len(zeros)), [(0, 0), *border]
+    return replace(window, padding=zeros, edge=(False,) * len(zeros)), ((0, 0), *border)
 
 
 def correlate(engine: Engine, x: Array, w: Array, window: Window) -> Array:
@@ -65,21 +67,23 @@ def correlate(engine: Engine, x: Array, w: Array, window: Window) -> Array:
     return y
 
 
-def phases(size: int, kernel: int, stride: int, dilation: int, before: int) -> Iterator[tuple]:
+@lru_cache(maxsize=4096)
+def phases(size: int, kernel: int, stride: int, dilation: int, before: int) -> list[tuple]:
     """The inputs a, a + stride, ... along one axis, for each a, as a convolution of the output.
 
-    Yields (a, the slice of taps, their dilation, padding before); the slice is None where no tap
+    Each is (a, the slice of taps, their dilation, padding before); the slice is None where no tap
     reaches these inputs.
     """
-    common = gcd(stride, dilation)
+    common, found = gcd(stride, dilation), []
     for a in range(min(stride, size)):
         reaching = [k for k in range(kernel) if (a + before - k * dilation) % stride == 0]
         if not reaching:
-            yield a, None, 1, 0
+            found.append((a, None, 1, 0))
             continue
         last = reaching[-1]
-        yield (a, slice(last, None, -(stride // common)), dilation // common,
-               -((a + before - last * dilation) // stride))
+        found.append((a, slice(last, None, -(stride // common)), dilation // common,
+                      -((a + before - last * dilation) // stride)))
+    return found
 
 
 def correlate_dx(engine: Engine, y: Array, w: Array, size: tuple[int, ...],
@@ -88,7 +92,7 @@ def correlate_dx(engine: Engine, y: Array, w: Array, size: tuple[int, ...],
     library = array_module(y)
     window, border = repeated(window)
     grid = tuple(n + sum(b) for n, b in zip(size, border[1:], strict=True))
-    axes = [list(phases(n, k, s, d, p[0])) for n, k, s, d, p in zip(
+    axes = [phases(n, k, s, d, p[0]) for n, k, s, d, p in zip(
         grid, window.kernel, window.stride, window.dilation, window.padding, strict=True)]
     untouched = any(taps is None for axis in axes for _, taps, _, _ in axis)
     dx = (library.zeros if untouched else library.empty)((len(y), *grid, w.shape[-2]), y.dtype)
