@@ -14,11 +14,16 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return (unsigned)__cvta_generic_to_shared(p);
 }
 
-// 16 bytes from global to shared memory in the background, or 16 zero bytes where `valid` is not
-// set: then `global` may point anywhere. Past the first-level cache, which shared memory has taken.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0) : "memory");
+// 16 bytes, or 4, from global to shared memory in the background, or zero bytes where `valid` is not
+// set: then `global` may point anywhere. 16 go past the first-level cache, whose place is shared
+// memory's here.
+template <int BYTES = 16> __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  if (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid ? 4 : 0) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 template <int N> __device__ __forceinline__ void copy_wait() {  // all but the last N groups landed

@@ -1,5 +1,4 @@
-// Convolution on the tensor cores: factors in TF32, sums in float32; channels and filters are
-// multiples of four, at most 32 taps.
+// Convolution on the tensor cores: factors in TF32, sums in float32; filters are a multiple of four.
 // Specification: correlate and correlate_dw in windows/reference.py (conv.cuh has the formula),
 // to about 3e-4 of the output's scale, what rounding the factors to 10 bits of mantissa costs.
 //
@@ -29,6 +28,11 @@
 #endif
 #ifndef STAGES
 #define STAGES 3
+#endif
+// What is brought of x at once, in numbers: four neighbouring channels, where those are a multiple
+// of four and the taps at most 32; or one by one, at the price of more instructions.
+#ifndef CHUNK
+#define CHUNK 4
 #endif
 #define TERMS 32                                             // 128 bytes of channels
 #define THREADS (ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
@@ -108,63 +112,83 @@ __device__ __forceinline__ void store(const Sums& sum, Where place, Out out, int
 }
 
 // y = correlate(x, w). Rows: positions; columns: filters; the sum over (32 channels, tap), without
-// the taps that no row of the tile sees. grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), slices);
+// the taps that no row of the tile sees, or one by one over (tap, channel). grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), slices);
 // with more than one slice y is (slices, N P, C_out).
 // shared STAGES (ROWS * 32 + 32 * B_PITCH) floats
 extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     const float* __restrict__ x, const float* __restrict__ w, float* __restrict__ y, Geometry g) {
   DYNAMIC_SHARED(memory);
-  __shared__ int reach[32], corners[ROWS];                   // from the corner to each tap, in points
+  __shared__ int reach[32], points[ROWS];                    // from the corner to each tap; corners
   __shared__ unsigned masks[ROWS], any;                      // taps that a row sees, that any row sees
+  __shared__ __align__(16) Place corners[ROWS];
   float* const buffers = (float*)memory;
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, count = rows(g);
   const int first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
-  if (t < taps(g)) reach[t] = point(tap(t, g), g.size);
+  if (CHUNK == 4 && t < taps(g)) reach[t] = point(tap(t, g), g.size);
   if (t == 0) any = 0;
   __syncthreads();
   for (int r = t; r < ROWS; r += THREADS) {
     const Place at = corner(place(min(first_row + r, count - 1), g.positions), g);
-    corners[r] = point(at, g.size);
-    atomicOr(&any, masks[r] = seen(at, g));
+    corners[r] = at;
+    points[r] = point(at, g.size);
+    if (CHUNK == 4) atomicOr(&any, masks[r] = seen(at, g));
   }
   __syncthreads();
 
-  // A thread brings one chunk of 4 channels of every THREADS / 8th row.
-  constexpr int A_LOADS = ROWS * 8 / THREADS, B_CHUNKS = COLUMNS / 4, B_LOADS = 32 * B_CHUNKS / THREADS;
-  int from[A_LOADS];
-  unsigned valid[A_LOADS];
+  // A thread brings one chunk of every THREADS / A_CHUNKS-th row.
+  constexpr int A_CHUNKS = TERMS / CHUNK, A_LOADS = ROWS * A_CHUNKS / THREADS;
+  constexpr int B_CHUNKS = COLUMNS / 4, B_LOADS = TERMS * B_CHUNKS / THREADS;
+  constexpr int HELD = CHUNK == 4 ? A_LOADS : 0;             // too many where numbers come one by one
+  int from[HELD + 1];
+  unsigned valid[HELD + 1];
 #pragma unroll
-  for (int i = 0; i < A_LOADS; ++i) {
-    from[i] = corners[t / 8 + i * (THREADS / 8)];
-    valid[i] = masks[t / 8 + i * (THREADS / 8)];
+  for (int i = 0; i < HELD; ++i) {
+    from[i] = points[t / A_CHUNKS + i * (THREADS / A_CHUNKS)];
+    valid[i] = masks[t / A_CHUNKS + i * (THREADS / A_CHUNKS)];
   }
 
-  // This slice's turns, and the tap and the channels of the buffer to be filled next.
+  // This slice's turns; the tap and the channels, or the first term, of the next buffer to be filled.
   const unsigned live = any;
-  const int all = __popc(live) * ((g.channels + TERMS - 1) / TERMS);
+  const int terms = taps(g) * g.channels;
+  const int all = CHUNK == 4 ? __popc(live) * ((g.channels + TERMS - 1) / TERMS) : (terms + TERMS - 1) / TERMS;
   const int begin = (long long)all * blockIdx.z / gridDim.z;
   const int turns = (int)((long long)all * (blockIdx.z + 1) / gridDim.z) - begin;
-  int next_channel = live ? begin / __popc(live) * TERMS : 0;
+  int next_channel = CHUNK == 4 && live ? begin / __popc(live) * TERMS : 0, next_term = begin * TERMS;
   unsigned left = live;
-  for (int skipped = live ? begin % __popc(live) : 0; skipped; --skipped) left &= left - 1;
+  if (CHUNK == 4 && live)
+    for (int skipped = begin % __popc(live); skipped; --skipped) left &= left - 1;
   auto fill = [&](int stage) {
-    float* a = buffers + stage * (ROWS * 32 + 32 * B_PITCH);
-    float* b = a + ROWS * 32;
-    const int next_tap = __ffs(left) - 1, channel = next_channel + t % 8 * 4, step = reach[next_tap];
-    const unsigned bit = channel < g.channels ? 1u << next_tap : 0;
+    float* a = buffers + stage * (ROWS * TERMS + TERMS * B_PITCH);
+    float* b = a + ROWS * TERMS;
+    int first, count_here;                                   // row of w, and how many terms there are
+    if (CHUNK == 4) {
+      const int next_tap = __ffs(left) - 1, channel = next_channel + t % A_CHUNKS * CHUNK, step = reach[next_tap];
+      const unsigned bit = channel < g.channels ? 1u << next_tap : 0;
+      first = next_tap * g.channels + next_channel, count_here = g.channels - next_channel;
 #pragma unroll
-    for (int i = 0; i < A_LOADS; ++i)
-      copy_async(a + swizzled(t / 8 + i * (THREADS / 8), t % 8),
-                 x + ((long long)(from[i] + step) * g.channels + channel), valid[i] & bit);
+      for (int i = 0; i < A_LOADS; ++i)
+        copy_async(a + swizzled(t / A_CHUNKS + i * (THREADS / A_CHUNKS), t % A_CHUNKS),
+                   x + ((long long)(from[i] + step) * g.channels + channel), valid[i] & bit);
+      if (!(left &= left - 1)) left = live, next_channel += TERMS;
+    } else {
+      const int term = next_term + lane;
+      const Place step = tap(min(term, terms - 1) / g.channels, g);
+      const int reached = point(step, g.size) * g.channels + term % g.channels;
+      first = next_term, count_here = terms - next_term;
+#pragma unroll 4
+      for (int row = warp; row < ROWS; row += THREADS / 32) {
+        copy_async<4>(a + swizzled(row, lane / 4) + lane % 4, x + ((long long)points[row] * g.channels + reached),
+                      lane < count_here && inside(corners[row] + step, g));
+      }
+      next_term += TERMS;
+    }
     const int column = first_column + t % B_CHUNKS * 4;
-    const float* const row = w + ((long long)next_tap * g.channels + next_channel) * g.filters + column;
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {
       const int term = t / B_CHUNKS + i * (THREADS / B_CHUNKS);
-      copy_async(b + term * B_PITCH + t % B_CHUNKS * 4, row + term * g.filters,
-                 next_channel + term < g.channels && column < g.filters);
+      copy_async(b + term * B_PITCH + t % B_CHUNKS * 4, w + ((long long)(first + term) * g.filters + column),
+                 term < count_here && column < g.filters);
     }
-    if (!(left &= left - 1)) left = live, next_channel += TERMS;
   };
 
   const int row = warp % (ROWS / WARP_ROWS) * WARP_ROWS, column = warp / (ROWS / WARP_ROWS) * WARP_COLUMNS;
@@ -179,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     __syncthreads();                                         // this buffer is full, the last one free
     if (turn + STAGES - 1 < turns) fill((turn + STAGES - 1) % STAGES);
     copy_commit();
-    const float* a = buffers + turn % STAGES * (ROWS * 32 + 32 * B_PITCH);
+    const float* a = buffers + turn % STAGES * (ROWS * TERMS + TERMS * B_PITCH);
 #pragma unroll
     for (int term = 0; term < TERMS; term += 8) {
       A left;
@@ -190,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
 #pragma unroll
         for (int e = 0; e < 4; ++e) left[i][e] = tf32(__uint_as_float(left[i][e]));
       }
-      load_b(right, a + ROWS * 32, term, column);
+      load_b(right, a + ROWS * TERMS, term, column);
       multiply(sum, left, right);
     }
   }
@@ -210,8 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
     const float* __restrict__ x, const float* __restrict__ y, float* __restrict__ slices, Geometry g) {
   DYNAMIC_SHARED(memory);
   __shared__ int low[3], box[3];                             // where the box begins, its size
-  __shared__ int corners[2][TERMS], numbers[2][TERMS];       // of the positions of two turns: points
-  __shared__ unsigned masks[2][TERMS];                       // of their corners, rows of y, taps seen
+  __shared__ int points[2][TERMS], numbers[2][TERMS];        // of the positions of two turns: their
+  __shared__ unsigned masks[2][TERMS];                       // corners, rows of y, taps they see
+  __shared__ __align__(16) Place corners[2][TERMS];
   float* const buffers = (float*)memory;
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, count = taps(g) * g.channels;
   const int first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
@@ -238,25 +263,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
     at = {at.n, at.d + low[0], at.h + low[1], at.w + low[2]};
     numbers[turn & 1][t] = point(at, g.positions);
     at = corner(at, g);
-    corners[turn & 1][t] = point(at, g.size);
-    masks[turn & 1][t] = term < end ? seen(at, g) : 0;
+    points[turn & 1][t] = point(at, g.size);
+    if (CHUNK == 4) masks[turn & 1][t] = term < end ? seen(at, g) : 0;
+    if (term >= end) at.d = -(1 << 30);                      // outside for every tap
+    corners[turn & 1][t] = at;
   };
 
-  constexpr int A_CHUNKS = ROWS / 4, A_LOADS = TERMS * A_CHUNKS / THREADS;
+  constexpr int A_CHUNKS = ROWS / CHUNK, A_LOADS = TERMS * A_CHUNKS / THREADS;
   constexpr int B_CHUNKS = COLUMNS / 4, B_LOADS = TERMS * B_CHUNKS / THREADS;
-  const int a_row = first_row + t % A_CHUNKS * 4, b_column = first_column + t % B_CHUNKS * 4;
-  const int k = a_row / g.channels;                          // 4 channels never straddle two taps
-  const int step = point(tap(k, g), g.size), channel = a_row % g.channels;
-  const unsigned bit = a_row < count ? 1u << k : 0;
+  const int a_row = first_row + t % A_CHUNKS * CHUNK, b_column = first_column + t % B_CHUNKS * 4;
+  const int k = min(a_row, count - 1) / g.channels;          // a chunk never straddles two taps
+  const Place way = tap(k, g);
+  const int step = point(way, g.size), channel = a_row % g.channels;
+  const unsigned bit = 1u << k % 32;
   auto fill = [&](int turn) {
     float* a = buffers + turn % STAGES * (TERMS * (A_PITCH + B_PITCH));
     float* b = a + TERMS * A_PITCH;
 #pragma unroll
     for (int i = 0; i < A_LOADS; ++i) {
       const int term = t / A_CHUNKS + i * (THREADS / A_CHUNKS);
-      copy_async(a + term * A_PITCH + t % A_CHUNKS * 4,
-                 x + ((long long)(corners[turn & 1][term] + step) * g.channels + channel),
-                 masks[turn & 1][term] & bit);
+      copy_async<4 * CHUNK>(a + term * A_PITCH + t % A_CHUNKS * CHUNK,
+                            x + ((long long)(points[turn & 1][term] + step) * g.channels + channel),
+                            CHUNK == 4 ? masks[turn & 1][term] & bit : inside(corners[turn & 1][term] + way, g));
     }
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {

@@ -112,6 +112,7 @@ struct Copy {
   const void* from;
   unsigned group;
   bool valid;
+  int bytes;
 };
 
 struct Fiber {
@@ -241,7 +242,7 @@ static bool is_shared(const void* p) {
 }
 
 static void land(const Copy& c) {
-  c.valid ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
+  c.valid ? memcpy(c.to, c.from, c.bytes) : memset(c.to, 0, c.bytes);
 }
 
 // Faults
@@ -405,12 +406,12 @@ inline int __all_sync(unsigned m, int p, LINE) { return emulator::ballot(m, p, l
 
 // What common.cuh has assembly for, by the contracts given there
 
-inline void copy_async(void* shared, const void* global, bool valid, LINE) {
+template <int BYTES = 16> inline void copy_async(void* shared, const void* global, bool valid, LINE) {
   emulator::Fiber& f = *emulator::current;
-  const emulator::Copy copy{shared, global, f.group, valid};
+  const emulator::Copy copy{shared, global, f.group, valid, BYTES};
   f.line = line;
   if (!emulator::is_shared(shared)) emulator::fail("copies to what is not shared memory", f);
-  if ((uintptr_t(shared) | uintptr_t(global)) % 16) emulator::fail("copies across 16 bytes", f);
+  if ((uintptr_t(shared) | uintptr_t(global)) % BYTES) emulator::fail("copies across 16 bytes", f);
   if (f.last - f.first == emulator::COPIES) emulator::fail("waits for none of its copies", f);
   ++emulator::job->copies;
   if (emulator::job->order == emulator::RANDOM && emulator::chance() & 1)

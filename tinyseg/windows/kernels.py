@@ -60,22 +60,45 @@ def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
 def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, int]]:
     """The source that computes a convolution, its threads, and its constants."""
     columns = 128 if filters > 64 else 64
-    if cuda.is_exact() or channels % 8 or filters % 8 or taps > 32:
+    if cuda.is_exact() or filters % 4:
         return "conv_simt", 256, {"COLUMNS": 64}
-    return "conv_mma", 128, {"COLUMNS": columns, "WARP_COLUMNS": columns // 2,
-                             "STAGES": 3 if columns == 128 else 4}
+    return "conv_mma", 128, {"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "STAGES": 3,
+                             "CHUNK": 1 if channels % 4 or taps > 32 else 4}
+
+
+def _inside(kernel: str, g: np.ndarray) -> tuple[float, float]:
+    """The share of a sum's terms that lie inside the grid, in the mean and at most over the tiles.
+
+    A tile of correlate has all positions along the last axis and about one along the others; a tile
+    of correlate_dw has one tap.
+    """
+    mean = most = 1.0
+    for axis in range(AXES if kernel == "correlate_dw" else AXES - 1):
+        size, count, taps, stride, dilation, before = (int(g[name][axis]) for name in (
+            "size", "positions", "taps", "stride", "dilation", "before"))
+        at = np.arange(count)[:, None] * stride + np.arange(taps) * dilation - before
+        shares = ((at >= 0) & (at < size)).mean(axis=0 if kernel == "correlate_dw" else 1)
+        mean, most = mean * shares.mean(), most * shares.max()
+    return mean, most
 
 
 @lru_cache(maxsize=4096)
-def _slices(tiles: int, turns: int, numbers: int) -> int:
+def _slices(kernel: str, tiles: int, turns: int, numbers: int, geometry: bytes, sparse: bool
+            ) -> int:
     """Into how many slices a sum of so many turns is cut, where a block does one tile of one slice.
 
-    As many as make the whole quickest, counted in turns: blocks run BLOCKS at a time, each begins
-    and ends in the time of 8 turns, and 900,000 of the `numbers` of a slice are moved in one.
+    As many as make the whole quickest, counted in turns: BLOCKS run at once, each begins and ends
+    in the time of 8 turns, and 900,000 of the `numbers` of a slice are moved in one. sparse:
+    whether terms outside the grid are left out.
     """
+    mean, most = _inside(kernel, np.frombuffer(geometry, GEOMETRY)[0]) if sparse else (1.0, 1.0)
+
     def took(n):
-        moved = (2 * n + 1) * numbers / 900_000 if n > 1 else 0
-        return ceil(tiles * n / BLOCKS) * (turns / n + 8) + moved
+        waves, longest = tiles * n / BLOCKS, turns * most / n + 8
+        moved = (n + 1) * numbers / 900_000 if n > 1 else 0
+        if waves <= 1:
+            return longest + moved
+        return waves * (turns * mean / n + 8) + longest / 2 + moved
 
     return min(range(1, max(1, turns // 4) + 1), key=took)
 
@@ -92,7 +115,8 @@ def _launch(kernel: str, x: Array, other: Array, into: Array, shape: tuple[int, 
     columns = constants["COLUMNS"]
     tiles = ceil(rows / ROWS), ceil(filters / columns)
     whole = file == "conv_simt" and kernel == "correlate"  # it has no slices
-    slices = 1 if whole else _slices(prod(tiles), ceil(terms / TERMS), rows * filters)
+    slices = 1 if whole else _slices(kernel, prod(tiles), ceil(terms / TERMS), rows * filters,
+                                     geometry.tobytes(), constants.get("CHUNK") == 4)
     target = into if slices == 1 else array_module(x).empty((slices, rows, filters), x.dtype)
     stages = constants.get("STAGES", 0)  # float32's buffers are declared in its source
     cuda.launch(file, kernel, (*tiles, slices), (threads,), x, other, target, geometry,
