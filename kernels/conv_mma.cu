@@ -234,9 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
     const float* __restrict__ x, const float* __restrict__ y, float* __restrict__ slices, Geometry g) {
   DYNAMIC_SHARED(memory);
   __shared__ int low[3], box[3];                             // where the box begins, its size
-  __shared__ int points[2][TERMS], numbers[2][TERMS];        // of the positions of two turns: their
-  __shared__ unsigned masks[2][TERMS];                       // corners, rows of y, taps they see
-  __shared__ __align__(16) Place corners[2][TERMS];
+  __shared__ int points[2][THREADS], numbers[2][THREADS];    // of the positions of two rounds: their
+  __shared__ unsigned masks[2][THREADS];                     // corners, rows of y, taps they see
+  __shared__ __align__(16) Place corners[2][THREADS];
   float* const buffers = (float*)memory;
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, count = taps(g) * g.channels;
   const int first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
@@ -256,17 +256,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
   const int begin = min(all, (int)blockIdx.z * share), end = min(all, begin + share);
   const int turns = (end - begin + TERMS - 1) / TERMS;
 
-  auto locate = [&](int turn) {
-    const int term = begin + turn * TERMS + t;
-    if (t >= TERMS || !turns) return;
+  // A round of turns is located at once, a position by each thread.
+  constexpr int ROUND = THREADS / TERMS;
+  static_assert(ROUND >= STAGES, "the first buffers are filled from the first round");
+  auto locate = [&](int round) {
+    const int term = begin + round * THREADS + t, slot = round & 1;
+    if (!turns) return;
     Place at = place(min(term, end - 1), box);
     at = {at.n, at.d + low[0], at.h + low[1], at.w + low[2]};
-    numbers[turn & 1][t] = point(at, g.positions);
+    numbers[slot][t] = point(at, g.positions);
     at = corner(at, g);
-    points[turn & 1][t] = point(at, g.size);
-    if (CHUNK == 4) masks[turn & 1][t] = term < end ? seen(at, g) : 0;
+    points[slot][t] = point(at, g.size);
+    if (CHUNK == 4) masks[slot][t] = term < end ? seen(at, g) : 0;
     if (term >= end) at.d = -(1 << 30);                      // outside for every tap
-    corners[turn & 1][t] = at;
+    corners[slot][t] = at;
   };
 
   constexpr int A_CHUNKS = ROWS / CHUNK, A_LOADS = TERMS * A_CHUNKS / THREADS;
@@ -279,36 +282,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
   auto fill = [&](int turn) {
     float* a = buffers + turn % STAGES * (TERMS * (A_PITCH + B_PITCH));
     float* b = a + TERMS * A_PITCH;
+    const int slot = turn / ROUND & 1, first = turn % ROUND * TERMS;
 #pragma unroll
     for (int i = 0; i < A_LOADS; ++i) {
       const int term = t / A_CHUNKS + i * (THREADS / A_CHUNKS);
       copy_async<4 * CHUNK>(a + term * A_PITCH + t % A_CHUNKS * CHUNK,
-                            x + ((long long)(points[turn & 1][term] + step) * g.channels + channel),
-                            CHUNK == 4 ? masks[turn & 1][term] & bit : inside(corners[turn & 1][term] + way, g));
+                            x + ((long long)(points[slot][first + term] + step) * g.channels + channel),
+                            CHUNK == 4 ? masks[slot][first + term] & bit : inside(corners[slot][first + term] + way, g));
     }
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {
       const int term = t / B_CHUNKS + i * (THREADS / B_CHUNKS);
       copy_async(b + term * B_PITCH + t % B_CHUNKS * 4,
-                 y + ((long long)numbers[turn & 1][term] * g.filters + b_column), b_column < g.filters);
+                 y + ((long long)numbers[slot][first + term] * g.filters + b_column), b_column < g.filters);
     }
   };
 
   const int row = warp % (ROWS / WARP_ROWS) * WARP_ROWS, column = warp / (ROWS / WARP_ROWS) * WARP_COLUMNS;
   Sums sum = {};
+  locate(0);
+  __syncthreads();
   for (int i = 0; i < STAGES - 1; ++i) {
-    locate(i);
-    __syncthreads();
     if (i < turns) fill(i);
     copy_commit();
   }
-  locate(STAGES - 1);
   for (int turn = 0; turn < turns; ++turn) {
     copy_wait<STAGES - 2>();
     __syncthreads();                                         // this buffer is full, the last one free
     if (turn + STAGES - 1 < turns) fill(turn + STAGES - 1);
     copy_commit();
-    locate(turn + STAGES);
+    if ((turn + STAGES) % ROUND == 0) locate((turn + STAGES) / ROUND);
     const float* a = buffers + turn % STAGES * (TERMS * (A_PITCH + B_PITCH));
 #pragma unroll
     for (int term = 0; term < TERMS; term += 8) {
