@@ -38,8 +38,8 @@ LIMITS = {"TF32": 3e-3, "fp32": 1e-4}  # of |ours - cuDNN's float32| / |cuDNN's 
 THEIRS = "channels_last", "default"  # PyTorch's layouts
 TILES = [  # of the tensor-core kernels; the first are the library's, of 64 and of 128 filters
     {"ROWS": 128, "COLUMNS": columns, "WARP_ROWS": 64, "WARP_COLUMNS": across, "STAGES": stages}
-    for columns, across, stages in ((64, 32, 3), (128, 64, 3), (64, 32, 2), (64, 64, 3),
-                                    (128, 32, 3), (128, 64, 2), (128, 32, 2), (64, 32, 4))]
+    for columns, across, stages in ((64, 32, 3), (128, 64, 3), (64, 32, 2), (64, 32, 4),
+                                    (128, 32, 3), (128, 64, 2), (128, 32, 2), (128, 64, 4))]
 SECONDS = 240  # that tests or a sanitizer may take
 CONV = partial(windows.Window.of, (3, 3, 3), 1)
 
@@ -203,7 +203,7 @@ def tiles(gpu, record, layer):
                 if file != "conv_mma":
                     return file, threads, usual
                 warps = prod(constants[a] // constants[f"WARP_{a}"] for a in ("ROWS", "COLUMNS"))
-                return file, 32 * warps, constants
+                return file, 32 * warps, {**usual, **constants}
 
             with mock.patch.object(windows.kernels, "_body", chosen):
                 return in_turn(partial(our_convolution, layer, direction), sets["ours"], i)

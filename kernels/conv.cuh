@@ -12,6 +12,7 @@
 
 struct Geometry {
   int batch, channels, filters;                 // N, C_in, C_out
+  int pitch, walk[3];                           // from a row of w to the next, from a tap to the next
   int size[3], positions[3], taps[3];           // S, P, K
   int stride[3], dilation[3], before[3];
   int grid[3], start[3], step[3];               // the output's grid, where it is written

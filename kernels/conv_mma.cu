@@ -34,6 +34,9 @@
 #ifndef CHUNK
 #define CHUNK 4
 #endif
+#ifndef SWAPPED
+#define SWAPPED 0                                            // the last two axes of w, in memory
+#endif
 #define TERMS 32                                             // 128 bytes of channels
 #define THREADS (ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
 #define FRAGMENTS_DOWN (WARP_ROWS / 16)
@@ -56,6 +59,23 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 // Which row or column of a warp's part is number `group` (of eight) of fragment `i` is free, if all
 // agree: four neighbours belong to four fragments, so that a lane moves them as one float4.
 __device__ __forceinline__ int spread(int i, int group) { return i / 4 * 32 + group * 4 + i % 4; }
+
+// Likewise in a buffer with one line per column, of which eight at one chunk are four apart.
+__device__ __forceinline__ int swizzled_by_four(int column, int chunk) {
+  return column * 32 + ((chunk ^ (column >> 2 & 7)) << 2);
+}
+
+// The fragments of eight terms of the right factor, one line of the buffer per column.
+__device__ __forceinline__ void load_b_swapped(B& b, const float* buffer, int term, int column) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int j = 0; j < FRAGMENTS_ACROSS; j += 2) {
+    unsigned r[4];
+    load_matrices(r, buffer + swizzled_by_four(column + spread(j + lane / 16, lane % 8), term / 4 + lane / 8 % 2));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) b[j + e / 2][e % 2] = tf32(__uint_as_float(r[e]));
+  }
+}
 
 // The fragments of eight terms of the right factor, one row of the buffer per term.
 __device__ __forceinline__ void load_b(B& b, const float* buffer, int term, int column) {
@@ -118,13 +138,17 @@ __device__ __forceinline__ void store(const Sums& sum, Where place, Out out, int
 extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     const float* __restrict__ x, const float* __restrict__ w, float* __restrict__ y, Geometry g) {
   DYNAMIC_SHARED(memory);
-  __shared__ int reach[32], points[ROWS];                    // from the corner to each tap; corners
+  __shared__ int reach[32], shift[32], points[ROWS];         // of each tap, in x and in w; corners
   __shared__ unsigned masks[ROWS], any;                      // taps that a row sees, that any row sees
   __shared__ __align__(16) Place corners[ROWS];
   float* const buffers = (float*)memory;
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, count = rows(g);
   const int first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
-  if (CHUNK == 4 && t < taps(g)) reach[t] = point(tap(t, g), g.size);
+  if (CHUNK == 4 && t < taps(g)) {
+    const Place k = place(t, g.taps);
+    reach[t] = point(tap(t, g), g.size);
+    shift[t] = k.d * g.walk[0] + k.h * g.walk[1] + k.w * g.walk[2];
+  }
   if (t == 0) any = 0;
   __syncthreads();
   for (int r = t; r < ROWS; r += THREADS) {
@@ -160,11 +184,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
   auto fill = [&](int stage) {
     float* a = buffers + stage * (ROWS * TERMS + TERMS * B_PITCH);
     float* b = a + ROWS * TERMS;
-    int first, count_here;                                   // row of w, and how many terms there are
+    const float* from_w;                                     // the first row, and how many terms there are
+    int count_here;
     if (CHUNK == 4) {
       const int next_tap = __ffs(left) - 1, channel = next_channel + t % A_CHUNKS * CHUNK, step = reach[next_tap];
       const unsigned bit = channel < g.channels ? 1u << next_tap : 0;
-      first = next_tap * g.channels + next_channel, count_here = g.channels - next_channel;
+      from_w = w + (shift[next_tap] + next_channel * (SWAPPED ? 1 : g.pitch)), count_here = g.channels - next_channel;
 #pragma unroll
       for (int i = 0; i < A_LOADS; ++i)
         copy_async(a + swizzled(t / A_CHUNKS + i * (THREADS / A_CHUNKS), t % A_CHUNKS),
@@ -174,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       const int term = next_term + lane;
       const Place step = tap(min(term, terms - 1) / g.channels, g);
       const int reached = point(step, g.size) * g.channels + term % g.channels;
-      first = next_term, count_here = terms - next_term;
+      from_w = w + (long long)next_term * g.pitch, count_here = terms - next_term;
 #pragma unroll 4
       for (int row = warp; row < ROWS; row += THREADS / 32) {
         copy_async<4>(a + swizzled(row, lane / 4) + lane % 4, x + ((long long)points[row] * g.channels + reached),
@@ -182,12 +207,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       }
       next_term += TERMS;
     }
-    const int column = first_column + t % B_CHUNKS * 4;
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {
-      const int term = t / B_CHUNKS + i * (THREADS / B_CHUNKS);
-      copy_async(b + term * B_PITCH + t % B_CHUNKS * 4, w + ((long long)(first + term) * g.filters + column),
-                 term < count_here && column < g.filters);
+      const int at = t + i * THREADS;
+      const int term = SWAPPED ? at % 8 * 4 : at / B_CHUNKS, column = SWAPPED ? at / 8 : at % B_CHUNKS * 4;
+      copy_async(b + (SWAPPED ? swizzled_by_four(column, term / 4) : term * B_PITCH + column),
+                 from_w + (SWAPPED ? (first_column + column) * g.pitch + term : term * g.pitch + first_column + column),
+                 term < count_here && first_column + column < g.filters);
     }
   };
 
@@ -214,7 +240,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
 #pragma unroll
         for (int e = 0; e < 4; ++e) left[i][e] = tf32(__uint_as_float(left[i][e]));
       }
-      load_b(right, a + ROWS * TERMS, term, column);
+      if (SWAPPED)
+        load_b_swapped(right, a + ROWS * TERMS, term, column);
+      else
+        load_b(right, a + ROWS * TERMS, term, column);
       multiply(sum, left, right);
     }
   }

@@ -218,7 +218,7 @@ def test_geometry_is_the_struct_of_the_source():
     fields = re.findall(r"(\w+)(\[3\])?[,;]", re.sub(r"//.*", "", struct))
     assert [name for name, _ in fields] == list(kernels.GEOMETRY.names)
     assert all((kernels.GEOMETRY[name].shape == (3,)) == bool(axes) for name, axes in fields)
-    assert kernels.GEOMETRY.itemsize == 4 * (3 + 3 * 9)
+    assert kernels.GEOMETRY.itemsize == 4 * (4 + 3 * 10)
 
 
 def test_what_the_kernels_do_not_count_is_refused():
@@ -295,7 +295,11 @@ BUGS = [
     ("conv_mma", "left = live, next", "left = ~0u, next"),
     ("conv_mma", "skipped; --skipped", "0; --skipped"),
     ("conv_mma", "(gridDim.z == 1 ? output(first_row + i, g)", "(true ? output(first_row + i, g)"),
-    ("conv_mma", "term < count_here && column < g.filters", "column < g.filters"),
+    ("conv_mma", "term < count_here && first_column + column < g.filters",
+     "first_column + column < g.filters"),
+    ("conv_mma", "term < count_here && first_column + column < g.filters", "term < count_here"),
+    ("conv_mma", "column >> 2 & 7", "column >> 2 & 7 & threadIdx.x"),
+    ("conv_mma", "shift[next_tap] +", "0 +"),
     ("conv_mma", "lane < count_here && inside(corners[row] + step, g)", "lane < count_here"),
     ("conv_mma", "next_term += TERMS", "next_term += 8"),
     ("conv_mma", "inside(corners[slot][first + term] + way, g)", "true"),

@@ -18,8 +18,8 @@ from tinyseg.cuda import launch, loader, serves, signatures, source
 
 FILES = sorted(path.stem for path in loader.FOLDER.glob("*.cu"))
 VARIANTS = {  # {file: [constants of each way that the library compiles it]}; otherwise [{}]
-    "conv_mma": [{"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "CHUNK": chunk}
-                 for columns in (64, 128) for chunk in (1, 4)],
+    "conv_mma": [{"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "CHUNK": chunk, "SWAPPED": s}
+                 for columns in (64, 128) for chunk, s in ((1, 0), (4, 0), (4, 1))],
     "slices": [{}, {"VECTOR": 1}],
     "norm": [{}, {"VECTOR": 1}],
     "pool": [{}, {"VECTOR": 1}],

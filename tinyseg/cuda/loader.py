@@ -14,7 +14,7 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,14 @@ NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
 _NULL, _OBJECT = np.uintp(0), np.dtype("O")
 _facts = attrgetter("dtype", "flags.c_contiguous", "data.device_id")
 GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block, H100
+
+
+
+class Strided(NamedTuple):
+    """An array whose strides the kernel is told by other arguments: it need not be contiguous."""
+
+    array: Array
+
 
 _exact: ContextVar[frozenset] = ContextVar("exact", default=frozenset())
 
@@ -123,10 +131,14 @@ def _passed(file: str, kernel: str, arguments: tuple) -> tuple[list, ModuleType]
             if value is None and wanted is not None:
                 value = _NULL
             elif wanted is not None:
-                if library is np and hasattr(value, "device"):
+                if library is np and hasattr(value, "device"):  # a host array has one, too
                     library = array_module(value)
                     current = 0 if library is np else library.cuda.runtime.getDevice()
-                if _found(value) != (wanted, True, current):
+                contiguous = True
+                if isinstance(value, Strided):
+                    value = value.array
+                    contiguous = value.flags.c_contiguous
+                if _found(value) != (wanted, contiguous, current):
                     raise _refused(f"{file}.{kernel}: {name}", value, wanted, current)
             elif getattr(value, "dtype", _OBJECT).names is None:
                 raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected the fields of "

@@ -22,8 +22,8 @@ from .reference import pad, pad_adjoint
 
 AXES = 3
 GEOMETRY = np.dtype(  # struct Geometry of kernels/conv.cuh
-    [(name, "int32") for name in ("batch", "channels", "filters")]
-    + [(name, "int32", AXES) for name in ("size", "positions", "taps", "stride", "dilation",
+    [(name, "int32") for name in ("batch", "channels", "filters", "pitch")]
+    + [(name, "int32", AXES) for name in ("walk", "size", "positions", "taps", "stride", "dilation",
                                           "before", "grid", "start", "step")])
 ROWS = 128  # of a block's tile; its columns are 64, or 128 on the tensor cores
 BLOCKS = 264  # that a GPU runs at once: two on each multiprocessor of an H100
@@ -37,7 +37,7 @@ def serves(window: Window, *arrays: Array) -> bool:
 
 @lru_cache(maxsize=4096)
 def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
-              grid=None, start=0, step=1) -> np.ndarray:
+              grid=None, start=0, step=1, pitch=0, walk=0) -> np.ndarray:
     """struct Geometry, scalars repeated and leading axes of one added; the grid is by default
     the positions."""
 
@@ -52,9 +52,9 @@ def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
             raise ValueError(f"convolution: an {name} of {batch} x {tuple(shape)} points is more "
                              "than the kernels count; use a smaller batch or patch")
     return np.array(
-        (batch, channels, filters, spatial(size, 1), spatial(positions, 1), spatial(taps, 1),
-         spatial(stride, 1), spatial(dilation, 1), spatial(before, 0), spatial(grid, 1),
-         spatial(start, 0), spatial(step, 1)), GEOMETRY)
+        (batch, channels, filters, pitch, spatial(walk, 0), spatial(size, 1),
+         spatial(positions, 1), spatial(taps, 1), spatial(stride, 1), spatial(dilation, 1),
+         spatial(before, 0), spatial(grid, 1), spatial(start, 0), spatial(step, 1)), GEOMETRY)
 
 
 def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, int]]:
@@ -103,15 +103,15 @@ def _slices(kernel: str, tiles: int, turns: int, numbers: int, geometry: bytes, 
     return min(range(1, max(1, turns // 4) + 1), key=took)
 
 
-def _launch(kernel: str, x: Array, other: Array, into: Array, shape: tuple[int, int, int],
-            geometry: np.ndarray, written: np.ndarray, pitch: int) -> None:
+def _launch(kernel: str, body: tuple, x: Array, other: Array | cuda.Strided, into: Array,
+            shape: tuple[int, int, int], geometry: np.ndarray, written: np.ndarray, pitch: int
+            ) -> None:
     """`kernel`, a matrix product of `shape` (rows, terms, columns), in slices if need be.
 
     written: the geometry of the output, where slices are added up. pitch: what a term of a tile
     takes in shared memory beside its numbers.
     """
-    rows, terms, filters = shape
-    file, threads, constants = _body(x.shape[-1], filters, prod(geometry["taps"]))
+    (rows, terms, filters), (file, threads, constants) = shape, body
     columns = constants["COLUMNS"]
     tiles = ceil(rows / ROWS), ceil(filters / columns)
     whole = file == "conv_simt" and kernel == "correlate"  # it has no slices
@@ -131,11 +131,21 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
     x = plain(x)
     for w, into, start, step, stride, dilation, before in problems:
-        w, positions = plain(w), count(into.shape[1:-1], start, step)
-        geometry = _geometry(x.shape, w.shape[-1], w.shape[:-2], positions, stride, dilation,
-                             before, into.shape[1:-1], start, step)
-        shape = len(x) * prod(positions), prod(w.shape[:-1]), w.shape[-1]
-        _launch("correlate", x, w, into, shape, geometry, geometry, pitch=8)
+        channels, filters = w.shape[-2:]
+        positions = count(into.shape[1:-1], start, step)
+        file, threads, constants = _body(channels, filters, prod(w.shape[:-2]))
+        *walk, row, column = (s // w.itemsize for s in w.strides)
+        swapped = row == 1 and channels > 1  # as the gradient in x has it
+        if constants.get("CHUNK") != 4 or w.data.ptr % 16 or not swapped and column != 1:
+            w, swapped, walk, row = plain(w), False, [0] * len(positions), filters
+        if file == "conv_mma":
+            constants = {**constants, "SWAPPED": int(swapped)}
+        geometry = _geometry(x.shape, filters, w.shape[:-2], positions, stride, dilation, before,
+                             into.shape[1:-1], start, step, column if swapped else row,
+                             tuple(walk))
+        shape = len(x) * prod(positions), prod(w.shape[:-1]), filters
+        _launch("correlate", (file, threads, constants), x, cuda.Strided(w), into, shape, geometry,
+                geometry, pitch=8)
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
@@ -144,7 +154,7 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     positions, channels, filters = y.shape[1:-1], x.shape[-1], y.shape[-1]
     dw = array_module(x).empty((*kernel, channels, filters), x.dtype)
     shape = prod(kernel) * channels, len(y) * prod(positions), filters
-    _launch("correlate_dw", x, y, dw, shape,
+    _launch("correlate_dw", _body(channels, filters, prod(kernel)), x, y, dw, shape,
             _geometry(x.shape, filters, kernel, positions, stride, dilation, before),
             _geometry((1, 1, 1), filters, (1,), shape[:1], 1, 1, 0), pitch=16)
     return dw
