@@ -83,7 +83,7 @@ sums(const float* __restrict__ logits, const int* __restrict__ labels, long long
   partials[(long long)blockIdx.x * SUMS + threadIdx.x] = total;
 }
 
-// The value of the loss, whether a label is out of range, and what the gradient needs per class:
+// The value of the loss, NaN if a label is out of range, whether one is, and what the gradient needs per class:
 // factors (3, CLASSES) holds w / Σ w, R / (E K) and 2 / (E K). One block, a warp for each sum,
 // in double: millions of voxels count one by one. No weight means a weight of one.
 extern "C" __global__ void __launch_bounds__(1024)
@@ -116,8 +116,8 @@ merge(const float* __restrict__ partials, int blocks, const float* __restrict__ 
     factors[CLASSES + c] = share * ratio / either;
     factors[2 * CLASSES + c] = share * 2 / either;
   }
-  *value = (entropy ? surprises / mass : 0) + (overlap ? 1 - mean : 0);
   *wrong = sum[WRONG] > 0;
+  *value = *wrong ? __int_as_float(0x7fffffff) : (entropy ? surprises / mass : 0) + (overlap ? 1 - mean : 0);
 }
 
 // dx = g times the gradient; zero where the label is ignored.

@@ -107,6 +107,9 @@ def dropout(x, *, p: float, rng: np.random.Generator):
     if not hasattr(rng, "random"):
         raise TypeError(f"dropout: rng is {rng!r}; expected a generator, np.random.default_rng("
                         "seed), made once: a seed would draw the same in every call")
+    if cuda.is_capturing():
+        raise RuntimeError("dropout draws on the host at each step, a captured step would repeat "
+                           "one draw: train without capture, or without dropout")
     kept = array_module(x).asarray(rng.random(x.shape, "float32") >= p)
     factor = kept.astype(x.dtype) / (1 - p)
     return x * factor, (lambda g: g * factor,)

@@ -190,8 +190,8 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
         start: int = 0, schedule: Schedule = poly, clip: float = 12.0,
         average: Average | None = None,
         validate: Callable[[Module], dict[Any, float]] | None = None, every: int = 50,
-        patience: int | None = None, past: Sequence[float] = (), ahead: int = 1
-        ) -> Iterator[Record]:
+        patience: int | None = None, past: Sequence[float] = (), ahead: int = 1,
+        capture: bool = False) -> Iterator[Record]:
     """Train from step `start` to `steps`, yielding a `Record` after each.
 
     batch(step) -> (images (N, *S, C), labels (N, *S)) is a function of the step, so that a run
@@ -206,6 +206,9 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     average where there is one, in evaluation mode; the network is then again as it was. With
     `patience`, training ends once the mean Dice of that many validations in a row has not risen
     above the best before them; `past` are the means (`Record.score`) of those before `start`.
+
+    capture: forward and backward passes of a network on the GPU run as one launch, with the same
+    results, from the third step on (`cuda.captured`): batches of one shape, no dropout.
 
     Raises ValueError for an optimiser of parameters that are not this network's, and
     FloatingPointError where the loss or the gradient is not finite. However a step ends
@@ -226,6 +229,17 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
         raise ValueError(f"every is {every} and patience {patience}; expected numbers from 1, and "
                          "patience with validate only")
     library, scores = array_module(parameters[0].data), [*past]
+
+    def passes(images: Array, labels: Array) -> tuple:
+        optimizer.zero_grad()
+        logits = net(images)
+        value = loss(logits, labels)
+        value.backward()
+        return value.data, logits.data, [p.grad for p in optimizer.parameters]
+
+    if capture and library is np:
+        raise ValueError("capture is for networks on a GPU; this one is in host memory")
+    passes = cuda.captured(passes) if capture else passes
     try:
         with closing(prepared(batch, range(start, steps), ahead)) as batches:
             for step in range(start, steps):
@@ -236,15 +250,13 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
                 waited = perf_counter() - began
                 images, labels = to_library(images, library), to_library(labels, library)
                 with _whole(optimizer, statistics):
-                    logits = net(images)
-                    value = loss(logits, labels)
-                    number = float(value.data)
-                    counts = overlap(logits.data, labels)
-                    del logits
-                    optimizer.zero_grad()
-                    value.backward()
+                    value, logits, gradients = passes(images, labels)
+                    number, counts = float(value), overlap(logits, labels)
+                    for p, g in zip(optimizer.parameters, gradients, strict=True):
+                        p.grad = g  # of a captured step: where they were made anew
                     norm = clip_norm(optimizer.parameters, clip)
                     if not (isfinite(number) and isfinite(norm)):
+                        loss(Tensor(logits), labels)  # of a captured step: labels out of range
                         raise FloatingPointError(
                             f"loss {number}, norm of the gradient {norm} at step {step}; lower the "
                             "learning rate or look at this step's images")

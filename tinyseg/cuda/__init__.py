@@ -6,7 +6,8 @@ one source. Nothing here imports CuPy: an array brings its library along.
 """
 
 from . import loss, norm, optim, pool, upsample
+from .capture import captured, is_capturing
 from .loader import Strided, exact, is_exact, launch, plain, serves, signatures, source
 
-__all__ = ["Strided", "exact", "is_exact", "launch", "loss", "norm", "optim", "plain", "pool",
-           "serves", "signatures", "source", "upsample"]
+__all__ = ["Strided", "captured", "exact", "is_capturing", "is_exact", "launch", "loss", "norm",
+           "optim", "plain", "pool", "serves", "signatures", "source", "upsample"]

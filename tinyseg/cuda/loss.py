@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..backend import Array, array_module
+from .capture import is_capturing
 from .loader import launch
 
 MAX_CLASSES = 32  # a thread holds all classes of a voxel in registers
@@ -31,7 +32,8 @@ def segmentation(logits: Array, labels: Array, *, entropy: bool = False, overlap
 
     logits (N, *S, C) with at most MAX_CLASSES classes, labels (N, *S) of any integers, weight
     (C,) or None, g (). The value stays on the GPU; one number is read from there, whether a label
-    is out of range, and ValueError says which. That shapes fit is the caller's care.
+    is out of range, and ValueError says which; where nothing may be read, as launches are being
+    captured, the value is NaN then. That shapes fit is the caller's care.
     """
     library, classes, voxels = array_module(logits), logits.shape[-1], labels.size
     narrow = _narrow(labels)
@@ -46,7 +48,7 @@ def segmentation(logits: Array, labels: Array, *, entropy: bool = False, overlap
     launch("loss", "sums", grid, (THREADS,), *inputs, partials, CLASSES=classes)
     launch("loss", "merge", (1,), (1024,), partials, len(partials), weight, int(entropy),
            int(overlap), int(not background), smooth, value, wrong, factors, CLASSES=classes)
-    if int(wrong):
+    if not is_capturing() and int(wrong):
         known = (narrow >= 0) & (narrow < classes)
         if ignore is not None:
             known |= narrow == ignore
