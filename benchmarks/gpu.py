@@ -16,10 +16,11 @@ Parts; what matters most is measured first, as far as the time goes:
 
 Times are medians of CUDA events on random data, ours and PyTorch's in turn. Single operations are
 queued while the stream is held: gaps between launches do not count; steps and inference include
-what the host does. PyTorch runs eagerly with cudnn.benchmark, TF32 in channels_last_3d and in its
-default layout, whole networks also as its users run them, under AMP in bf16. A cell that PyTorch
-refuses is left empty. An answer further from PyTorch's float32 than by rounding, one that differs
-in a bit from the same call again, or a test that fails makes the exit code 1.
+what the host does. PyTorch runs with cudnn.benchmark, TF32 in channels_last_3d and in its default
+layout, whole networks also as its users run them, under AMP in bf16; steps of both libraries run
+as Python asks for them, and captured as a CUDA graph. A cell that PyTorch refuses is left empty. An
+answer further from PyTorch's float32 than by rounding, one that differs in a bit from the same
+call again, or a test that fails makes the exit code 1.
 
   python benchmarks/gpu.py                        all parts, in 8.5 minutes
   python benchmarks/gpu.py --parts layers steps   these parts
@@ -47,16 +48,16 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a bare checkout will do; PyTorch's twins
 
-from gpu_tables import report  # noqa: E402
+from gpu_tables import SIDES, report  # noqa: E402
 
 from tinyseg import device  # noqa: E402
 from tinyseg.cuda import exact  # noqa: E402
 
 PARTS = "peaks steps kernels tests races layers tiles memory inference".split()
 SECONDS = {"tests": 150.0, "races": 60.0}  # of parts that take long, as far as is known before
-FIELDS = ("part case what resnet18 resnet50 direction precision ours channels_last default amp "
-          "im2col launches rate unit error limit cudnn_error ours_gib channels_last_gib "
-          "default_gib amp_gib note").split()
+FIELDS = ("part case what resnet18 resnet50 direction precision".split() + list(SIDES)
+          + "im2col launches rate unit error limit cudnn_error".split()
+          + [f"{side}_gib" for side in SIDES] + ["note"])
 
 
 class Gpu:

@@ -62,26 +62,68 @@ def torch_loss(logits, labels):
     return functional.cross_entropy(logits, labels) + 1 - ratio[1:].mean()
 
 
-def training(gpu, net, side, x, labels):
-    """step(i) on one side; it returns the loss."""
-    if side == "ours":
-        net, loss = ts.to_device(net.copy(), gpu.cupy), losses.dice_cross_entropy
-        optimizer = ts.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
-        x, labels = gpu.cupy.asarray(x), gpu.cupy.asarray(labels).astype("uint8")
-    else:
-        net, loss = gpu.layout(torch_twin(net).cuda(), side), torch_loss
-        optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
-        x = gpu.layout(channels_first(x), side)
+def our_training(gpu, net, x, labels, captured):
+    """step(i), which returns the loss."""
+    net = ts.to_device(net.copy(), gpu.cupy)
+    optimizer = ts.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
+    x, labels = gpu.cupy.asarray(x), gpu.cupy.asarray(labels).astype("uint8")
+
+    def passes(x, labels):
+        optimizer.zero_grad()
+        value = losses.dice_cross_entropy(net(x), labels)
+        value.backward()
+        return value.data, *(p.grad for p in optimizer.parameters)
+
+    passes = ts.cuda.captured(passes) if captured else passes
 
     def step(i):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=side == "amp"):
-            value = loss(net(x), labels)  # the loss itself in float32, as autocast has it
-        value.backward()
+        value, *gradients = passes(x, labels)
+        for p, g in zip(optimizer.parameters, gradients, strict=True):
+            p.grad = g
         optimizer.step()
-        return value.data
+        return value
 
     return step
+
+
+def their_training(gpu, net, side, x, labels, captured):
+    """The same in PyTorch; captured, the whole step is one graph."""
+    amp = side == "amp"
+    net = gpu.layout(torch_twin(net).cuda(), side)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
+    x = gpu.layout(channels_first(x), side)
+
+    def step(i=0):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=not captured):
+            value = torch_loss(net(x), labels)  # the loss itself in float32, as autocast has it
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    if not captured:
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):  # as PyTorch asks for before it captures
+            step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        value = step()
+
+    def replay(i):
+        graph.replay()
+        return value
+
+    return replay
+
+
+def training(gpu, net, side, x, labels):
+    """step(i) on one side, captured or not."""
+    layout, captured = side.removesuffix(" captured"), side.endswith("captured")
+    if layout in ("ours", "captured"):
+        return our_training(gpu, net, x, labels, captured)
+    return their_training(gpu, net, layout, x, labels, captured)
 
 
 def reserved(gpu, run):
@@ -109,8 +151,10 @@ def step(gpu, record, case, backbone):
     for side, run in steps(gpu, case, backbone, SIDES):
         try:
             values[side] = float(run(0))
-            took, row[f"{side}_gib"] = reserved(
-                gpu, lambda run=run, side=side: gpu.medians({side: run}, budget=1, hold=False))
+            took, gib = reserved(
+                gpu, lambda run=run, side=side: gpu.medians({side: run}, budget=0.6, hold=False))
+            if not side.endswith("captured"):  # graphs have pools of their own
+                row[f"{side}_gib"] = gib
         except RuntimeError as error:
             if side == "ours":
                 raise
@@ -188,7 +232,7 @@ def inference(gpu, record, case, backbone):
         return median(took)
 
     with gpu.precision("TF32"):
-        for side in SIDES:
+        for side in [s for s in SIDES if "captured" not in s]:
             run = predictor(gpu, network(backbone, inflated), side)
             seconds(side, run, 1)
             took, row[f"{side}_gib"] = reserved(gpu, partial(seconds, side, run, 3))

@@ -6,8 +6,11 @@ from math import exp, isnan, log, nan
 
 TARGETS = {"forward": 0.8, "dx": 0.75, "dw": 0.65}  # cuDNN's time / ours, at equal dtype, layout
 LAYOUTS = {"channels_last": "channels_last_3d", "default": "default"}
-SIDES = {"ours": "tinyseg", "amp": "PyTorch AMP bf16 channels_last_3d",
-         **{side: f"PyTorch {layout}" for side, layout in LAYOUTS.items()}}
+SIDES = {"ours": "tinyseg TF32", "captured": "tinyseg TF32, captured",
+         **{side: f"PyTorch TF32 {layout}" for side, layout in LAYOUTS.items()},
+         "channels_last captured": "PyTorch TF32 channels_last_3d, captured",
+         "amp": "PyTorch bf16 AMP channels_last_3d",
+         "amp captured": "PyTorch bf16 AMP channels_last_3d, captured"}
 
 
 def geometric_mean(numbers) -> float:
@@ -51,16 +54,19 @@ def layer_table(record) -> str:
 
 
 def side_by_side(title: str, rows: list[dict]) -> str:
-    """Whole networks beside PyTorch: milliseconds, PyTorch's time / ours, GiB reserved."""
+    """Whole networks beside PyTorch, one to a column: milliseconds, how much ours is faster (each
+    of PyTorch's beside ours that is run the same way, captured or not), GiB reserved."""
     def cell(row, side):
-        if isnan(ratio(row, side)):
+        if isnan(row.get(side, nan)):
             return "not measured"
-        text = f"{row[side]:.1f} ms" + (f" ({ratio(row, side):.2f})" if side != "ours" else "")
-        return text + (f", {row[gib]:.1f} GiB" if (gib := f"{side}_gib") in row else "")
+        mine = "captured" if side.endswith("captured") else "ours"
+        beside = "" if side == mine else f" ({row[side] / row[mine]:.2f})"
+        gib = f"{side}_gib"
+        return f"{row[side]:.1f} ms{beside}" + (f", {row[gib]:.1f} GiB" if gib in row else "")
 
-    return table((title, *SIDES.values()), *(
-        (f"{row['what']}, {row['case']}, {row['precision']}", *(cell(row, s) for s in SIDES))
-        for row in rows))
+    return table((title, *(f"{row['what']}, {row['case']}" for row in rows)), *(
+        (name, *(cell(row, side) for row in rows))
+        for side, name in SIDES.items() if any(side in row for row in rows))) if rows else ""
 
 
 def report(record) -> str:

@@ -40,6 +40,7 @@ order = "forward"  # one of ORDERS; "random" draws from `seed`
 seed = 1
 seconds = 60.0  # of processor time that a launch may take
 flush = "end"  # the end of a guarded array that touches its guard: "start" or "end"
+tape = None  # while a graph is captured: the list of what it will do, launches among that
 statistics: defaultdict[str, Counter] = defaultdict(Counter)  # of each kernel, until cleared
 
 
@@ -107,6 +108,8 @@ class _Function:
         self._module._limits[self.name] = size
 
     def __call__(self, grid, block, args, *, shared_mem=0):
+        if tape is not None:
+            return tape.append(lambda: self(grid, block, args, shared_mem=shared_mem))
         grid, block = ((*map(int, t), 1, 1)[:3] for t in (grid, block))
         threads = block[0] * block[1] * block[2]
         if not all(0 < n <= limit for n, limit in zip(grid, GRID, strict=True)):

@@ -7,6 +7,7 @@ the emulator, on memory that shows what is read unwritten and what is accessed o
 """
 
 import operator
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType, SimpleNamespace
 
@@ -43,21 +44,23 @@ class ndarray:
         return wrap(self._array[unwrap(key)], type(self))
 
     def __setitem__(self, key, value):
-        self._array[unwrap(key)] = unwrap(value)
+        taped(operator.setitem, [self._array, unwrap(key), unwrap(value)])
 
     def __len__(self):
         return len(self._array)
 
     def __bool__(self):
-        return bool(self._array)
+        return bool(self.get())
 
     def __int__(self):
-        return int(self._array)
+        return int(self.get())
 
     def __float__(self):
-        return float(self._array)
+        return float(self.get())
 
     def get(self):
+        if emulator.tape is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
         return self._array.copy()
 
     @property
@@ -87,11 +90,25 @@ def unwrap(value):
     return refuse() if isinstance(value, np.ndarray) else value
 
 
+def taped(function, args, options=None):
+    """The value of a function, which a graph that is being captured will compute again, into the
+    same memory."""
+    value = function(*args, **(options or {}))
+    if emulator.tape is not None:
+        def again():
+            fresh = function(*args, **(options or {}))
+            if isinstance(value, np.ndarray) and fresh is not value:
+                value[...] = fresh
+
+        emulator.tape.append(again)
+    return value
+
+
 def lifted(function, kind):
     """A function of NumPy as one of strict arrays of the type `kind`."""
     def call(*args, **options):
         options = {name: unwrap(value) for name, value in options.items()}
-        return wrap(function(*map(unwrap, args), **options), kind)
+        return wrap(taped(function, [*map(unwrap, args)], options), kind)
 
     return call
 
@@ -105,7 +122,7 @@ def binary(function, swap=False, keep=False):
         if not isinstance(other, ndarray | np.ndarray | np.generic | int | float):
             return NotImplemented
         pair = self._array, unwrap(other)
-        result = function(*(reversed(pair) if swap else pair))
+        result = taped(function, list(reversed(pair) if swap else pair))
         return self if keep else wrap(result, type(self))
 
     return call
@@ -138,6 +155,26 @@ def guarded(function):
     return call
 
 
+class Stream:
+    """Of launches, which run at once; and the graph that is captured on it."""
+
+    def __init__(self, **_):
+        self.record = self.wait_event = lambda *_: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def begin_capture(self):
+        emulator.tape = self.tape = []
+
+    def end_capture(self):
+        emulator.tape = None
+        return SimpleNamespace(launch=lambda: [work() for work in self.tape])
+
+
 @cache
 def library(name, device=False):
     """A library of strict arrays to register as sys.modules[`name`].
@@ -167,5 +204,7 @@ def library(name, device=False):
         made.cuda = SimpleNamespace(
             Device=lambda i=0: SimpleNamespace(
                 id=i, compute_capability="90", attributes={"MultiProcessorCount": 132}),
+            Stream=Stream, get_current_stream=Stream, using_allocator=lambda _: nullcontext(),
+            MemoryPool=lambda: SimpleNamespace(malloc=None),
             runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1))
     return made

@@ -371,3 +371,32 @@ def test_more_than_two_billion_elements(cupy):
     np.testing.assert_allclose(mean.get(), expected, atol=1e-4)
     for i in 0, 33:  # batch-norm ignores scale and offset: no gradient along x itself, nor along 1
         assert float(abs(leaf.grad[i]).max()) < 1e-2
+
+
+def test_a_captured_step_gives_the_same_bits(tensor_cores):
+    """Over batches of two shapes, each of which is first run, then captured, then launched."""
+    states, curves = [], []
+    for capture in False, True:
+        net = ts.to_device(Small(), tensor_cores)
+
+        def batch(step):
+            x = normal(step, 2, 8 + 2 * (step % 2), 12, 12, 1)
+            return x, (x[..., 0] > 0).astype("uint8")
+
+        curves.append([record.loss for record in train.fit(
+            net, batch, losses.dice_cross_entropy, SGD(net.parameters()), 9, capture=capture)])
+        states.append(net.state())
+    assert curves[0] == curves[1] and len({*curves[0]}) == 9
+    for name, a in states[0].items():
+        assert a.get().tobytes() == states[1][name].get().tobytes(), name
+
+
+def test_a_captured_step_finds_labels_out_of_range(tensor_cores):
+    net = ts.to_device(Small(), tensor_cores)
+
+    def batch(step):
+        return normal(step, 1, 8, 12, 12, 1), np.full((1, 8, 12, 12), step, "uint8")
+
+    with pytest.raises(ValueError, match="labels hold 3; expected 0 to 2"):
+        list(train.fit(net, batch, losses.dice_cross_entropy, SGD(net.parameters()), 9,
+                       capture=True))

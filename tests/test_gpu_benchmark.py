@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,8 +129,9 @@ def test_tables(record, tmp_path):
                  "| a layer | 1.000 | 7.000 | 4.000 |",
                  "| copy, bytes | 3000 GB/s |",
                  "| SGD | step | 1500 GB/s | 0.50 | 1.50 |",
-                 f"| resnet18, {CASE}, TF32 | 10.0 ms, 1.5 GiB | not measured "
-                 "| 8.0 ms (0.80), 2.0 GiB | 20.0 ms (2.00), 2.5 GiB |"):
+                 f"| steps | resnet18, {CASE} |", "| tinyseg TF32 | 10.0 ms, 1.5 GiB |",
+                 "| PyTorch TF32 channels_last_3d | 8.0 ms (0.80), 2.0 GiB |",
+                 "| PyTorch TF32 default | 20.0 ms (2.00), 2.5 GiB |"):
         assert line + "\n" in text, line
     for heading, rule in zip(*[iter(text.splitlines())] * 2, strict=False):
         if rule.startswith("|---"):
@@ -257,8 +259,11 @@ def posing(cuda, monkeypatch):
                 "synchronize", "_sleep", "empty_cache", "reset_peak_memory_stats")),
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "max_memory_reserved", lambda: 2**30),
-            (torch, "autocast", lambda *_, enabled: torch.amp.autocast(
-                "cpu", torch.bfloat16, enabled=enabled)),
+            (torch, "autocast", lambda *_, **options: torch.amp.autocast(
+                "cpu", torch.bfloat16, **options)),
+            (torch.cuda, "Stream", nothing), (torch.cuda, "stream", lambda _: nullcontext()),
+            (torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=nothing)),
+            (torch.cuda, "graph", lambda _: nullcontext()),
             (torch.Tensor, "cuda", torch.Tensor.clone),
             (torch.nn.Module, "cuda", lambda self: self),
             (cuda, "asarray", asarray), (cuda, "get_default_memory_pool", lambda: pool),

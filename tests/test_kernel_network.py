@@ -68,6 +68,44 @@ def test_training(cuda, tiny, launched, rank, size, make, options):
     assert launched["conv_mma"] == launched["conv_simt"] == {"correlate", "correlate_dw"}
 
 
+def test_a_captured_step_gives_the_same_bits(cuda, tiny):
+    """Batches of two shapes: each is first run, then captured, then launched again."""
+    curves, states = [], []
+    for capture in False, True:
+        net = nn.to_device(models.resnet_seg(tiny, rank=2, in_channels=1, classes=3), cuda)
+        rng = np.random.default_rng(3)
+        batches = [(rng.standard_normal((2, 9, 8 + i % 2, 1), "float32"),
+                    rng.integers(0, 3, (2, 9, 8 + i % 2))) for i in range(7)]
+        curves.append([record.loss for record in train.fit(
+            net, batches.__getitem__, losses.dice_cross_entropy, optim.SGD(net.parameters(), 1e-2),
+            7, capture=capture)])
+        states.append({name: a.get() for name, a in net.state().items()})
+    assert curves[0] == curves[1] and len({*curves[0]}) == 7
+    for name, array in states[0].items():
+        assert array.tobytes() == states[1][name].tobytes(), name
+
+
+def test_what_a_captured_step_cannot_do(cuda, tiny):
+    """Labels out of range are found by their number, dropout is refused, hosts have no graphs."""
+    net = nn.to_device(models.resnet_seg(tiny, rank=2, in_channels=1, classes=3), cuda)
+    images = np.ones((2, 9, 8, 1), "float32")
+
+    def steps(loss, net=net, labels=lambda step: step % 4):
+        return list(train.fit(net, lambda step: (images, np.full((2, 9, 8), labels(step))), loss,
+                              optim.SGD(net.parameters(), 1e-2), 5, capture=True))
+
+    with pytest.raises(ValueError, match="labels hold 3; expected 0 to 2"):
+        steps(losses.dice_cross_entropy)
+    generator = np.random.default_rng(1)
+    with pytest.raises(RuntimeError, match="dropout draws on the host"):
+        steps(lambda z, t: losses.dice(ts.ops.dropout(z, p=0.5, rng=generator), t),
+              labels=lambda _: 1)
+    with pytest.raises(RuntimeError, match="capturing"):  # CUDA's own
+        steps(lambda z, t: losses.dice(z, t) * float(z.data[0, 0, 0, 0]), labels=lambda _: 1)
+    with pytest.raises(ValueError, match="on a GPU"):
+        steps(losses.dice, models.resnet_seg(tiny, rank=2, in_channels=1, classes=3))
+
+
 def test_inference_and_files(cuda, tiny, tmp_path):
     """A network on the GPU predicts what its file does on the CPU."""
     net = models.resnet_seg(tiny, rank=3, in_channels=2, classes=3)
