@@ -1,5 +1,6 @@
-// One step of SGD or AdamW for all parameters of a network at once, and the sum of squares that
-// clipping needs; optim.SGD.update, optim.AdamW.update and train.clip_norm on NumPy specify them.
+// One step of SGD or AdamW for all parameters of a network at once, the average of them, and the sum
+// of squares that clipping needs; optim.SGD.update, optim.AdamW.update, train.Average and
+// train.clip_norm on NumPy specify them.
 //
 // A network has a hundred arrays and more, most of them small: one launch takes them all. `arrays`
 // holds the address of each one's gradient, parameter and running arrays, side by side; `chunks`
@@ -38,6 +39,18 @@ adamw(const unsigned long long* __restrict__ arrays, const long long* __restrict
     square[i] = s += gain2 * (g * g - s);
     parameter[i] = keep * parameter[i] - rate * m / (sqrtf(s) / root + eps);
   }
+}
+
+// a <- x + decay (a - x), an exponential moving average.
+extern "C" __global__ void __launch_bounds__(256)
+average(const unsigned long long* __restrict__ arrays, const long long* __restrict__ chunks,
+        float decay) {
+  const long long* chunk = chunks + 3 * (long long)blockIdx.x;
+  const unsigned long long* array = arrays + 2 * chunk[0];
+  const float* x = (const float*)array[0];
+  float* a = (float*)array[1];
+  for (long long i = chunk[1] + threadIdx.x; i < chunk[2]; i += blockDim.x)
+    a[i] = x[i] + decay * (a[i] - x[i]);
 }
 
 // partials (blocks,): Σ g² over each chunk, in a fixed order.

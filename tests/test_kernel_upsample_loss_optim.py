@@ -10,7 +10,7 @@ from emulator import mutated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinyseg import Tensor, losses, ops, optim
+from tinyseg import Tensor, losses, nn, ops, optim, train
 from tinyseg.cuda import loss as loss_kernels
 from tinyseg.cuda import optim as optim_kernels
 from tinyseg.cuda.loss import segmentation
@@ -281,6 +281,28 @@ def test_norm(cuda, chunk):
     assert float(optim_kernels.norm([cuda.asarray(g) for g in gradients])) == np.inf
 
 
+def averages(cuda, shapes=SHAPES):
+    """train.Average of a network on the GPU against the one in host memory."""
+    class Net(nn.Module):
+        def __init__(self):
+            for i, shape in enumerate(shapes):
+                setattr(self, f"w{i}", Tensor(normal(*shape, seed=i), requires_grad=True))
+
+    nets = [Net(), nn.to_device(Net(), cuda)]
+    means = [train.Average(net, 0.9) for net in nets]
+    for step in range(4):
+        for net, mean in zip(nets, means, strict=True):
+            for p in net.parameters():
+                p.data *= 1 + step
+            mean.update()
+    for name, a in means[0].arrays.items():
+        np.testing.assert_allclose(means[1].arrays[name].get(), a, rtol=1e-5, atol=1e-6)
+
+
+def test_average(cuda, chunk):
+    averages(cuda)
+
+
 def test_optimizers_refuse_what_the_kernel_would_overrun(cuda):
     p = cuda.asarray(normal(4, 3))
     step = partial(optim_kernels.sgd, lr=0.1, momentum=0, nesterov=False, weight_decay=0)
@@ -350,6 +372,7 @@ adamw = partial(check_optimizer, kind=optim.AdamW, lr=0.1, shapes=[(300,), (7,)]
     ("optim", "g + momentum * v : v", "v : v", sgd),
     ("optim", "sqrtf(s) / root + eps", "(sqrtf(s) + eps) / root * root", adamw),
     ("optim", "arrays + 4 * chunk[0]", "arrays + 3 * chunk[0]", adamw),
+    ("optim", "x[i] + decay", "a[i] + decay", averages),
 ])
 def test_a_planted_error_is_seen(cuda, monkeypatch, file, old, new, check):
     check(cuda)

@@ -74,8 +74,12 @@ class Average:
             a += x
 
         pairs = [(self.arrays[name], x) for name, x in mine.items()]
-        parallel.run(lambda piece: approach(*piece), [
-            piece for a, x in pairs if a.dtype.kind == "f" for piece in parallel.pieces(a, x)])
+        floats = [(a, x) for a, x in pairs if a.dtype.kind == "f"]
+        if cuda.serves(*(a for pair in floats for a in pair)):
+            cuda.optim.average(*zip(*floats, strict=True), decay)
+        else:
+            parallel.run(lambda piece: approach(*piece), [
+                piece for pair in floats for piece in parallel.pieces(*pair)])
         for a, x in pairs:
             if a.dtype.kind != "f":
                 a[...] = x

@@ -1,4 +1,4 @@
-"""SGD, AdamW and the norm of all gradients on the GPU: the kernels of kernels/optim.cu.
+"""SGD, AdamW, averages and the norm of all gradients on the GPU: the kernels of kernels/optim.cu.
 
 Each function takes lists with one array per parameter and launches one kernel for all of them.
 """
@@ -66,6 +66,11 @@ def adamw(parameters: Sequence[Array], gradients: Sequence[Array], means: Sequen
     beta1, beta2 = betas
     _launch("adamw", gradients, (parameters, means, squares), 1 - beta1, 1 - beta2,
             1 - lr * weight_decay, lr / (1 - beta1**step), sqrt(1 - beta2**step), eps)
+
+
+def average(averages: Sequence[Array], arrays: Sequence[Array], decay: float) -> None:
+    """a <- decay a + (1 - decay) x for each pair; the averages change in place."""
+    _launch("average", arrays, (averages,), decay)
 
 
 def norm(gradients: Sequence[Array]) -> Array:
