@@ -6,13 +6,13 @@ Parts; what matters most is measured first, as far as the time goes:
   steps      forward, Dice + cross-entropy, backward, SGD; memory
   kernels    where the time of such a step goes: each kernel's launches and milliseconds
   tests      pytest -m gpu: NumPy, CuPy and kernels agree on this card
-  races      a step of a small network under NVIDIA's compute-sanitizer
   layers     every distinct convolution of ResNet-18 and -50 at rank 3, output stride 8: forward,
              gradient in x, gradient in w; TF32 beside TF32, float32 beside float32 and, for the
              layers with most columns, beside im2col (columns written out, then multiplied)
-  tiles      a few of them with other tiles and numbers of buffers
   memory     operations bound by memory, in GB/s of the fewest bytes they can move
   inference  a whole volume through infer.sliding_window
+  races      a step of a small network under NVIDIA's compute-sanitizer
+  tiles      a few convolutions with other tiles and numbers of buffers
 
 Times are medians of CUDA events on random data, ours and PyTorch's in turn. Single operations are
 queued while the stream is held: gaps between launches do not count; steps and inference include
@@ -53,8 +53,7 @@ from gpu_tables import SIDES, report  # noqa: E402
 from tinyseg import device  # noqa: E402
 from tinyseg.cuda import exact  # noqa: E402
 
-PARTS = "peaks steps kernels tests races layers tiles memory inference".split()
-SECONDS = {"tests": 150.0, "races": 60.0}  # of parts that take long, as far as is known before
+PARTS = "peaks steps kernels tests layers memory inference races tiles".split()
 FIELDS = ("part case what resnet18 resnet50 direction precision".split() + list(SIDES)
           + "im2col launches rate unit error limit cudnn_error".split()
           + [f"{side}_gib" for side in SIDES] + ["note"])
@@ -205,23 +204,24 @@ def plan(gpu: Gpu, record: Record, quick: bool) -> Iterator[tuple]:
     yield "peaks", "", partial(parts.peaks, gpu, record)
     yield from networks("steps", parts.step, first, small)
     yield from networks("kernels", parts.kernels, first, small)
-    yield "tests", "", partial(parts.program, record, "tests", [
-        sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"])
-    yield "races", "", partial(parts.program, record, "races", [
-        "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", sys.executable, "-m",
-        "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "a_step_on"])
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    yield "tests", "", partial(parts.program, record, "tests", [*tests, "tests/test_gpu.py"])
     yield from layers(first, "TF32")
-    for layer in parts.TILED:
-        yield "tiles", str(layer), partial(parts.tiles, gpu, record, layer)
     for operation in parts.operations(gpu):
         yield "memory", operation[0], partial(parts.memory, gpu, record, *operation)
     yield "memory", "SGD", partial(parts.sgd, gpu, record)
+    if not quick:
+        yield from networks("steps", parts.step, first, large)
+        yield from networks("inference", parts.inference, first)
+    yield "races", "", partial(parts.program, record, "races", [
+        "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *tests,
+        "tests/test_gpu.py::test_a_step_on_tensor_cores"])
+    for layer in parts.TILED:
+        yield "tiles", str(layer), partial(parts.tiles, gpu, record, layer)
     if quick:
         return
-    yield from networks("steps", parts.step, first, large)
     for case in others:
         yield from networks("steps", parts.step, case)
-    yield from networks("inference", parts.inference, first)
     yield from layers(first, "fp32")
     for precision in "TF32", "fp32":
         for case in others:
@@ -259,6 +259,8 @@ def header(gpu: Gpu) -> dict:
 
 def run(gpu: Gpu, record: Record, parts: list[str], quick: bool, deadline: float) -> None:
     """Work through the plan until what comes next would end after `deadline`."""
+    from gpu_parts import SECONDS
+
     longest, late = dict.fromkeys(PARTS, 15.0) | SECONDS, False
     for part, label, call in plan(gpu, record, quick):
         if part not in parts:

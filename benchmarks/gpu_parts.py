@@ -40,7 +40,7 @@ TILES = [  # of the tensor-core kernels; the first are the library's, of 64 and 
     {"ROWS": 128, "COLUMNS": columns, "WARP_ROWS": 64, "WARP_COLUMNS": across, "STAGES": stages}
     for columns, across, stages in ((64, 32, 3), (128, 64, 3), (64, 32, 2), (64, 32, 4),
                                     (128, 32, 3), (128, 64, 2), (128, 32, 2), (128, 64, 4))]
-SECONDS = 240  # that tests or a sanitizer may take
+SECONDS = {"tests": 150.0, "races": 60.0}  # that another program may take
 CONV = partial(windows.Window.of, (3, 3, 3), 1)
 
 
@@ -228,11 +228,11 @@ def program(record, part, command):
     with log.open("w", encoding="utf-8") as file:
         try:
             code = subprocess.run(command, cwd=ts.cuda.loader.FOLDER.parent, stdout=file,
-                                  stderr=subprocess.STDOUT, timeout=SECONDS).returncode
+                                  stderr=subprocess.STDOUT, timeout=SECONDS[part]).returncode
         except FileNotFoundError:
             return record.row(part=part, note=f"no {command[0]} here")
         except subprocess.TimeoutExpired:
-            return record.fault(f"{part}: not done after {SECONDS} s; {log.name} says how far")
+            return record.fault(f"{part}: not done after {SECONDS[part]:g} s; {log.name} says how far")
     last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
     record.row(part=part, what=" ".join(last), note=f"exit code {code}")
     if code:
