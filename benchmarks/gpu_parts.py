@@ -232,7 +232,7 @@ def program(record, part, command):
         except FileNotFoundError:
             return record.row(part=part, note=f"no {command[0]} here")
         except subprocess.TimeoutExpired:
-            return record.fault(f"{part}: not done after {SECONDS[part]:g} s; {log.name} says how far")
+            return record.fault(f"{part}: not done after {SECONDS[part]:g} s, see {log.name}")
     last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
     record.row(part=part, what=" ".join(last), note=f"exit code {code}")
     if code:

@@ -201,6 +201,7 @@ def library(name, device=False):
         kind.copy = method(guarded(np.ndarray.copy))
         kind.astype = method(guarded(np.ndarray.astype))
         made.RawModule = emulator.RawModule
+        made.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
         made.cuda = SimpleNamespace(
             Device=lambda i=0: SimpleNamespace(
                 id=i, compute_capability="90", attributes={"MultiProcessorCount": 132}),

@@ -50,7 +50,9 @@ def captured(work: Callable[..., tuple]) -> Callable[..., tuple]:
 
 def _record(work: Callable[..., tuple], arrays: tuple[Array, ...]) -> tuple[list, Any, tuple, Any]:
     """(where its arguments stand, the graph, where its results stand, the pool of their memory)."""
-    cuda = array_module(arrays[0]).cuda
+    library = array_module(arrays[0])
+    library.get_default_memory_pool().free_all_blocks()  # what the first call worked in
+    cuda = library.cuda
     pool, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
     stream.wait_event(cuda.get_current_stream().record())
     with stream, cuda.using_allocator(pool.malloc):  # memory that nothing else is ever given
