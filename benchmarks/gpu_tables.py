@@ -60,10 +60,14 @@ def side_by_side(title: str, rows: list[dict]) -> str:
         if isnan(row.get(side, nan)):
             return "not measured"
         mine = "captured" if side.endswith("captured") else "ours"
-        beside = "" if side == mine else f" ({row[side] / row[mine]:.2f})"
+        beside = "" if side == mine or mine not in row else f" ({row[side] / row[mine]:.2f})"
         gib = f"{side}_gib"
         return f"{row[side]:.1f} ms{beside}" + (f", {row[gib]:.1f} GiB" if gib in row else "")
 
+    merged: dict = {}
+    for row in rows:  # PyTorch's captured steps stand in rows of their own
+        merged.setdefault((row["what"], row["case"]), {}).update(row)
+    rows = list(merged.values())
     return table((title, *(f"{row['what']}, {row['case']}" for row in rows)), *(
         (name, *(cell(row, side) for row in rows))
         for side, name in SIDES.items() if any(side in row for row in rows))) if rows else ""
