@@ -23,6 +23,8 @@ import gpu_parts as parts  # noqa: E402
 import gpu_tables as tables  # noqa: E402
 import torch_models  # noqa: E402
 
+from tinyseg import models  # noqa: E402
+
 CASE = "2x40x224x224 isotropic"
 
 
@@ -273,6 +275,9 @@ def posing(cuda, monkeypatch):
              lambda _: {"name": b"none", "l2CacheSize": 1}),
             (cuda.cuda.runtime, "runtimeGetVersion", lambda: 13000)):
         monkeypatch.setattr(owner, name, value, raising=False)
+    parts.network.cache_clear()
+    monkeypatch.setitem(models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
+    monkeypatch.setitem(torch_models.BLOCKS, "resnet18", (1, 1, 0, 0))
     cases = {"tiny isotropic": (2, (3, 13, 14), False), "tiny inflated": (1, (3, 14, 13), True)}
     for owner, name, value in (
             (gpu, "device", lambda name: cuda), (networks, "VOLUME", (10, 40, 40)),
@@ -284,7 +289,8 @@ def posing(cuda, monkeypatch):
                                           coarse=(2, 2, 4, 4, 3), fine=(8, 20, 20))),
             (gpu.Gpu, "medians", once)):
         monkeypatch.setattr(owner, name, value)
-    return cuda
+    yield cuda
+    parts.network.cache_clear()
 
 
 def once(self, calls, budget=0, hold=True):
