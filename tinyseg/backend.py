@@ -23,17 +23,30 @@ Array = Any  # an n-dimensional array of NumPy, CuPy or a library with their int
 
 def array_module(x: Array) -> ModuleType:
     """The library that `x` belongs to: the top-level package that defines its type."""
-    return _library(type(x))
+    kind: Any = type(x)
+    return _library(kind)
 
 
 @cache
-def _library(kind: type) -> ModuleType:
+def _library(kind: Any) -> ModuleType:
     if issubclass(kind, (np.ndarray, np.generic, int, float)):
         return np
     library = sys.modules[kind.__module__.partition(".")[0]]
     if not hasattr(library, "ndarray"):
         raise TypeError(f"found a {kind.__name__}; expected an array of NumPy or CuPy")
     return library
+
+
+def memory(array: Any) -> int:
+    """Equal for arrays that show the memory of one."""
+    base = getattr(array, "base", None)
+    return id(array if base is None else base)
+
+
+def writable(array: Array) -> bool:
+    """Whether each of its numbers stands in a place of its own, one after the other, and may be
+    changed: not so in what was broadcast."""
+    return array.flags.c_contiguous and getattr(array.flags, "writeable", True)  # CuPy's all are
 
 
 @contextmanager

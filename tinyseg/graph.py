@@ -7,12 +7,11 @@ cycles, and an array lives only while a pull-back has captured it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from inspect import CO_VARARGS
 from typing import Any
 
-from .backend import Array, array_module
+from .backend import Array, array_module, memory, writable
 
 
 class Node:
@@ -68,15 +67,15 @@ class Node:
             if not isinstance(pulled, tuple | list) or len(pulled) <= edges[-1][1]:
                 raise TypeError(f"{self.name}: its pull-back returned {_described(pulled)}; "
                                 "expected a tuple with a gradient for each input")
-            seen = Counter(_memory(a) for a in pulled)
+            seen = [memory(a) for a in (g, *pulled)]
             for parent, i in edges:
                 answer = self._fitted(pulled[i], parent, i)
-                yield parent, answer, _own(answer, g) and seen[_memory(answer)] < 2
+                yield parent, answer, seen.count(memory(answer)) < 2 and writable(answer)
         else:
             pull.reverse()
             for parent, i in edges:  # popped: what it captured dies before the next runs
                 answer = self._fitted(pull.pop()(g), parent, i)
-                yield parent, answer, _own(answer, g)
+                yield parent, answer, memory(answer) != memory(g) and writable(answer)
 
     def _fitted(self, g: Array, parent: Any, i: int) -> Array:
         """A pull-back's answer as the gradient in `parent`: summed over the axes along which that
@@ -97,20 +96,6 @@ class Node:
         return g if g.dtype == parent.dtype else g.astype(parent.dtype)
 
 
-def _memory(answer: Any) -> int:
-    """Equal for arrays that show the memory of one."""
-    base = getattr(answer, "base", None)
-    return id(answer if base is None else base)
-
-
-def _own(answer: Array, g: Array) -> bool:
-    """Whether a pull-back's answer may be kept and added to: it does not show the memory of `g`,
-    nor, what a broadcast does, one number in many places."""
-    flags = answer.flags
-    return (flags.c_contiguous and getattr(flags, "writeable", True)  # of CuPy's, all are
-            and _memory(answer) != _memory(g))
-
-
 def _described(answer: Any) -> str:
     if hasattr(answer, "dtype"):
         return f"an array of {answer.dtype} of shape {answer.shape}"
@@ -124,14 +109,14 @@ def walk(root: Any, g: Array, ready: Callable[[Any], None] | None = None) -> Non
     gradient is written, where the graph was freed or what an operation read has changed.
     """
     library, waiting = array_module(g), _consumers(root)
-    sums = {root: (g, False)}  # the gradient so far, and whether it is in memory of its own
-    complete = [root]
+    # The gradient so far, and whether it is in memory of its own; what waits for no more of it.
+    sums, complete = {root: (g, False)}, [root]
     while complete:
         vertex = complete.pop()
         g, own = sums.pop(vertex)
         if not isinstance(vertex, Node):
-            g = g if own else g.copy()
-            vertex.grad = library.asarray(g if vertex.grad is None else vertex.grad + g)
+            vertex.grad = library.asarray(vertex.grad + g if vertex.grad is not None else
+                                          g if own else g.copy())
             if ready is not None:
                 ready(vertex)
             continue
@@ -139,8 +124,7 @@ def walk(root: Any, g: Array, ready: Callable[[Any], None] | None = None) -> Non
             if parent not in sums:
                 sums[parent] = pulled, own
             elif sums[parent][1]:
-                total = sums[parent][0]
-                total += pulled
+                library.add(sums[parent][0], pulled, out=sums[parent][0])
             else:
                 sums[parent] = library.asarray(sums[parent][0] + pulled), True
             waiting[parent] -= 1

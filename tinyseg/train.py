@@ -76,7 +76,8 @@ class Average:
         pairs = [(self.arrays[name], x) for name, x in mine.items()]
         floats = [(a, x) for a, x in pairs if a.dtype.kind == "f"]
         if cuda.serves(*(a for pair in floats for a in pair)):
-            cuda.optim.average(*zip(*floats, strict=True), decay)
+            averages, present = zip(*floats, strict=True)
+            cuda.optim.average(averages, present, decay)
         else:
             parallel.run(lambda piece: approach(*piece), [
                 piece for pair in floats for piece in parallel.pieces(*pair)])

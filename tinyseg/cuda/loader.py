@@ -122,7 +122,8 @@ def _passed(file: str, kernel: str, arguments: tuple) -> tuple[list, ModuleType]
     is wrong is asked all of them by `_refused`.
     """
     passed: list = []
-    library, current = np, 0
+    library: Any = np
+    current = 0
     parameters = _parameters(file, kernel)
     if len(arguments) != len(parameters):
         raise TypeError(f"{file}.{kernel} takes {len(parameters)} arguments, got {len(arguments)}")

@@ -74,7 +74,8 @@ def phases(size: int, kernel: int, stride: int, dilation: int, before: int) -> l
     Each is (a, the slice of taps, their dilation, padding before); the slice is None where no tap
     reaches these inputs.
     """
-    common, found = gcd(stride, dilation), []
+    common = gcd(stride, dilation)
+    found: list[tuple] = []
     for a in range(min(stride, size)):
         reaching = [k for k in range(kernel) if (a + before - k * dilation) % stride == 0]
         if not reaching:
