@@ -93,6 +93,11 @@ struct Kernel {  // what a source exports of each kernel
   int limit, arity, sizes[64], pointers[64];
 };
 
+struct Room {  // the stacks of the threads, and how many of them are guarded: one for all sources, as
+  char* stacks;    // Linux gives a process 65,530 mappings, and a stack is two
+  unsigned prepared;
+};
+
 struct Job {  // a launch, and its report; Python has the same fields
   const Kernel* kernel;
   void** arguments;
@@ -105,6 +110,7 @@ struct Job {  // a launch, and its report; Python has the same fields
   uint3 block, thread;
   uintptr_t address, instruction;  // what was accessed; the offset in this library
   long long switches, copies, multiplications, matrices, conflicts;
+  Room* room;
 };
 
 struct Copy {
@@ -258,18 +264,19 @@ static void caught(int signal, siginfo_t* information, void* context) {
 }
 
 static void prepare(unsigned threads) {  // stacks, each above a page that no one may touch
-  static unsigned prepared;
-  static char* stacks = static_cast<char*>(mmap(nullptr, size_t(THREADS) * STACK,
-      PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  Room& room = *job->room;
+  if (!room.stacks)
+    room.stacks = static_cast<char*>(mmap(nullptr, size_t(THREADS) * STACK,
+        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   static Copy* copies = static_cast<Copy*>(mmap(nullptr, sizeof(Copy) * COPIES * THREADS,
       PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (; prepared < threads; ++prepared)
-    mprotect(stacks + size_t(prepared) * STACK, PAGE, PROT_NONE);
+  for (; room.prepared < threads; ++room.prepared)
+    mprotect(room.stacks + size_t(room.prepared) * STACK, PAGE, PROT_NONE);
   const uint3 n = job->threads;
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
     // Tops at different places of a page, or all stacks would compete for the same cache lines.
-    auto top = reinterpret_cast<void**>(stacks + (i + 1) * size_t(STACK) - i % 16 * 192);
+    auto top = reinterpret_cast<void**>(room.stacks + (i + 1) * size_t(STACK) - i % 16 * 192);
     *--top = nullptr;  // entry never returns; this aligns its frame
     *--top = reinterpret_cast<void*>(entry);
     for (int k = 0; k < 6; ++k) *--top = nullptr;

@@ -65,13 +65,21 @@ _Triple = ctypes.c_uint * 3
 COUNTS = "switches", "copies", "multiplications", "matrices", "conflicts"
 
 
+class _Room(ctypes.Structure):
+    _fields_ = [("stacks", ctypes.c_void_p), ("prepared", ctypes.c_uint)]
+
+
+_room = _Room()
+
+
 class _Job(ctypes.Structure):
     _fields_ = [("kernel", ctypes.POINTER(_Kernel)), ("arguments", ctypes.c_void_p),
                 ("blocks", _Triple), ("threads", _Triple), ("shared", ctypes.c_size_t),
                 ("order", ctypes.c_uint), ("seed", ctypes.c_uint), ("seconds", ctypes.c_double),
                 ("failure", ctypes.c_char_p), ("signal", ctypes.c_int), ("line", ctypes.c_int),
                 ("block", _Triple), ("thread", _Triple), ("address", ctypes.c_size_t),
-                ("instruction", ctypes.c_size_t), *((n, ctypes.c_longlong) for n in COUNTS)]
+                ("instruction", ctypes.c_size_t), *((n, ctypes.c_longlong) for n in COUNTS),
+                ("room", ctypes.POINTER(_Room))]
 
 
 class RawModule:
@@ -124,7 +132,7 @@ class _Function:
         addresses = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
         job = _Job(kernel=ctypes.pointer(self._kernel), blocks=grid, threads=block,
                    arguments=ctypes.addressof(addresses), shared=shared_mem, seed=seed,
-                   order=ORDERS.index(order), seconds=seconds)
+                   order=ORDERS.index(order), seconds=seconds, room=ctypes.pointer(_room))
         self._library.emulator_launch(ctypes.byref(job))
         statistics[self.name].update({"launches": 1, **{n: getattr(job, n) for n in COUNTS}})
         if job.failure is not None:
