@@ -218,7 +218,8 @@ def plan(gpu: Gpu, record: Record, quick: bool) -> Iterator[tuple]:
     yield "races", "", partial(parts.program, record, "races", [
         "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *tests,
         "tests/test_gpu.py::test_a_step_on_tensor_cores"])
-    yield from networks("steps", partial(parts.step, sides=theirs), first)
+    yield from networks("steps", partial(parts.step, sides=theirs), first,
+                        small if quick else parts.BACKBONES)
     for layer in parts.TILED:
         yield "tiles", str(layer), partial(parts.tiles, gpu, record, layer)
     if quick:
