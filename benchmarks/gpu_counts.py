@@ -27,13 +27,12 @@ sys.path.insert(0, str(ROOT))  # a bare checkout will do
 import tinyseg as ts  # noqa: E402
 from tinyseg import losses  # noqa: E402
 from tinyseg.cuda import loader  # noqa: E402
-from tinyseg.windows.kernels import GEOMETRY  # noqa: E402
+from tinyseg.windows.kernels import GEOMETRY, ROWS, TERMS  # noqa: E402
 
 CASES = {"2x40x224x224 isotropic": (2, (40, 224, 224), {}),
          "2x40x224x224 inflated": (2, (40, 224, 224),
                                    {"depth": 3, "depth_stride": 1, "depth_dilation": 1}),
          "1x96x96x96 isotropic": (1, (96, 96, 96), {})}
-ROWS, TERMS = 128, 32  # of kernels/conv_mma.cu
 
 
 class Hollow:

@@ -50,28 +50,31 @@ typedef float Sums[FRAGMENTS_DOWN][FRAGMENTS_ACROSS][4];
 typedef unsigned A[FRAGMENTS_DOWN][4];
 typedef unsigned B[FRAGMENTS_ACROSS][2];
 
-// In a buffer with one 128-byte line per row, chunk c of 16 bytes of row r stands at chunk
-// c ^ (r % 8): eight rows at one chunk, what ldmatrix reads, then lie in different banks.
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return row * 32 + ((chunk ^ (row & 7)) << 2);
+// In a buffer of 128-byte lines, chunk c of 16 bytes stands at chunk c ^ (order % 8) of its line:
+// eight lines of different order at one chunk, what ldmatrix reads, then lie in different banks.
+__device__ __forceinline__ int swizzled(int line, int chunk, int order) {
+  return line * 32 + ((chunk ^ (order & 7)) << 2);
 }
 
 // Which row or column of a warp's part is number `group` (of eight) of fragment `i` is free, if all
 // agree: four neighbours belong to four fragments, so that a lane moves them as one float4.
 __device__ __forceinline__ int spread(int i, int group) { return i / 4 * 32 + group * 4 + i % 4; }
 
-// Likewise in a buffer with one line per column, of which eight at one chunk are four apart.
-__device__ __forceinline__ int swizzled_by_four(int column, int chunk) {
-  return column * 32 + ((chunk ^ (column >> 2 & 7)) << 2);
+// Four neighbours of a buffer with one row per term: of fragments i to i + 3, for this lane's term.
+template <int PITCH> __device__ __forceinline__ float4 neighbours(const float* buffer, int term, int at, int i) {
+  const int lane = threadIdx.x & 31;
+  return *(const float4*)(buffer + (term + lane % 4) * PITCH + at + spread(i, lane / 4));
 }
 
-// The fragments of eight terms of the right factor, one line of the buffer per column.
+// The fragments of eight terms of the right factor, one line of the buffer per column; those that
+// are read at one chunk are four apart.
 __device__ __forceinline__ void load_b_swapped(B& b, const float* buffer, int term, int column) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int j = 0; j < FRAGMENTS_ACROSS; j += 2) {
     unsigned r[4];
-    load_matrices(r, buffer + swizzled_by_four(column + spread(j + lane / 16, lane % 8), term / 4 + lane / 8 % 2));
+    const int line = column + spread(j + lane / 16, lane % 8);
+    load_matrices(r, buffer + swizzled(line, term / 4 + lane / 8 % 2, line / 4));
 #pragma unroll
     for (int e = 0; e < 4; ++e) b[j + e / 2][e % 2] = tf32(__uint_as_float(r[e]));
   }
@@ -79,12 +82,11 @@ __device__ __forceinline__ void load_b_swapped(B& b, const float* buffer, int te
 
 // The fragments of eight terms of the right factor, one row of the buffer per term.
 __device__ __forceinline__ void load_b(B& b, const float* buffer, int term, int column) {
-  const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int j = 0; j < FRAGMENTS_ACROSS; j += 4)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float4 v = *(const float4*)(buffer + (term + lane % 4 + half * 4) * B_PITCH + column + spread(j, lane / 4));
+      const float4 v = neighbours<B_PITCH>(buffer, term + half * 4, column, j);
       b[j][half] = tf32(v.x), b[j + 1][half] = tf32(v.y);
       b[j + 2][half] = tf32(v.z), b[j + 3][half] = tf32(v.w);
     }
@@ -92,12 +94,11 @@ __device__ __forceinline__ void load_b(B& b, const float* buffer, int term, int 
 
 // The fragments of eight terms of the left factor, likewise; fragment i has the rows of 2i and 2i+1.
 __device__ __forceinline__ void load_a(A& a, const float* buffer, int term, int row) {
-  const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < FRAGMENTS_DOWN; i += 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float4 v = *(const float4*)(buffer + (term + lane % 4 + half * 4) * A_PITCH + row + spread(2 * i, lane / 4));
+      const float4 v = neighbours<A_PITCH>(buffer, term + half * 4, row, 2 * i);
       a[i][2 * half] = tf32(v.x), a[i][2 * half + 1] = tf32(v.y);
       a[i + 1][2 * half] = tf32(v.z), a[i + 1][2 * half + 1] = tf32(v.w);
     }
@@ -191,9 +192,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       const unsigned bit = channel < g.channels ? 1u << next_tap : 0;
       from_w = w + (shift[next_tap] + next_channel * (SWAPPED ? 1 : g.pitch)), count_here = g.channels - next_channel;
 #pragma unroll
-      for (int i = 0; i < A_LOADS; ++i)
-        copy_async(a + swizzled(t / A_CHUNKS + i * (THREADS / A_CHUNKS), t % A_CHUNKS),
-                   x + ((long long)(from[i] + step) * g.channels + channel), valid[i] & bit);
+      for (int i = 0; i < A_LOADS; ++i) {
+        const int row = t / A_CHUNKS + i * (THREADS / A_CHUNKS);
+        copy_async(a + swizzled(row, t % A_CHUNKS, row), x + ((long long)(from[i] + step) * g.channels + channel),
+                   valid[i] & bit);
+      }
       if (!(left &= left - 1)) left = live, next_channel += TERMS;
     } else {
       const int term = next_term + lane;
@@ -202,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       from_w = w + (long long)next_term * g.pitch, count_here = terms - next_term;
 #pragma unroll 4
       for (int row = warp; row < ROWS; row += THREADS / 32) {
-        copy_async<4>(a + swizzled(row, lane / 4) + lane % 4, x + ((long long)points[row] * g.channels + reached),
+        copy_async<4>(a + swizzled(row, lane / 4, row) + lane % 4, x + ((long long)points[row] * g.channels + reached),
                       lane < count_here && inside(corners[row] + step, g));
       }
       next_term += TERMS;
@@ -211,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     for (int i = 0; i < B_LOADS; ++i) {
       const int at = t + i * THREADS;
       const int term = SWAPPED ? at % 8 * 4 : at / B_CHUNKS, column = SWAPPED ? at / 8 : at % B_CHUNKS * 4;
-      copy_async(b + (SWAPPED ? swizzled_by_four(column, term / 4) : term * B_PITCH + column),
+      copy_async(b + (SWAPPED ? swizzled(column, term / 4, column / 4) : term * B_PITCH + column),
                  from_w + (SWAPPED ? (first_column + column) * g.pitch + term : term * g.pitch + first_column + column),
                  term < count_here && first_column + column < g.filters);
     }
@@ -236,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       B right;
 #pragma unroll
       for (int i = 0; i < FRAGMENTS_DOWN; ++i) {
-        load_matrices(left[i], a + swizzled(row + i * 16 + lane % 16, term / 4 + lane / 16));
+        load_matrices(left[i], a + swizzled(row + i * 16 + lane % 16, term / 4 + lane / 16, lane));
 #pragma unroll
         for (int e = 0; e < 4; ++e) left[i][e] = tf32(__uint_as_float(left[i][e]));
       }

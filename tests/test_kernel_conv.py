@@ -298,7 +298,7 @@ BUGS = [
     ("conv_mma", "term < count_here && first_column + column < g.filters",
      "first_column + column < g.filters"),
     ("conv_mma", "term < count_here && first_column + column < g.filters", "term < count_here"),
-    ("conv_mma", "column >> 2 & 7", "column >> 2 & 7 & threadIdx.x"),
+    ("conv_mma", "order & 7", "order & 7 & threadIdx.x"),
     ("conv_mma", "shift[next_tap] +", "0 +"),
     ("conv_mma", "lane < count_here && inside(corners[row] + step, g)", "lane < count_here"),
     ("conv_mma", "next_term += TERMS", "next_term += 8"),

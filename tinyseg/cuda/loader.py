@@ -128,33 +128,32 @@ def _passed(file: str, kernel: str, arguments: tuple) -> tuple[list, ModuleType]
     if len(arguments) != len(parameters):
         raise TypeError(f"{file}.{kernel} takes {len(parameters)} arguments, got {len(arguments)}")
     for (name, declared, wanted, limits), value in zip(parameters, arguments, strict=True):
-        if type(wanted) is not type:
-            if value is None and wanted is not None:
-                value = _NULL
-            elif wanted is not None:
-                if library is np and hasattr(value, "device"):  # a host array has one, too
-                    library = array_module(value)
-                    current = 0 if library is np else library.cuda.runtime.getDevice()
-                contiguous = True
-                if isinstance(value, Strided):
-                    value = value.array
-                    contiguous = value.flags.c_contiguous
-                if _found(value) != (wanted, contiguous, current):
-                    raise _refused(f"{file}.{kernel}: {name}", value, wanted, current)
-            elif getattr(value, "dtype", _OBJECT).names is None:
+        if wanted is None:  # a struct, which CuPy passes by value, quickly if it is bare of fields
+            if getattr(value, "dtype", _OBJECT).names is None:
                 raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected the fields of "
                                 f"struct {declared}")
-            else:  # CuPy passes an array of one by value, quickly if it has no fields to describe
-                value = np.asarray(value).reshape(1).view(f"V{value.dtype.itemsize}")
-            passed.append(value)
-        else:
+            value = np.asarray(value).reshape(1).view(f"V{value.dtype.itemsize}")
+        elif type(wanted) is type:  # a number
             if limits:
                 if type(value) is not int and not hasattr(value, "__index__"):
                     raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected an integer")
                 if not limits[0] <= value <= limits[1]:
                     raise ValueError(f"{file}.{kernel}: {name} is {value}: more than {declared} "
                                      "holds; use a smaller patch or batch")
-            passed.append(wanted(value))
+            value = wanted(value)
+        elif value is None:
+            value = _NULL
+        else:
+            if library is np and hasattr(value, "device"):  # a host array has one, too
+                library = array_module(value)
+                current = 0 if library is np else library.cuda.runtime.getDevice()
+            contiguous = True
+            if isinstance(value, Strided):
+                value = value.array
+                contiguous = value.flags.c_contiguous
+            if _found(value) != (wanted, contiguous, current):
+                raise _refused(f"{file}.{kernel}: {name}", value, wanted, current)
+        passed.append(value)
     return passed, library
 
 
