@@ -11,7 +11,8 @@ Every number of minutes has complete runs of its own, whose schedules end with i
              nnUNetv2_predict with its defaults: windows half overlapping, all mirror images
 
 Both hold out fold 0 of 5, the same cases (tinyseg.data.decathlon.folds), and tinyseg.metrics scores
-the label maps of both. All processes of a side share the two cores; nnU-Net augments in two of its
+the label maps of both; --cases scores the first of them, where nnU-Net takes minutes to predict a
+scan. All processes of a side share the two cores; nnU-Net augments in two of its
 own (nnUNet_n_proc_DA=2, what it takes by itself on two cores). Minutes are those of training steps,
 waiting for their patches included. The table tells the rest apart. Before: nnU-Net's fingerprint,
 plan and preprocessing, once per data set and of all cases, held out or not; all that the job does
@@ -95,9 +96,9 @@ def install() -> None:
     shutil.copy(CLOCK, place)
 
 
-def convert(dataset: decathlon.Dataset, held_out: Sequence[str], folder: Path) -> None:
+def convert(dataset: decathlon.Dataset, folder: Path) -> None:
     """The data set in `folder`/raw as nnU-Net v2 has it, a file for every channel, linked where it
-    can be; the scans that are held out are linked in `folder`/held_out as well.
+    can be.
 
     ValueError where the labels are not 0, 1, 2 and so on: nnU-Net takes no others.
     """
@@ -105,15 +106,13 @@ def convert(dataset: decathlon.Dataset, held_out: Sequence[str], folder: Path) -
         raise ValueError(f"{dataset.name}: found the labels {list(dataset.labels)}, expected 0 to "
                          f"{len(dataset.labels) - 1} as nnU-Net needs them; renumber them")
     raw = folder / "raw" / TASK
-    for part in (raw / "imagesTr", raw / "labelsTr", folder / "held_out"):
+    for part in (raw / "imagesTr", raw / "labelsTr"):
         part.mkdir(parents=True)
     for case in tqdm(dataset.cases, desc="convert", unit="case"):
         scans = [raw / "imagesTr" / f"{case.id}_{channel:04d}{ENDING}"
                  for channel in range(len(dataset.modalities))]
         place([case.image, *case.further], scans)
         place([case.label], [raw / "labelsTr" / f"{case.id}{ENDING}"])
-        for scan in scans if case.id in held_out else ():
-            (folder / "held_out" / scan.name).symlink_to(scan)
     report.write_json(raw / "dataset.json", {
         "channel_names": dataset.modalities, "numTraining": len(dataset.cases),
         "labels": {name if number else "background": number
@@ -142,7 +141,7 @@ def planned(dataset: decathlon.Dataset, folder: Path, environment: dict) -> floa
     if not told.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folds = decathlon.folds([case.id for case in dataset.cases])
-        convert(dataset, folds[0][1], folder)
+        convert(dataset, folder)
         seconds = call([HOME / "bin/nnUNetv2_plan_and_preprocess", "-d", 1, "-c", "3d_fullres",
                         "--verify_dataset_integrity", "-npfp", CORES, "-np", CORES],
                        folder / "log.txt", **environment)
@@ -152,8 +151,9 @@ def planned(dataset: decathlon.Dataset, folder: Path, environment: dict) -> floa
     return files.read_json(told)["seconds"]
 
 
-def nnunet(data: Path, out: Path, minutes: float, seed: int) -> dict:
-    """A run of nnU-Net in `out`, its predictions included: steps, and the seconds of its parts."""
+def nnunet(data: Path, out: Path, minutes: float, seed: int, held_out: Sequence[str]) -> dict:
+    """A run of nnU-Net in `out`, predictions of these cases included: steps, and the seconds of its
+    parts."""
     install()
     dataset = decathlon.load(data)
     sources = "\n".join(str(path.resolve()) for case in dataset.cases for path in case.files)
@@ -163,18 +163,23 @@ def nnunet(data: Path, out: Path, minutes: float, seed: int) -> dict:
                    "nnUNet_results": out, "nnUNet_compile": "f", "nnUNet_n_proc_DA": CORES,
                    "nnUNet_def_n_proc": CORES, "MINUTES": minutes, "SEED": seed}
     before = planned(dataset, folder, environment)
+    scans = out / "held_out"
+    scans.mkdir()
+    for case, channel in product(held_out, range(len(dataset.modalities))):
+        name = f"{case}_{channel:04d}{ENDING}"
+        (scans / name).symlink_to(folder / "raw" / TASK / "imagesTr" / name)
     which = ["-tr", "nnUNetTrainerByTheClock", "-device", "cpu"]
     call([HOME / "bin/nnUNetv2_train", 1, "3d_fullres", 0, *which], out / "log.txt", **environment)
-    after = call([HOME / "bin/nnUNetv2_predict", "-i", folder / "held_out", "-o",
-                  out / "predictions", "-d", 1, "-c", "3d_fullres", "-f", 0, *which],
-                 out / "log.txt", **environment)
+    after = call([HOME / "bin/nnUNetv2_predict", "-i", scans, "-o", out / "predictions", "-d", 1,
+                  "-c", "3d_fullres", "-f", 0, *which], out / "log.txt", **environment)
     clock = files.read_json(next(out.glob(f"{TASK}/*/fold_0/clock.json")))
     return {"version": VERSIONS[-1], "steps": clock["iterations"], "training": clock["seconds"],
             "before": before, "after": after}
 
 
-def tinyseg(data: Path, out: Path, minutes: float, seed: int) -> dict:
-    """The same of the main job; its steps are those on slices and those on volumes."""
+def tinyseg(data: Path, out: Path, minutes: float, seed: int, held_out: Sequence[str]) -> dict:
+    """The same of the main job, which predicts all that it holds out; its steps are those on slices
+    and those on volumes."""
     took = call([sys.executable, JOB, "--data", data, "--minutes", f"{minutes:g}", "--seed", seed,
                  "--out", out], out / "log.txt")
     after = time.time() - (out / "model_3d.npz").stat().st_mtime
@@ -207,13 +212,16 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def measure(side: str, data: Path, out: Path, minutes: float, seed: int) -> dict:
-    """One run of one side in `out`, scored, as a row of the table."""
+def measure(side: str, data: Path, out: Path, minutes: float, seed: int, most: int | None = None
+            ) -> dict:
+    """One run of one side in `out`, scored on at most so many held-out cases, as a row of the
+    table."""
     dataset = decathlon.load(data)
     train, held_out = decathlon.folds([case.id for case in dataset.cases])[0]
+    held_out = held_out[:most]
     shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
     out.mkdir(parents=True)
-    told = SIDES[side](data, out, minutes, seed)
+    told = SIDES[side](data, out, minutes, seed, held_out)
     dice = score(out / "predictions", [case for case in dataset.cases if case.id in held_out])
     commit, changed = (subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True)
                        .stdout.strip() for words in (
@@ -275,6 +283,7 @@ def options() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder of the Decathlon or of nnU-Net")
     add("--minutes", type=float, nargs="+", required=True, help="of training, a run for each")
     add("--seeds", type=int, default=1, metavar="N", help="runs with seeds 0 to N - 1 (1)")
+    add("--cases", type=int, metavar="N", help="score the first N that are held out (all)")
     add("--out", type=Path, default=ROOT / "benchmarks/results", help="where results go")
     add("--only", choices=list(SIDES), help="one side (both)")
     add("--keep", action="store_true", help=f"keep what the runs wrote, in {WORK}")
@@ -285,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """All runs that the table lacks, one after the other; the exit code."""
     parser = options()
     args = parser.parse_args(argv)
-    if min(args.minutes) <= 0 or args.seeds < 1:
-        parser.error("--minutes must be positive and --seeds at least 1")
+    if min(args.minutes) <= 0 or args.seeds < 1 or args.cases is not None and args.cases < 1:
+        parser.error("--minutes must be positive, --seeds and --cases at least 1")
     if not hasattr(os, "sched_setaffinity"):
         parser.error("both sides are held to two cores, which needs Linux")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
@@ -308,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"run {number} of {len(runs)}: {LINES[side][0]}, {minutes:g} minutes, seed "
                       f"{seed}", flush=True)
                 out = WORK / f"run_{name}_{side}_{minutes:g}_{seed}"
-                row = measure(side, args.data, out, minutes, seed)
+                row = measure(side, args.data, out, minutes, seed, args.cases)
                 report.write_table(table, rows := [*rows, row])
                 if not args.keep:
                     shutil.rmtree(out)

@@ -49,12 +49,8 @@ def same(converted, dataset):
 
 def test_a_converted_folder_is_the_same_data_set(data, tmp_path):
     dataset = decathlon.load(data)
-    held_out = decathlon.folds([case.id for case in dataset.cases])[0][1]
-    beside.convert(dataset, held_out, tmp_path)
+    beside.convert(dataset, tmp_path)
     assert same(decathlon.load(tmp_path / "raw/Dataset001_Beside"), dataset)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "held_out").iterdir()} == {
-        f"{case.id}_0000.nii.gz": case.image.read_bytes() for case in dataset.cases
-        if case.id in held_out}
 
 
 def test_channels_in_one_file_become_files_of_their_own(tmp_path):
@@ -72,25 +68,23 @@ def test_channels_in_one_file_become_files_of_their_own(tmp_path):
         "training": [{"image": f"./imagesTr/{c}.nii", "label": f"./labelsTr/{c}.nii"}
                      for c in "ab"]}), encoding="utf-8")
     dataset = decathlon.load(source)
-    beside.convert(dataset, ["b"], tmp_path)
+    beside.convert(dataset, tmp_path)
     converted = decathlon.load(tmp_path / "raw/Dataset001_Beside")
     assert converted.labels == {0: "background", 1: "x"}  # nnU-Net insists on the word
     converted.labels[0] = "nothing"
     assert same(converted, dataset) and len(converted.cases[0].further) == 2
-    assert sorted(path.name for path in (tmp_path / "held_out").iterdir()) == [
-        f"b_{channel:04d}.nii.gz" for channel in range(3)]
 
 
 def test_labels_that_nnunet_does_not_take_are_refused_before_anything_is_written(tmp_path):
     dataset = SimpleNamespace(name="Spleen", labels={0: "background", 2: "spleen"}, cases=())
     with pytest.raises(ValueError, match=r"Spleen: found the labels \[0, 2\], expected 0 to 1"):
-        beside.convert(dataset, [], tmp_path)
+        beside.convert(dataset, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def stub(share, ran, fails=()):
     """A side whose predictions have the first `share` of each class's voxels, and no others."""
-    def run(data, out, minutes, seed):
+    def run(data, out, minutes, seed, held_out):
         ran.append((minutes, seed))
         if (minutes, seed) in fails:
             raise RuntimeError("the power went")
@@ -143,7 +137,8 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(data, tmp_path, monkeypat
 
 
 def test_wrong_options_run_nothing(data, tmp_path, capsys):
-    for wrong in (["--minutes", "0"], ["--minutes", "5", "--seeds", "0"], []):
+    for wrong in (["--minutes", "0"], ["--minutes", "5", "--seeds", "0"],
+                  ["--minutes", "5", "--cases", "0"], []):
         with pytest.raises(SystemExit):
             beside.main(["--data", str(data), "--out", str(tmp_path / "out"), *wrong])
     capsys.readouterr()
@@ -197,7 +192,7 @@ if command == "predict":
     target.mkdir()
     for scan in source.iterdir():
         name = scan.name.replace("_0000", "")
-        shutil.copy(source.parent / "raw/Dataset001_Beside/labelsTr" / name, target)
+        shutil.copy(Path(os.environ["nnUNet_raw"], "Dataset001_Beside/labelsTr", name), target)
 """
 
 
@@ -208,8 +203,12 @@ def test_nnunet_plans_once_and_holds_out_the_same_cases(data, tmp_path, monkeypa
         script.write_text(NNUNET.format(python=sys.executable), encoding="utf-8")
         script.chmod(0o755)
     monkeypatch.setattr(beside, "install", lambda: None)
-    for seed in (0, 1):
-        row = beside.measure("nnunet", data, tmp_path / f"run{seed}", 2.5, seed)
+    held_out = decathlon.folds([case.id for case in decathlon.load(data).cases])[0][1]
+    for seed, most in ((0, None), (1, 1)):
+        row = beside.measure("nnunet", data, tmp_path / f"run{seed}", 2.5, seed, most)
+        scans = sorted(path.name for path in (tmp_path / f"run{seed}/held_out").iterdir())
+        assert scans == sorted(f"{case}_0000.nii.gz" for case in held_out[:most])
+        assert row["held-out cases"] == len(scans) == (most or 2)
         assert (row["mean Dice"], row["steps"], row["seconds training"]) == (1, 7, 58.5)
     folder, = (tmp_path / "work").iterdir()
     told = [json.loads(line) for line in (folder / "told.jsonl").read_text("utf-8").splitlines()]
@@ -243,11 +242,11 @@ sys.exit(int(words["--seed"]) // 9)
 def test_the_job_is_asked_for_minutes_and_its_steps_are_what_counts(tmp_path, monkeypatch):
     (tmp_path / "job.py").write_text(JOB, encoding="utf-8")
     monkeypatch.setattr(beside, "JOB", tmp_path / "job.py")
-    told = beside.tinyseg(tmp_path, tmp_path, 2.5, 3)
+    told = beside.tinyseg(tmp_path, tmp_path, 2.5, 3, [])
     assert (told["steps"], told["training"]) == (3, 0.875)
     assert (tmp_path / "log.txt").read_text("utf-8") == "minutes 2.5 seed 3\n"
     with pytest.raises(RuntimeError, match=r"(?s)exit code 1 of .*job\.py.*minutes 5 seed 9"):
-        beside.tinyseg(tmp_path, tmp_path, 5, 9)
+        beside.tinyseg(tmp_path, tmp_path, 5, 9, [])
 
 
 @pytest.mark.parametrize("budget, took, iterations", [

@@ -66,6 +66,8 @@ def test_any_convolution(problem, threads, seed):
     ((9, 21, 30), 64, 72, (3, 3, 3), {"padding": 1}),
     ((10, 23, 31), 66, 64, (3, 3, 3), {"padding": 1, "padding_mode": ("edge", "zero", "zero")}),
     ((30, 41), 64, 128, (3, 3), {"padding": ((0, 2), 1)}),
+    ((10, 21, 30), 16, 24, (3, 3, 3), {"padding": 1, "dilation": (1, 2, 1)}),
+    ((4, 5, 4), 96, 200, (3, 3, 3), {"padding": 1}),
     ((12, 15, 13), 450, 460, (3, 3, 3), {"padding": (1, 4, 4), "dilation": (1, 4, 4),
                                          "padding_mode": ("edge", "zero", "zero")}),
     ((20, 33, 18), 1, 64, (7, 7, 7), {"padding": 3, "stride": 2}),
@@ -179,6 +181,8 @@ def test_transform(axes, count, channels, row, seed):
         for axis, matrix in enumerate(matrices):
             part = np.moveaxis(np.tensordot(matrix, part, (1, axis)), 0, axis)
         truth[(..., *tile, slice(None))] = part
+    if len(axes) > 1 and matrices[-1].size > 1:  # the tiles of the last axis come first
+        truth = np.moveaxis(truth, -2, len(axes))
     truth = truth.reshape(prod(map(len, matrices)), -1, channels)
     wide = np.full((len(truth), truth.shape[1] + 3, channels), np.nan)
     with pytest.MonkeyPatch.context() as patch:
@@ -208,10 +212,12 @@ def test_who_takes_tiles():
     assert steps() == (4, 4, 4) and steps((1, 3, 3)) == (1, 4, 4)
     assert steps(dilation=(2, 2, 2)) == (4, 4, 4) and steps(positions=(6, 24, 24)) == (3, 4, 4)
     assert not steps(stride=(1, 2, 2)) and not steps((1, 1, 1)) and not steps((5, 3, 3))
-    assert steps(channels=16, filters=16, positions=(20, 48, 48)) == (4, 4, 4)
-    assert not steps((3, 3), channels=16, filters=16, positions=(96, 96), stride=(1, 1),
-                     dilation=(1, 1))  # in the plane alone less is saved
-    assert not steps(channels=16, filters=3) and not steps(filters=3)
+    # Of few channels, transforms tell: the taps along the last axis stand beside the channels.
+    assert steps(channels=32, filters=16) == steps(channels=16, filters=3) == (4, 4, 1)
+    few = {"positions": (96, 96), "stride": (1, 1), "dilation": (1, 1)}
+    assert steps((3, 3), channels=16, filters=16, **few) == (4, 1)
+    assert not steps((3, 3), channels=4, filters=16, **few)  # in the plane alone less is saved
+    assert steps((3, 3, 1), channels=8, filters=8) != (4, 1, 1)
     assert not steps(positions=(3, 9, 9))
     assert not steps(channels=512, filters=512)  # the transformed kernel alone is 67 MB or more
     # Tiles of three where tiles of four stand over the border.

@@ -11,6 +11,11 @@ in anew, 100 MiB in every step of a small 3D network, which took 4 to 10 % longe
 tells it, for the whole process, to map only arrays above 32 MiB apart from the others and to keep
 up to 1 GiB of the rest.
 
+OpenBLAS copies what it multiplies to a buffer, one for each thread, and its kernels fetch ahead
+beyond what small products have ever written there: pages that do not exist are looked up anew each
+time. Products of 144 x 256 x 256 took 3.7 times as long on a virtual machine until a larger one had
+used the buffer, so the first run takes one in each thread.
+
 How work is cut depends on the number of threads, so a result is the same in every run with the
 same number, and may differ in the last bits with another.
 """
@@ -131,7 +136,12 @@ _one_blas_thread = _OneBlasThread()
 
 
 @cache
-def _keep_memory() -> None:
+def _prepare(process: int, number: int) -> None:
+    """What the first run of a process with so many threads does, while BLAS has one thread."""
+    a, b = np.ones((256, 512), "float32"), np.ones((512, 1024), "float32")
+    others = [_pool(process, number - 1).submit(np.matmul, a, b) for _ in range(number - 1)]
+    np.matmul(a, b)
+    wait(others)
     # musl's C library has no mallopt, other systems than Linux neither.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -147,7 +157,6 @@ def run(job: Callable[[Any], Any], items: Sequence) -> list:
     if getattr(_here, "busy", False):
         return [job(item) for item in items]
 
-    _keep_memory()
     number = min(threads(), len(items))
     results: list = [None] * len(items)
     waiting = iter(enumerate(items))  # shared: whoever is free takes the next
@@ -161,6 +170,7 @@ def run(job: Callable[[Any], Any], items: Sequence) -> list:
             _here.busy = False
 
     with _one_blas_thread:
+        _prepare(os.getpid(), threads())
         others = [_pool(os.getpid(), number - 1).submit(work) for _ in range(number - 1)]
         try:
             work()

@@ -1,7 +1,6 @@
 """Convolution on the cores of a CPU: NumPy arrays of float32, any rank.
 
-Every product and every weight gradient is computed in one of five ways; `choose` is the one place
-that decides.
+Every product and every weight gradient is computed in one of five ways, as `choose` decides.
 
     point    a kernel of one tap: one matrix product
     lines    three taps along the first axis, wide kernels: see `lines`
@@ -15,10 +14,8 @@ columns, multiplied with its part of the kernel, and added to the block. A group
 axes of the kernel as make columns of at most WIDTH elements, so that a product is long enough
 whatever the channels. Along the other axes a group is applied only to the positions from which it
 sees the grid: far taps of a dilated kernel on a small grid stand in the padding for most positions,
-and that product is never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all).
-
-Taps: the phases of a strided gradient in x have few taps each, and what a tap sees lies together:
-nothing is copied for them. Each tap is one product, added where it belongs.
+and that product is never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all). Where all
+outputs are one block, threads share the filters.
 """
 
 from __future__ import annotations
@@ -40,6 +37,7 @@ from .products import Correlation
 
 WIDTH = 640  # elements in a row of columns, at most
 BLOCK = 1 << 19  # elements in the columns of a block: 2 MiB
+ROWS = 192  # outputs of a block, at least
 FEW = 3  # channels: columns of fewer are gathered one after another
 
 
@@ -159,8 +157,8 @@ def reason(method: Method, x: Array, kernel, positions, stride, dilation, before
                 f"{plan} outputs, where {3 * plan} would be direct")
     if name == "tiles":
         return (f"Winograd: {plan.number} tiles of {'x'.join(map(str, plan.steps))}, "
-                f"{plan.frequencies} products where {prod(plan.steps) * prod(kernel)} would be "
-                f"direct")
+                f"{plan.frequencies * plan.taps} products where {prod(plan.steps) * prod(kernel)} "
+                f"would be direct")
     if name == "taps":
         return f"taps: {prod(kernel)} products, each added to a strided subgrid"
     columns = Columns(x, kernel, positions, stride, dilation, before)
@@ -174,7 +172,7 @@ def reason(method: Method, x: Array, kernel, positions, stride, dilation, before
 def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
     """The positions in boxes whose columns fill BLOCK numbers, as many for each thread."""
     rows, threads = prod(positions), parallel.threads()
-    number = ceil(rows / max(192, BLOCK // width))
+    number = ceil(rows / max(ROWS, BLOCK // width))
     number = ceil(number / threads) * threads if rows >= 128 * threads else number
     return list(blocks(positions, parallel.share(positions, number)))
 
@@ -211,14 +209,18 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
         else:
             terms, boxes = (_taps(x, w, out, dilation, before) if name == "taps" else
                             _columns(x, w, out, stride, dilation, before))
-            jobs += [partial(_add, terms, block, out) for block in boxes]
+            one, filters = out[..., 0].size < ROWS, w.shape[-1]
+            size = max(64, ceil(filters / parallel.threads())) if one else filters
+            jobs += [partial(_add, terms, block, part, out) for block in boxes
+                     for part in parallel.parts(filters, size)]
     parallel.run(lambda job: job(), jobs)
 
 
-def _add(terms: Callable[[Box], Iterator[tuple[Box, Array]]], block: Box, out: Array) -> None:
-    """Write to a block of `out` the sum of its terms, each an array in its box."""
-    total = None
-    for box, term in terms(block):
+def _add(terms: Callable[[Box, slice], Iterator[tuple[Box, Array]]], block: Box, part: slice,
+         out: Array) -> None:
+    """Write the sum of its terms, each an array in its box, to a block of `out`, some filters."""
+    out, total = out[..., part], None
+    for box, term in terms(block, part):
         if total is None and box == block:
             total = term
             continue
@@ -234,27 +236,25 @@ def _columns(x: Array, w: Array, out: Array, stride, dilation, before):
     columns = Columns(x, w.shape[:-2], out.shape[1:-1], stride, dilation, before)
     matrices = {head: w[head].reshape(-1, w.shape[-1]) for head, _ in columns.groups}
 
-    def terms(block: Box) -> Iterator[tuple[Box, Array]]:
+    def terms(block: Box, part: slice) -> Iterator[tuple[Box, Array]]:
         memory = np.empty(_volume(block) * columns.width, x.dtype)
         for head, sees in columns.groups:
             box = _common(sees, block)
             if _volume(box):
-                answer = np.matmul(columns.gather(head, box, memory), matrices[head])
+                answer = np.matmul(columns.gather(head, box, memory), matrices[head][:, part])
                 yield box, answer.reshape(*_shape(box), -1)
 
     return terms, _blocks(out.shape[:-1], max(columns.width, w.shape[-1]))
 
 
 def _taps(x: Array, w: Array, out: Array, dilation, before):
-    """The terms of correlate(x, w) at stride one, a tap each, and blocks to take them in.
-
-    All points that lie together in x are multiplied, those at the border that no window sees with
-    this tap too: nothing is gathered or padded, and the kernel is read as it lies.
-    """
+    """The terms of correlate(x, w) at stride one, a tap each, and blocks to take them in. All
+    points that lie together in x are multiplied, those at the border that no window sees with this
+    tap too: nothing is gathered or padded, and the kernel is read as it lies."""
     taps = [(w[tap], [0, *(k * d - b for k, d, b in zip(tap, dilation, before, strict=True))])
             for tap in np.ndindex(w.shape[:-2])]
 
-    def terms(block: Box) -> Iterator[tuple[Box, Array]]:
+    def terms(block: Box, part: slice) -> Iterator[tuple[Box, Array]]:
         # Behind this axis the block is whole, and points lie together.
         cut = max(axis for axis, (a, b) in enumerate(zip(_shape(block), out.shape, strict=False))
                   if a < b or axis < 2)
@@ -265,11 +265,11 @@ def _taps(x: Array, w: Array, out: Array, dilation, before):
                 points = tuple(slice(b.start + s, b.stop + s)
                                for b, s in zip(box, shift, strict=True))
                 seen = x[points[: cut + 1]]
-                answer = np.matmul(seen.reshape(len(seen), -1, x.shape[-1]), matrix)
+                answer = np.matmul(seen.reshape(len(seen), -1, x.shape[-1]), matrix[:, part])
                 answer = answer.reshape(*seen.shape[:-1], -1)
                 yield box, answer[(..., *points[cut + 1 :], slice(None))]
 
-    return terms, blocks(out.shape[:-1], max(192, BLOCK // max(w.shape[-2:])))
+    return terms, blocks(out.shape[:-1], max(ROWS, BLOCK // max(w.shape[-2:])))
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:

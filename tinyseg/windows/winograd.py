@@ -8,7 +8,9 @@ instead of 3 m. With matrices A, B, G for an axis, and ⊗ over the axes,
 
 Each of the products ⊙ is one over channels for all tiles of a block: a matrix product per
 frequency. All transforms are one function: axis after axis, a small matrix times rows of channels
-that it reads where they lie. Rounding is about 2e-6 of the output's scale.
+that it reads where they lie. Where channels are few, these cost most, and the last axis is not
+transformed: its three taps stand beside the channels of each product, and rows are whole lines.
+Rounding is about 2e-6 of the output's scale.
 
 Dilation d sees every d-th point only: the d phases of each axis are convolutions of their own, and
 are computed as so many more images.
@@ -17,7 +19,7 @@ are computed as so many more images.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product as every
 from math import ceil, prod
@@ -65,7 +67,8 @@ FILTERS = {1: [np.ones((1, 1), "float32")] * 3,
 def transform(matrices: list[Array], x: Array, steps: tuple[int, ...] | None = None,
               out: Array | None = None) -> Array:
     """The matrices (f, r), one an axis and ⊗ over the axes, times tiles of r x ... points of x:
-    (N, *S, C) -> (frequencies, N tiles, C). Tiles begin `steps` apart; without, there is one."""
+    (N, *S, C) -> (frequencies, N tiles, C). Tiles begin `steps` apart; without, there is one.
+    Where the last of several axes is transformed, its tiles come first: (tiles, N, others)."""
     count, *size, channels = x.shape
     steps = steps or tuple(size)
     last = max(i for i, matrix in enumerate(matrices) if matrix.size > 1)
@@ -78,6 +81,11 @@ def transform(matrices: list[Array], x: Array, steps: tuple[int, ...] | None = N
         number, row, cut = (n - reach) // step + 1, prod(size[i + 1 :]) * channels, 1
         for points in size[i + 1 :]:  # what lies behind a point is one long row, cut where too long
             cut *= points if row > ROW * cut else 1
+        if 0 < i == len(size) - 1:  # nothing lies behind: there the tiles of the other axes go
+            x = whole(x.reshape(lead, tiles, n, row)).swapaxes(1, 2).copy().view(x.dtype)
+            cut = next(c for c in range(1, tiles + 1)
+                       if tiles % c == 0 and (tiles * row <= ROW * c or c == tiles))
+            row, tiles = tiles * row, 1
         length = row // cut
         strides = tiles * n * row, n * row, step * row, length, row, 1
         seen = np.ndarray((lead, tiles, number, cut, reach, length), x.dtype, x, 0,
@@ -88,6 +96,12 @@ def transform(matrices: list[Array], x: Array, steps: tuple[int, ...] | None = N
             lead, frequencies, tiles, number, cut, length).transpose(0, 2, 3, 4, 1, 5))
         lead, tiles = lead * frequencies, tiles * number
     return x.reshape(lead, -1, channels)
+
+
+def whole(x: Array) -> Array:
+    """x (..., C) with what lies along its last axis as one item: runs of few channels are copied
+    twice as fast so."""
+    return x.view(np.dtype((np.void, x.shape[-1] * x.itemsize)))[..., 0]
 
 
 def pairs(kernel, positions, dilation) -> int:
@@ -101,9 +115,9 @@ def direct(kernel, images: int, filters: int, positions, dilation) -> float:
     return images * pairs(kernel, positions, dilation) * (1 + GATHER / filters)
 
 
-def per_pair(channels: int, filters: int) -> float:
+def per_pair(channels: int, filters: int, short: int = SHORT) -> float:
     """What transforming an element of each tile costs, spread over channels x filters products."""
-    return sum(max(1, SHORT / n) / n for n in (channels, filters))
+    return sum(max(1, short / n) / n for n in (channels, filters))
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,8 @@ class Tiling:
     """How the windows of a convolution with stride one fall into tiles.
 
     apart: the dilation that matters along each axis. steps: the outputs of a tile. tiles: how many
-    there are in one phase of one of the images.
+    there are in one phase of one of the images. taps: three where those along the last axis are
+    taken as they are, beside the channels.
     """
 
     apart: tuple[int, ...]
@@ -120,10 +135,11 @@ class Tiling:
     images: int
     channels: int
     filters: int
+    taps: int = 1
 
     @property
     def frequencies(self) -> int:
-        """How many products stand for the prod(steps) outputs of a tile."""
+        """How many numbers a tile becomes; its prod(steps) outputs cost `taps` products of each."""
         return prod(s + 2 for s in self.steps if s > 1)
 
     @property
@@ -134,8 +150,10 @@ class Tiling:
     @property
     def cost(self) -> float:
         """Products and transforms, in products for each pair of channels."""
-        images = 1 + IMAGE * per_pair(self.channels, self.filters)
-        return self.frequencies * (self.number * images + KERNEL)
+        beside = self.taps > 1
+        images = self.taps * (1 + beside * GATHER / self.filters) + IMAGE * per_pair(
+            self.channels, self.filters, 0 if beside else SHORT)
+        return self.frequencies * (self.number * images + KERNEL * self.taps)
 
     @property
     def phases(self) -> list[tuple[int, ...]]:
@@ -147,7 +165,7 @@ class Tiling:
         where the products would have fewer rows than a quarter of the channels; as many batches
         for each thread. Where all is less than one such, threads share it, a box each."""
         grid, threads = (len(self.phases) * self.images, *self.tiles), parallel.threads()
-        widest = max(self.channels, self.filters)
+        widest = max(self.taps * self.channels, self.filters)
         limit = max(BLOCK / (self.frequencies * widest), widest / 4)
         number = ceil(self.number / limit / threads) * threads
         boxes = list(blocks(grid, parallel.share(grid, number)))
@@ -169,8 +187,9 @@ class Tiling:
         """
         images, *tiles = box
         start = [t.start * s for t, s in zip(tiles, self.steps, strict=True)]
-        reach = [(t.stop - t.start) * s + (margin if s > 1 else 0)
-                 for t, s in zip(tiles, self.steps, strict=True)]
+        wide = [s > 1 for s in self.steps[:-1]] + [self.steps[-1] > 1 or self.taps > 1]
+        reach = [(t.stop - t.start) * s + margin * w
+                 for t, s, w in zip(tiles, self.steps, wide, strict=True)]
         out = np.zeros((images.stop - images.start, *reach, x.shape[-1]), x.dtype)
         for phase, here, batch in self.pieces(images):
             source, target = [batch], [here]
@@ -185,24 +204,33 @@ class Tiling:
         return out
 
     def spectrum(self, x: Array, box: Box, before, out: Array) -> None:
-        """Bᵀ x of a box to `out` (frequencies, tiles, C)."""
-        transform([FILTERS[m][1] for m in self.steps], self.region(x, box, before, 2), self.steps,
-                  out)
+        """Bᵀ x of a box to `out` (frequencies, tiles, taps C)."""
+        seen, matrices = self.region(x, box, before, 2), [FILTERS[m][1] for m in self.steps]
+        if self.taps == 1:
+            transform(matrices, seen, self.steps, out)
+            return
+        length, lines = seen.shape[-2], transform(matrices, seen, self.steps)
+        point = lines[0, 0].nbytes
+        out = whole(out).reshape(len(out), -1, length - 2)  # runs of three points overlap
+        out[...] = np.ndarray(out.shape, out.dtype, lines, 0, [
+            lines[0].nbytes, length * point, point])
 
     def write(self, answers: Array, box: Box, out: Array) -> None:
         """Aᵀ of a box's products (frequencies, tiles, F), to its windows in `out` (N, *P, F)."""
         images, *tiles = box
         count, axes = [s.stop - s.start for s in box], len(tiles)
-        values = transform([FILTERS[m][0] for m in self.steps], answers.reshape(
-            1, *(s + 2 if s > 1 else 1 for s in self.steps), -1))
-        values = values.reshape(*self.steps, *count, out.shape[-1]).transpose(
-            axes, *(i for axis in range(axes) for i in (axes + 1 + axis, axis)), -1)
+        values = whole(transform([FILTERS[m][0] for m in self.steps], answers.reshape(
+            1, *(s + 2 if s > 1 else 1 for s in self.steps), -1)).reshape(-1, out.shape[-1]))
+        if self.steps[-1] > 1 < axes:
+            values = np.moveaxis(values.reshape(*self.steps, count[-1], *count[:-1]), axes, -1)
+        values = values.reshape(*self.steps, *count).transpose(
+            axes, *(i for axis in range(axes) for i in (axes + 1 + axis, axis)))
         values = values.reshape(
-            count[0], *(c * s for c, s in zip(count[1:], self.steps, strict=True)), out.shape[-1])
+            count[0], *(c * s for c, s in zip(count[1:], self.steps, strict=True)))
         for phase, here, batch in self.pieces(images):
             inside = out[(batch, *(slice(a + t.start * s * d, a + t.stop * s * d, d) for a, t, s, d
                                    in zip(phase, tiles, self.steps, self.apart, strict=True)))]
-            inside[...] = values[(here, *map(slice, inside.shape[1:-1]))]
+            whole(inside)[...] = values[(here, *map(slice, inside.shape[1:-1]))]
 
 
 @lru_cache(1024)
@@ -217,7 +245,10 @@ def tiling(kernel, images: int, channels: int, filters: int, positions, stride,
     ways = [Tiling(apart, steps, tuple(ceil(p / s) for p, s in zip(phase, steps, strict=True)),
                    images, channels, filters)
             for steps in every(*((2, 3, 4) if k > 1 else (1,) for k in kernel))]
-    best = min((way for way in ways if way.frequencies * channels * filters <= WHOLE),
+    if kernel[-1] > 1 < max(kernel[:-1], default=1):
+        ways += [replace(way, steps=(*way.steps[:-1], 1), tiles=(*way.tiles[:-1], phase[-1]),
+                         taps=3) for way in ways if way.steps[-1] == 2]
+    best = min((way for way in ways if way.frequencies * way.taps * channels * filters <= WHOLE),
                key=lambda way: way.cost, default=None)
     other = direct(kernel, images, filters, positions, dilation)
     return best if best and best.cost < other else None
@@ -250,6 +281,7 @@ def portions(factors: Array) -> list[slice]:
 
 def product(way: Tiling, x: Array, w: Array, out: Array, before) -> None:
     """Write correlate(x, w), stride one, zero padding `before`, to `out` (N, *P, C_out)."""
+    w = w.reshape(*w.shape[:-3], -1, way.taps * way.channels, way.filters)
     channels, filters = w.shape[-2:]
     width = SLAB if filters % SLAB == 0 and 48 * channels * SLAB <= SMALL else filters
     factors = transformed(w, way.steps, width)
@@ -282,7 +314,7 @@ def together(boxes: list[Box]) -> list[slice]:
 
 def weights(way: Tiling, x: Array, y: Array, before) -> Array:
     """The gradient of correlate(x, w) in w, stride one, zero padding: (*K, C_in, C_out)."""
-    channels, filters = x.shape[-1], y.shape[-1]
+    channels, filters = way.taps * way.channels, way.filters
     output, matrices = ([FILTERS[m][i].T for m in way.steps] for i in (0, 2))
     sums = np.empty((way.frequencies, channels, filters), x.dtype)
     boxes = [box for group in way.groups() for box in group]
@@ -315,4 +347,4 @@ def weights(way: Tiling, x: Array, y: Array, before) -> Array:
             1, *map(len, output), -1)).reshape(dw[..., part, :].shape)
 
     parallel.run(back, portions(sums))
-    return dw
+    return dw.reshape(*dw.shape[:-3], -1, way.channels, filters)
