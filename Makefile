@@ -1,14 +1,19 @@
-# Two commands on a fresh machine with Python 3.11 or later: make demo, make test.
+# On a fresh machine with Python 3.11 or later: make demo, make test, make notebooks.
 PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo test lint
+.PHONY: demo test notebooks lint
 demo: .venv/ready  ## train, inflate, fine-tune and score on a synthetic task, in runs/demo
 	rm -rf runs/demo
 	$(BIN)/python examples/train_pancreas_3d.py --quick --out runs/demo
 
 test: .venv/ready  ## all tests; those that need PyTorch run where it is installed
 	$(BIN)/python -m pytest $(PYTEST)
+
+notebooks: .venv/ready  ## the lessons, run with their solutions: pages in runs/lessons, and their times
+	$(BIN)/pip install -q "nbconvert>=7.16" "ipykernel>=6.29"
+	$(BIN)/python examples/notebooks/lessons.py
+	$(BIN)/python examples/notebooks/lessons.py --run runs/lessons
 
 lint: .venv/ready
 	$(BIN)/pip install -q "ruff>=0.6" "mypy>=1.11"

@@ -1,8 +1,8 @@
-"""Naive loops over the definitions, in plain Python and float64, and gradients by differences.
+"""Naive loops over the definitions, in plain Python and float64.
 
-Nothing here calls the library; where a check needs a tensor, its maker is an argument. A grid is
-described by `size`, a window by `kernel`, `stride`, `padding` ((before, after) pairs), `dilation`
-and `edge` (booleans), one entry per spatial axis each.
+Nothing here calls the library. A grid is described by `size`, a window by `kernel`, `stride`,
+`padding` ((before, after) pairs), `dilation` and `edge` (booleans), one entry per spatial axis
+each.
 """
 
 import math
@@ -164,35 +164,3 @@ def dice(logits, labels, ignore=None, smooth=1e-5, background=False):
             both, either = both + p * t, either + p + t
         scores.append((2 * both + smooth) / (either + smooth))
     return 1 - math.fsum(scores) / len(scores)
-
-
-def slope(f, x, direction, cotangent, h=1e-3):
-    """d<f(x + t direction), cotangent>/dt at t = 0: central differences of fourth order."""
-    def at(t):
-        return float((f(x + t * direction) * cotangent).sum())
-
-    return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
-
-
-def check_gradients(f, leaf, *arrays, seed=0, tolerance=1e-8):
-    """Assert that the gradients of f(*leaves) agree with differences, input by input, for a random
-    cotangent and random directions. `leaf(array)` makes a tensor. Inputs and cotangent are
-    read-only: whatever writes into them fails."""
-    rng = np.random.default_rng(seed)
-    arrays = [np.array(a, "float64") for a in arrays]
-    leaves = [leaf(a) for a in arrays]
-    y = f(*leaves)
-    cotangent = np.array(rng.standard_normal(y.shape))
-    for array in (*arrays, cotangent):
-        array.flags.writeable = False
-    y.backward(cotangent)
-    for i, (a, variable) in enumerate(zip(arrays, leaves, strict=True)):
-        def alone(value, i=i):
-            return np.asarray(f(*map(leaf, [*arrays[:i], value, *arrays[i + 1 :]])).data)
-
-        direction = rng.standard_normal(a.shape)
-        assert variable.grad.shape == a.shape and variable.grad.dtype == a.dtype, f"input {i}"
-        terms = variable.grad * direction
-        expected = slope(alone, a, direction, cotangent)
-        error = abs(float(terms.sum()) - expected)
-        assert error <= tolerance * (1 + float(abs(terms).sum())), f"input {i}: {error}"

@@ -11,7 +11,9 @@ from . import (
     nn,
     ops,
     optim,
+    page,
     parallel,
+    pictures,
     pretrained,
     report,
     train,
@@ -20,13 +22,15 @@ from . import (
 from . import infer as infer
 from .backend import device, to_numpy
 from .checkpoint import load, save
+from .gradients import check_gradients
 from .inflate import deflate, inflate
 from .nn import to_device
 from .profiles import PROFILES
+from .summary import summary
 from .tensor import Tensor, no_grad, op
 
 __version__ = "0.1.0"
-__all__ = ["PROFILES", "Tensor", "checkpoint", "cuda", "data", "deflate", "device", "infer",
-           "inflate", "intervals", "load", "losses", "metrics", "models", "nn", "no_grad", "op",
-           "ops", "optim", "parallel", "pretrained", "report", "save", "to_device", "to_numpy",
-           "train", "windows"]
+__all__ = ["PROFILES", "Tensor", "check_gradients", "checkpoint", "cuda", "data", "deflate",
+           "device", "infer", "inflate", "intervals", "load", "losses", "metrics", "models", "nn",
+           "no_grad", "op", "ops", "optim", "page", "parallel", "pictures", "pretrained", "report",
+           "save", "summary", "to_device", "to_numpy", "train", "windows"]

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import copy
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Self, TypeVar
 
@@ -31,6 +33,7 @@ from .windows import Window
 
 Network = TypeVar("Network", bound="Module")
 APART = ("training", "frozen", "config", "metadata")  # no part of what a module holds
+_watching: ContextVar[Callable | None] = ContextVar("watching", default=None)
 
 
 class Module:
@@ -54,7 +57,26 @@ class Module:
             mine = (p.dtype for _, p in self.named_parameters() if p.dtype.kind == "f")
             if x.dtype.kind == "f" and (dtype := next(mine, x.dtype)) != x.dtype:
                 x = Tensor(x.data.astype(dtype))
-        return self.forward(x, *more, **options)
+        y = self.forward(x, *more, **options)
+        if watch := _watching.get():
+            watch(self, x, y)
+        return y
+
+    def trace(self, x: Tensor | Array) -> dict[str, Array]:
+        """{name: answer} of every layer to x, in the order in which they give it, in evaluation
+        mode; "" is the network itself. What is called again is "relu (2)". The arrays are not
+        copied."""
+        names = {id(module): name for name, module in [("", self), *self.named(Module)]}
+        answers, calls = {}, Counter[str]()
+
+        def note(module: Module, _: Tensor, y: Tensor) -> None:
+            if id(module) in names:
+                calls[name := names[id(module)]] += 1
+                answers[f"{name} ({calls[name]})" if calls[name] > 1 else name] = y.data
+
+        with evaluation(self), watched(note):
+            self(x)
+        return answers
 
     @reprlib.recursive_repr("...")
     def __repr__(self) -> str:
@@ -211,6 +233,16 @@ def evaluation(net: Module | Callable) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+@contextmanager
+def watched(watch: Callable[[Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Every call of a module in the block tells watch(module, input, answer) when it is done."""
+    before = _watching.set(watch)
+    try:
+        yield
+    finally:
+        _watching.reset(before)
 
 
 def held(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,16 +69,24 @@ def write(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> 
             f"<script>{SCRIPT}</script></body></html>\n", encoding="utf-8")
 
 
-def figure(draw: Callable, *content: Any, caption: str = "") -> str:
-    """What `draw(path, *content)`, a figure of `report`, draws, as it stands in a page."""
+class Html(str):
+    """Text that a notebook shows as it stands in a page."""
+
+    def _repr_html_(self) -> str:
+        return self
+
+
+def figure(draw: Callable, *content: Any, caption: str = "") -> Html:
+    """What `draw(path, *content)`, a figure of `report` or `pictures`, draws, for a page or a
+    notebook."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.svg")
         draw(path, *content)
         if not path.exists():  # there was nothing to draw
-            return ""
+            return Html()
         text = path.read_text("utf-8")
     told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{text[text.index('<svg'):]}{told}</figure>"
+    return Html(f"<figure>{text[text.index('<svg'):]}{told}</figure>")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
