@@ -11,7 +11,7 @@ test: .venv/ready  ## all tests; those that need PyTorch run where it is install
 	$(BIN)/python -m pytest $(PYTEST)
 
 notebooks: .venv/ready  ## the lessons, run with their solutions: pages in runs/lessons, and their times
-	$(BIN)/pip install -q "nbconvert>=7.16" "ipykernel>=6.29"
+	$(BIN)/pip install -q -e ".[lessons]"
 	$(BIN)/python examples/notebooks/lessons.py
 	$(BIN)/python examples/notebooks/lessons.py --run runs/lessons
 

@@ -15,6 +15,7 @@ from . import (
     parallel,
     pictures,
     pretrained,
+    profiles,
     report,
     train,
     windows,
@@ -32,5 +33,5 @@ from .tensor import Tensor, no_grad, op
 __version__ = "0.1.0"
 __all__ = ["PROFILES", "Tensor", "check_gradients", "checkpoint", "cuda", "data", "deflate",
            "device", "infer", "inflate", "intervals", "load", "losses", "metrics", "models", "nn",
-           "no_grad", "op", "ops", "optim", "page", "parallel", "pictures", "pretrained", "report",
-           "save", "summary", "to_device", "to_numpy", "train", "windows"]
+           "no_grad", "op", "ops", "optim", "page", "parallel", "pictures", "pretrained",
+           "profiles", "report", "save", "summary", "to_device", "to_numpy", "train", "windows"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import ops
+from .backend import array_module
 from .module import Module, Network, to_device
 from .tensor import Tensor
 from .windows import Window
@@ -68,8 +69,14 @@ class Conv(Module):
                               (*kernel, c_in, c_out))
         self.bias = Tensor(np.zeros(c_out, "float32"), requires_grad=True) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        """Of x, or of x with every position twice (see ops.double), to that size."""
         x = _floats(x, self.weight)
+        if size is not None:
+            if (self.along is None and array_module(x.data) is np
+                    and ops.phases(self.window, x.shape[1:-1], size)):
+                return ops.conv_phases(x, self.weight, self.bias, window=self.window, size=size)
+            x = ops.double(x, size=size)  # on a GPU eight launches would take the place of two
         if self.along is not None:
             return self.along.apply(x, self)
         return ops.conv(x, self.weight, self.bias, **self.window.options)

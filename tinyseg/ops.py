@@ -7,20 +7,21 @@ at a kink is PyTorch's choice too.
 
 from __future__ import annotations
 
-from itertools import accumulate, product
+from itertools import accumulate
 from math import prod
 
 import numpy as np
 
 from . import cuda, parallel, windows
 from .backend import array_module
+from .doubling import conv_phases, double, phases
 from .normalisation import batch_norm, group_norm
 from .tensor import Tensor, op
 from .windows import Window, reference
 
-__all__ = ["avg_pool", "batch_norm", "clip", "concatenate", "conv", "double", "dropout", "exp",
-           "group_norm", "log", "max_pool", "maximum", "pad", "relu", "sigmoid", "softmax", "sqrt",
-           "stack", "tanh", "upsample", "where"]
+__all__ = ["avg_pool", "batch_norm", "clip", "concatenate", "conv", "conv_phases", "double",
+           "dropout", "exp", "group_norm", "log", "max_pool", "maximum", "pad", "phases", "relu",
+           "sigmoid", "softmax", "sqrt", "stack", "tanh", "upsample", "where"]
 
 
 @op
@@ -136,55 +137,6 @@ def concatenate(*xs, axis: int = -1):
 
     pulls = [part(stop, x.shape[axis]) for stop, x in zip(ends, xs, strict=True)]
     return array_module(xs[0]).concatenate(xs, axis=axis), pulls
-
-
-@op
-def double(x, skip=None, *, size):
-    """Every position twice along each spatial axis, cut to `size` (nearest neighbour), and the
-    channels of `skip` behind: (N, *S, C), (N, *size, C') or None -> (N, *size, C + C').
-
-    An axis that has its size already stays. All is written once, in its place. Raises ValueError
-    where a size is none of n, 2n - 1 and 2n, or skip is of another.
-    """
-    library, before, c, size = array_module(x), x.shape[1:-1], x.shape[-1], tuple(size)
-    if len(size) != len(before) or any(m not in (n, 2 * n - 1, 2 * n)
-                                       for n, m in zip(before, size, strict=True)):
-        raise ValueError(f"double: size {size} is not that of {x.shape}, nor of it doubled")
-    if skip is not None and skip.shape[:-1] != (len(x), *size):
-        raise ValueError(f"double: skip {skip.shape} does not fit {(len(x), *size)}")
-    steps = [1 if n == m else 2 for n, m in zip(before, size, strict=True)]
-    y = library.empty((len(x), *size, c + (0 if skip is None else skip.shape[-1])), x.dtype)
-    few = max(1, parallel.SLAB * before[0] // max(y.size, 1))  # rows whose copies fit the cache
-    slabs = parallel.parts(before[0], few) if library is np else [slice(0, before[0])]
-
-    def above(slab):
-        return slice(slab.start * steps[0], slab.stop * steps[0])
-
-    def copies(fine, coarse):  # each copy in `fine`, and what of `coarse` it is a copy of
-        for phase in product(*map(range, steps)):
-            part = fine[:, *(slice(p, None, s) for p, s in zip(phase, steps, strict=True))]
-            yield part, coarse[:, *map(slice, part.shape[1:-1])]
-
-    def write(slab):
-        rows = y[:, above(slab)]
-        for part, source in copies(rows[..., :c], x[:, slab]):
-            part[...] = source
-        if skip is not None:
-            rows[..., c:] = skip[:, above(slab)]
-
-    parallel.run(write, slabs)
-
-    def pull(g):
-        out = library.zeros((len(g), *before, c), g.dtype)
-
-        def add(slab):
-            for part, total in copies(g[:, above(slab), ..., :c], out[:, slab]):
-                total += part
-
-        parallel.run(add, slabs)
-        return out
-
-    return y, (pull, lambda g: g[..., c:])
 
 
 @op

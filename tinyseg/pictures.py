@@ -150,3 +150,30 @@ def _framed(panel: Any, numbers: np.ndarray, frames: Sequence[tuple[int, int, in
     for top, left, height, width in frames:
         panel.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False,
                                   edgecolor="black", linewidth=2, clip_on=False))
+
+
+def table(path: str | Path, rows: Mapping[str, Sequence[float]], what: str = "") -> None:
+    """Numbers from 0 as colours and as text, a row of them after each name; `what` they count."""
+    numbers = np.array(list(rows.values()))
+    figure = _figure(2 + 0.75 * numbers.shape[1], 0.9 + 0.42 * len(numbers))
+    panel = figure.subplots()
+    panel.imshow(numbers, cmap="Greys", vmin=0, vmax=1.6 * numbers.max() or 1.0, aspect="auto")
+    for (i, j), number in np.ndenumerate(numbers):
+        panel.text(j, i, f"{number:.2g}", ha="center", va="center", fontsize="small")
+    panel.set_yticks(range(len(numbers)), list(rows))
+    panel.set_xticks(range(numbers.shape[1]))
+    panel.set_xlabel(what)
+    panel.tick_params(length=0)
+    _save(figure, path)
+
+
+def maps(path: str | Path, named: Mapping[str, np.ndarray]) -> None:
+    """Maps (H, W) of numbers from 0 side by side, each from its least to its largest: feature maps,
+    influences, probabilities."""
+    figure = _figure(2.6 * len(named), 2.9)
+    panels = figure.subplots(1, len(named), squeeze=False)[0]
+    for panel, (name, numbers) in zip(panels, named.items(), strict=True):
+        panel.imshow(np.sqrt(numbers - numbers.min()), cmap="cividis")  # small ones show too
+        panel.set_title(name, fontsize="small")
+        panel.set(xticks=[], yticks=[])
+    _save(figure, path)

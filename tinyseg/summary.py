@@ -136,6 +136,8 @@ def summary(net: Module, shape: tuple[int, ...]) -> Summary:
         if id(module) not in names or not leaf:
             return
         if isinstance(module, Conv | MaxPool) and (before := reach(seen.node or seen)):
+            if module.window.positions(grid := seen.shape[1:-1]) != answer.shape[1:-1]:
+                before = before.behind("double", grid, answer.shape[1:-1])  # see Conv.forward
             known[answer.node] = before.through(module.window)
         found, products = reach(answer.node or answer), 0
         if isinstance(module, Conv | Linear):

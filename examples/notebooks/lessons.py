@@ -69,7 +69,7 @@ def notebook(path: Path, solved: bool = False) -> dict:
     """What the .ipynb of a source holds, version 4.5 of the format; `solved`: with its solutions in
     place of the blanks."""
     right = [step[2] for step in steps(path) if len(step) > 1][::-1]
-    found = []
+    found: list[dict] = []
     for number, (is_text, tag, body) in enumerate(cells(path)):
         if solved and tag == "exercise":
             body = right.pop()

@@ -109,31 +109,32 @@ class Decoder(Module):
     def forward(self, x: Tensor, *maps: Tensor) -> Tensor:
         *skips, y = maps
         for block in self.blocks:
-            skip = skips.pop() if skips else None
-            y = block(ops.double(y, skip, size=(x if skip is None else skip).shape[1:-1]))
+            y = (block(ops.double(y, skip := skips.pop(), size=skip.shape[1:-1])) if skips else
+                 block(y, x.shape[1:-1]))
         return y
 
 
 class Block(Module):
-    """Two 3x3 convolutions, each normalised, with ReLU."""
+    """Two 3x3 convolutions, each normalised, with ReLU; the first of x doubled to `size`, if that
+    is given."""
 
     def __init__(self, build: Builder, c_in: int, c_out: int, norm: Callable[[int], Module]):
         self.conv1 = Normalised(build.conv(c_in, c_out, 3), norm(c_out))
         self.conv2 = Normalised(build.conv(c_out, c_out, 3), norm(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+    def forward(self, x: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        return self.conv2(self.conv1(x, size))
 
 
 class Normalised(Sequential):
     """Convolution, normalisation, ReLU; the ReLU in the pass of a batch-norm, or of what `fold`
     puts in its place."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
         conv, norm = self
         if isinstance(norm, GroupNorm):
-            return ops.relu(norm(conv(x)))
-        return norm(conv(x), relu=True)
+            return ops.relu(norm(conv(x, size)))
+        return norm(conv(x, size), relu=True)
 
 
 HEADS = {
