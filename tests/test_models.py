@@ -44,6 +44,32 @@ def test_counts(backbone, monkeypatch):
         assert len(net.state()) == arrays
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("maker", [models.resnet_seg, models.resnet])
+def test_width(backbone, maker, tmp_path):
+    """Every layer's channels in proportion; built again from its config and from a file; inflated,
+    it is the twin of that width."""
+    options = {"rank": 2, "in_channels": 3, "classes": 5}
+    narrow, full = maker(backbone, width=8, **options), maker(backbone, width=64, **options)
+    assert full.config == maker(backbone, **options).config and "width" not in full.config
+    for (name, few), (same, many) in zip(narrow.state().items(), full.state().items(),
+                                         strict=True):
+        scaled = [8 * a == b or a == b and a in (1, 3, 5, 7)
+                  for a, b in zip(few.shape, many.shape, strict=True)]
+        assert name == same and all(scaled), name
+    assert narrow.channels == tuple(c // 8 for c in full.channels)
+    ts.save(tmp_path / "narrow.npz", narrow)
+    again = ts.load(tmp_path / "narrow.npz")
+    assert again.config == narrow.config == models.build(narrow.config).config
+    deep = ts.inflate(narrow, depth=3)
+    assert [p.shape for p in deep.parameters()] == [p.shape for p in maker(
+        backbone, width=8, **options | {"rank": 3}, **{key: deep.config[key] for key in (
+            "depth", "depth_stride", "depth_dilation", "depth_padding")}).parameters()]
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match=f"width is {wrong}; expected a positive int"):
+            maker(backbone, width=wrong, **options)
+
+
 def trunk_names(backbone):
     """torchvision's names, in its order, without num_batches_tracked."""
     norm = ("weight", "bias", "running_mean", "running_var")

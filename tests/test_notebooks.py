@@ -70,6 +70,18 @@ WRONG = {  # of each exercise, in order: what a student might write, and a word 
          ("= ...", "= 0", "exact is off"), ("= ...", "= 1", "different is off")],
         [("= ...", "= 1 / 3", "every channel"), ("= ...", "= np.eye(4)", "its own slice"),
          ("v[...] = ...", "v[1, 0, 0] = 1", "every channel")]],
+    "5_does_it_help": [
+        [("return ...", "return (predicted & truth).sum() / (predicted | truth).sum()", "2 x 4"),
+         ("return ...", "return 2 * (predicted & truth).sum() / max(1, predicted.sum() + "
+          "truth.sum())", "it is nan, not 0"),
+         ("return ...", "return (predicted == truth).mean()", "2 x 4 / .* not 0.5")],
+        [("= ...", "= differences[rng.integers(len(differences), size=times)]", "with replacement"),
+         ("= ...", "= [rng.permutation(differences).mean() for _ in range(times)]", "wide, not"),
+         ("= ...", "= differences[rng.integers(len(differences), size=(times, 5))].mean(axis=1)",
+          "as many cases")],
+        [("winner = ...\nloser = ...", "winner, loser = ..., 0", "two numbers"),
+         ("= ...", "= int(study.mean(axis=1).argmax())", "is not below"),
+         ("= ...", "= int(study.mean(axis=1).argmin())", "is not above")]],
 }
 
 

@@ -90,7 +90,7 @@ class Segmenter(ResNet):
 
 def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: int,
                output_stride: int | None = None, head: str = "linear",
-               decoder: tuple[int, ...] | None = None, norm: str = "batch",
+               decoder: tuple[int, ...] | None = None, norm: str = "batch", width: int = 64,
                dilate_first_block: bool = True, align_corners: bool = True, depth: Any = "plane",
                depth_stride: Any = "plane", depth_dilation: Any = "plane",
                depth_padding: str = "zero", pool_depth: int | None = None,
@@ -105,6 +105,9 @@ def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, class
     told otherwise). decoder: the channels of its blocks, one to five (DECODER); each doubles, and
     what is left after fewer than five is interpolated. norm: "batch" or "group", the decoder's
     alone.
+
+    width: the channels of the stem, to which all others of the trunk are in proportion; 64 is the
+    published one, and with 8 a class can train one on a laptop.
     """
     along, unet = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth,
                         structure), {}
@@ -118,24 +121,27 @@ def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, class
     stride = (32 if unet else 8) if output_stride is None else output_stride
     net = Segmenter(Builder(rank, along, seed), classes, head, align_corners, unet,
                     backbone=backbone, in_channels=in_channels, output_stride=stride,
-                    dilate_first_block=dilate_first_block)
+                    dilate_first_block=dilate_first_block, width=width)
     net.config = {"model": "resnet_seg", "backbone": backbone, "rank": rank,
                   "in_channels": in_channels, "classes": classes, "output_stride": stride,
                   "head": head, **unet, "dilate_first_block": dilate_first_block,
-                  "align_corners": align_corners, **asdict(along)}
+                  "align_corners": align_corners, **({"width": width} if width != 64 else {}),
+                  **asdict(along)}
     return net
 
 
 def resnet(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: int,
-           depth: Any = "plane", depth_stride: Any = "plane", depth_dilation: Any = "plane",
-           depth_padding: str = "zero", pool_depth: int | None = None,
-           structure: str = "full", seed: int = 0) -> Classifier:
+           width: int = 64, depth: Any = "plane", depth_stride: Any = "plane",
+           depth_dilation: Any = "plane", depth_padding: str = "zero",
+           pool_depth: int | None = None, structure: str = "full", seed: int = 0) -> Classifier:
     """The classification network: (N, *S, in_channels) -> logits (N, classes)."""
     along = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth, structure)
     net = Classifier(Builder(rank, along, seed), classes, backbone=backbone,
-                     in_channels=in_channels, output_stride=32, dilate_first_block=True)
+                     in_channels=in_channels, output_stride=32, dilate_first_block=True,
+                     width=width)
     net.config = {"model": "resnet", "backbone": backbone, "rank": rank,
-                  "in_channels": in_channels, "classes": classes, **asdict(along)}
+                  "in_channels": in_channels, "classes": classes,
+                  **({"width": width} if width != 64 else {}), **asdict(along)}
     return net
 
 

@@ -60,31 +60,34 @@ class Residual(Module):
 
 
 class ResNet(Module):
-    """The residual trunk: (N, *S, in_channels) -> (N, *ceil(S / output_stride), channels[-1])."""
+    """The residual trunk: (N, *S, in_channels) -> (N, *ceil(S / output_stride), channels[-1]).
+
+    `width` channels leave the stem, 64 in all published ones; every layer's are in proportion."""
 
     def __init__(self, build: Builder, backbone: str, in_channels: int, output_stride: int,
-                 dilate_first_block: bool):
+                 dilate_first_block: bool, width: int = 64):
         if backbone not in BACKBONES:
             raise ValueError(f"backbone is {backbone!r}; expected one of {', '.join(BACKBONES)}")
         if output_stride not in STRIDES:
             raise ValueError(f"output_stride is {output_stride!r}; expected 8, 16 or 32")
-        if not positive(in_channels):
-            raise ValueError(f"in_channels is {in_channels!r}; expected a positive int")
+        for name, number in (("in_channels", in_channels), ("width", width)):
+            if not positive(number):
+                raise ValueError(f"{name} is {number!r}; expected a positive int")
         blocks, bottleneck = BACKBONES[backbone]
         build.depth.check(range(2 + STRIDES[output_stride][0].count(2)))
         build.stage = 0
-        self.conv1 = build.conv(in_channels, 64, 7, 2)
-        self.bn1 = BatchNorm(64)
+        self.conv1 = build.conv(in_channels, width, 7, 2)
+        self.bn1 = BatchNorm(width)
         build.stage = 1
         self.maxpool = build.pool(3, 2)
-        c_in, before = 64, 1
+        c_in, before = width, 1
         for i, (count, stride, dilation) in enumerate(
             zip(blocks, *STRIDES[output_stride], strict=True)
         ):
             layer, build.stage = [], i + 1
             for b in range(count):
                 first = dilation if b or dilate_first_block else before
-                layer.append(Residual(build, c_in, 64 << i, stride if b == 0 else 1, first,
+                layer.append(Residual(build, c_in, width << i, stride if b == 0 else 1, first,
                                       bottleneck))
                 c_in = layer[-1].c_out
             setattr(self, f"layer{i + 1}", Sequential(*layer))

@@ -182,15 +182,13 @@ class Tiling:
 
     def region(self, x: Array, box: Box, before, margin: int) -> Array:
         """What the windows of a box see of x (N, *S, C), with zeros around: (images, *reach, C).
-
-        Window p of a phase stands on point p - before; the margin is what a last tile sees more.
-        """
+        Window p of a phase stands on point p - before; the margin is what a last tile sees more."""
         images, *tiles = box
         start = [t.start * s for t, s in zip(tiles, self.steps, strict=True)]
-        wide = [s > 1 for s in self.steps[:-1]] + [self.steps[-1] > 1 or self.taps > 1]
-        reach = [(t.stop - t.start) * s + margin * w
-                 for t, s, w in zip(tiles, self.steps, wide, strict=True)]
-        out = np.zeros((images.stop - images.start, *reach, x.shape[-1]), x.dtype)
+        reach = [(t.stop - t.start) * s + margin * (s > 1)
+                 for t, s in zip(tiles, self.steps, strict=True)]
+        reach[-1] += margin * (self.taps > 1)
+        out = np.empty((images.stop - images.start, *reach, x.shape[-1]), x.dtype)
         for phase, here, batch in self.pieces(images):
             source, target = [batch], [here]
             for a, d, b, n, p, r in zip(phase, self.apart, before, x.shape[1:-1], start, reach,
@@ -200,6 +198,8 @@ class Tiling:
                 source.append(slice(first + (low + offset) * d, None, d))
                 target.append(slice(low, max(low, high)))
             inside = out[tuple(target)]
+            if inside.shape[1:-1] != out.shape[1:-1]:
+                out[here] = 0
             inside[...] = x[tuple(source)][(slice(None), *map(slice, inside.shape[1:-1]))]
         return out
 
