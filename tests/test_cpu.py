@@ -551,3 +551,23 @@ def test_in_another_process(method):
     assert queue.get(timeout=120) == here
     child.join(timeout=60)
     assert child.exitcode == 0
+
+
+def test_every_thread_has_a_larger_product_first(monkeypatch):
+    """Once for a number of threads, and nobody else's threads at BLAS meanwhile: OpenBLAS writes
+    the buffer of each."""
+    taken, multiply = [], np.matmul
+
+    def noted(a, b, **options):
+        if (len(a), *b.shape) == (256, 512, 1024):
+            taken.append((threading.get_ident(), {
+                info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"}))
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(np, "matmul", noted)
+    parallel.set_threads(2)
+    parallel._prepare.cache_clear()
+    for _ in range(2):
+        assert parallel.run(lambda i: i, range(3)) == [0, 1, 2]
+    assert len(taken) == 2 and len({thread for thread, _ in taken}) == 2
+    assert all(threads <= {1} for _, threads in taken)
