@@ -48,7 +48,7 @@ assert found[0] == 1, f"Dice of a set with itself is 1, not {found[0]}"
 assert abs(found[1] - 2 / 3) < 1e-9, f"4 voxels in 8: 2 x 4 / (4 + 8), not {found[1]}"
 assert found[2] == 0, f"where nothing is there and something is found, it is 0, not {found[2]}"
 assert np.isnan(found[3]), f"of two empty sets it is nan, not {found[3]}"
-print("right:", found)
+print("right:", np.round(found, 3))
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Hint</summary>

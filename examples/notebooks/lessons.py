@@ -93,7 +93,7 @@ def run(path: Path, folder: Path) -> float:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import ExecutePreprocessor
 
-    content = nbformat.from_dict(notebook(path, solved=True))
+    content = nbformat.reads(json.dumps(notebook(path, solved=True)), as_version=4)
     began = time.monotonic()
     ExecutePreprocessor(timeout=600).preprocess(content, {"metadata": {"path": str(HERE)}})
     seconds = time.monotonic() - began
