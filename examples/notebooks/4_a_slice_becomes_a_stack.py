@@ -38,7 +38,7 @@ page.figure(report.kernels, rows)
 
 # %%
 for name, row in ts.PROFILES.items():
-    print(f"{name:11} {row.formula:60} {row.source[:40]}")
+    print(f"{name:11}{row.formula[:52]:53}{row.source[:26]}")
 
 # %% [markdown]
 # ## A whole network
