@@ -59,15 +59,15 @@ def test_columns_are_a_row_for_each_window(tmp_path, monkeypatch, shape, kernel,
     rng = np.random.default_rng(0)
     x, w, shown = rng.standard_normal(shape), rng.standard_normal(kernel), []
     draw = pictures._framed
-    monkeypatch.setattr(pictures, "_framed", lambda panel, numbers, frames: (
-        shown.append((numbers, frames)), draw(panel, numbers, frames)))
+    monkeypatch.setattr(pictures, "_framed", lambda panel, numbers, frame: (
+        shown.append((numbers, frame)), draw(panel, numbers, frame)))
     pictures.columns(tmp_path / "columns.png", x, w, at)
-    *slices, (rows, ((row, *_),)), (column, _), (answer, ((i, j, *_),)) = shown
+    *slices, (rows, (row, *_)), (column, _), (answer, (i, j, *_)) = shown
     seen = x[tuple(slice(a, a + k) for a, k in zip(at, kernel, strict=True))]
     np.testing.assert_array_equal(rows[row], seen.ravel())
     np.testing.assert_array_equal(column[:, 0], w.ravel())
     assert answer[i, j] == pytest.approx((seen * w).sum())
     assert len(slices) == (kernel[0] if len(shape) == 3 else 1)
-    top, left, height, width = slices[0][1][0]
+    top, left, height, width = slices[0][1]
     np.testing.assert_array_equal(slices[0][0][top : top + height, left : left + width],
                                   seen if len(shape) == 2 else seen[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -99,6 +100,7 @@ class Phase(NamedTuple):
         return np.ascontiguousarray(w)
 
 
+@lru_cache(maxsize=1024)
 def phases(window: Window, before: tuple[int, ...], size: tuple[int, ...]) -> list[Phase]:
     """The phases of a convolution of a grid `before` that is doubled to `size` along some axes.
 
@@ -134,19 +136,18 @@ def conv_phases(x, w, b=None, *, window, size):
     """conv(double(x, size=size), w, b) with a window of which there are `phases`: the doubled grid
     is never written, and of 3 x 3 x 3 taps each position sees 2 x 2 x 2 points, 8 products where 27
     would be direct."""
-    parts, count = phases(window, x.shape[1:-1], size), window.positions(size)
-    border = [(0, 0), *window.padding]
+    parts, border = phases(window, x.shape[1:-1], size), [(0, 0), *window.padding]
     padded = pad(x, border, edge := [False, *window.edge])
-    y = np.empty((len(x), *count, w.shape[-1]), x.dtype)
+    y = np.empty((len(x), *window.positions(size), w.shape[-1]), x.dtype)
+    count = parts[0].positions(y).shape[1:-1]  # every phase has as many
 
     def each(compute):  # side by side; each on all cores where these are more
         return parallel.run(compute, parts) if parallel.threads() <= len(parts) else [
             *map(compute, parts)]
 
     def forward(phase):
-        here = phase.positions(y)
-        here[...] = windows.correlate(phase.seen(padded, here.shape[1:-1]), phase.kernel(w),
-                                      phase.window)
+        phase.positions(y)[...] = windows.correlate(phase.seen(padded, count), phase.kernel(w),
+                                                    phase.window)
 
     each(forward)
     if b is not None:
@@ -154,22 +155,14 @@ def conv_phases(x, w, b=None, *, window, size):
 
     def dx(g):
         total = np.zeros(padded.shape, x.dtype)
-
-        def back(phase):
-            here = np.ascontiguousarray(phase.positions(g))
-            size = phase.seen(total, here.shape[1:-1]).shape[1:-1]
-            return windows.correlate_dx(here, phase.kernel(w), size, phase.window)
-
-        for phase, part in zip(parts, each(back), strict=True):
-            phase.seen(total, phase.positions(g).shape[1:-1])[...] += part
+        for phase, part in zip(parts, each(lambda phase: windows.correlate_dx(
+                np.ascontiguousarray(phase.positions(g)), phase.kernel(w),
+                phase.seen(total, count).shape[1:-1], phase.window)), strict=True):
+            phase.seen(total, count)[...] += part
         return pad_adjoint(total, border, edge)
 
     def dw(g):
-        def back(phase):
-            here = np.ascontiguousarray(phase.positions(g))
-            return phase.spread(windows.correlate_dw(phase.seen(padded, here.shape[1:-1]), here,
-                                                     phase.window))
-
-        return sum(each(back))
+        return sum(each(lambda phase: phase.spread(windows.correlate_dw(
+            phase.seen(padded, count), np.ascontiguousarray(phase.positions(g)), phase.window))))
 
     return y, (dx, dw, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0))

@@ -157,7 +157,8 @@ def run(job: Callable[[Any], Any], items: Sequence) -> list:
     if getattr(_here, "busy", False):
         return [job(item) for item in items]
 
-    number = min(threads(), len(items))
+    most = threads()
+    number = min(most, len(items))
     results: list = [None] * len(items)
     waiting = iter(enumerate(items))  # shared: whoever is free takes the next
 
@@ -170,7 +171,7 @@ def run(job: Callable[[Any], Any], items: Sequence) -> list:
             _here.busy = False
 
     with _one_blas_thread:
-        _prepare(os.getpid(), threads())
+        _prepare(os.getpid(), most)
         others = [_pool(os.getpid(), number - 1).submit(work) for _ in range(number - 1)]
         try:
             work()

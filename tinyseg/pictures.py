@@ -126,30 +126,30 @@ def columns(path: str | Path, x: np.ndarray, w: np.ndarray, at: tuple[int, ...])
     figure = _figure(2.3 * sum(widths) / 1.2, 3.4)
     panels = figure.subplots(1, len(widths), width_ratios=widths)
     for t, (panel, image) in enumerate(zip(panels, slices, strict=False)):
-        _framed(panel, image, [(at[-2], at[-1], *kernel[-2:])])
+        _framed(panel, image, (at[-2], at[-1], *kernel[-2:]))
         panel.set_title("the input" if rank == 2 else f"slice {at[0] + t}", fontsize="small")
     matrix, column, product = panels[len(slices) :]
-    _framed(matrix, rows, [(row, 0, 1, rows.shape[1])])
+    _framed(matrix, rows, (row, 0, 1, rows.shape[1]))
     matrix.set_title(f"columns {rows.shape[0]} x {rows.shape[1]}", fontsize="small")
     matrix.set_aspect("auto")
-    _framed(column, w.reshape(-1, 1), [(0, 0, w.size, 1)])
+    _framed(column, w.reshape(-1, 1), (0, 0, w.size, 1))
     column.set_title("kernel", fontsize="small")
     shown = answer.reshape(positions) if rank == 2 else answer.reshape(positions)[at[0]]
-    _framed(product, shown, [(at[-2], at[-1], 1, 1)])
+    _framed(product, shown, (at[-2], at[-1], 1, 1))
     product.set_title(f"the answer, {answer[row]:.2f} here", fontsize="small")
     _save(figure, path)
 
 
-def _framed(panel: Any, numbers: np.ndarray, frames: Sequence[tuple[int, int, int, int]]) -> None:
-    """Numbers (H, W) as a picture, with frames (top, left, height, width) around some of them."""
+def _framed(panel: Any, numbers: np.ndarray, frame: tuple[int, ...]) -> None:
+    """Numbers (H, W) as a picture, with a frame (top, left, height, width) around some of them."""
     from matplotlib.patches import Rectangle
 
     most = abs(numbers).max() or 1.0
     panel.imshow(numbers, cmap="RdBu_r", vmin=-most, vmax=most)
     panel.set(xticks=[], yticks=[])
-    for top, left, height, width in frames:
-        panel.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False,
-                                  edgecolor="black", linewidth=2, clip_on=False))
+    top, left, height, width = frame
+    panel.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False,
+                              edgecolor="black", linewidth=2, clip_on=False))
 
 
 def table(path: str | Path, rows: Mapping[str, Sequence[float]], what: str = "") -> None:
