@@ -28,6 +28,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("emulated_shared")))
+#define UNSEEN __attribute__((no_sanitize("thread")))
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulator::dynamic
 #define threadIdx (emulator::current->thread)
 #define blockIdx (emulator::block)
@@ -58,6 +59,7 @@ struct dim3 {
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[];
 extern "C" __attribute__((visibility("hidden"))) char __start_emulated_shared[];
 extern "C" __attribute__((visibility("hidden"))) char __stop_emulated_shared[];
+extern "C" __attribute__((visibility("hidden"))) const char _end[];
 extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -86,6 +88,7 @@ namespace emulator {
 constexpr unsigned THREADS = 1024, PAGE = 4096, STACK = 32 * PAGE, COPIES = 1024, SIGNALS = 6;
 constexpr size_t SHARED = 256 << 10;
 enum Order { FORWARD, REVERSED, RANDOM };
+enum Kind { READ, WRITE, ATOMIC };
 
 struct Kernel {  // what a source exports of each kernel
   void (*function)();
@@ -111,6 +114,14 @@ struct Job {  // a launch, and its report; Python has the same fields
   uintptr_t address, instruction;  // what was accessed; the offset in this library
   long long switches, copies, multiplications, matrices, conflicts;
   Room* room;
+  struct Access* accesses;         // null where nobody asks for them
+  long long accessed, accessible;  // how many there are, and how many fit
+};
+
+struct Access {
+  uintptr_t address, instruction;       // the offset in this library, or 0 where the line is known
+  unsigned block, thread, epoch, step;  // how many barriers, and calls of __syncwarp, came before
+  int bytes, kind, line, shared;
 };
 
 struct Copy {
@@ -125,6 +136,7 @@ struct Fiber {
   void* stack;
   uint3 thread;
   unsigned index, group, first, last;  // groups committed; the range of `copies` not yet landed
+  unsigned step;                       // calls of __syncwarp
   int line;                            // where it waits
   Copy* copies;
 };
@@ -139,10 +151,10 @@ struct Warp {  // each mask has a bit per lane; a lane in none of them runs or h
 __shared__ __attribute__((used)) char none[16];  // the section exists
 static Job* job;
 static uint3 block;
-static Fiber fibers[THREADS], host, *current;
+static Fiber fibers[THREADS], host, *current = &host;
 static Warp warps[THREADS / 32];
 static unsigned char* dynamic;
-static unsigned live, position, order[THREADS / 32], turned, generator;
+static unsigned live, epoch, position, order[THREADS / 32], turned, generator;
 static int barrier_line, votes, vote_result;
 static sigjmp_buf escape;
 
@@ -188,6 +200,7 @@ static Fiber* next() {  // the fiber to run now; the host's when the block is do
     }
     vote_result = votes;
     votes = barrier_line = 0;
+    ++epoch;
     arrange();
   }
 }
@@ -247,7 +260,26 @@ static bool is_shared(const void* p) {
          in(__start_emulated_shared, __stop_emulated_shared - __start_emulated_shared);
 }
 
-static void land(const Copy& c) {
+static bool in(uintptr_t at, const void* from, const void* to) {
+  return at - uintptr_t(from) < uintptr_t(to) - uintptr_t(from);
+}
+
+// Keeps what the running thread accesses, unless it lies on its stack or is the emulator's own.
+UNSEEN static void access(const void* p, int bytes, Kind kind, int line, void* from = nullptr) {
+  const uintptr_t at = uintptr_t(p);
+  if (!job || !job->accesses || current == &host) return;
+  if (in(at, job->room->stacks, job->room->stacks + size_t(THREADS) * STACK)) return;
+  const bool shared = in(at, dynamic, dynamic + job->shared) ||
+                      in(at, __start_emulated_shared, __stop_emulated_shared);
+  if (in(at, __ehdr_start, _end) && !shared || in(at, job, job + 1)) return;
+  if (job->accessed == job->accessible) fail("accesses more than can be kept", *current);
+  const uint3 &b = block, &n = job->blocks;
+  job->accesses[job->accessed++] = {at, from ? uintptr_t(from) - uintptr_t(__ehdr_start) : 0,
+      b.x + n.x * (b.y + n.y * b.z), current->index, epoch, current->step, bytes,
+      kind, line, shared};
+}
+
+UNSEEN static void land(const Copy& c) {
   c.valid ? memcpy(c.to, c.from, c.bytes) : memset(c.to, 0, c.bytes);
 }
 
@@ -280,7 +312,7 @@ static void prepare(unsigned threads) {  // stacks, each above a page that no on
     *--top = nullptr;  // entry never returns; this aligns its frame
     *--top = reinterpret_cast<void*>(entry);
     for (int k = 0; k < 6; ++k) *--top = nullptr;
-    f = {top, {i % n.x, i / n.x % n.y, i / (n.x * n.y)}, i, 0, 0, 0, 0, copies + i * COPIES};
+    f = {top, {i % n.x, i / n.x % n.y, i / (n.x * n.y)}, i, 0, 0, 0, 0, 0, copies + i * COPIES};
     warps[i / 32].ready |= 1u << i % 32;
   }
 }
@@ -299,11 +331,11 @@ static void run() {
         memset(dynamic, 0xff, room);
         memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
         memset(warps, 0, sizeof warps);
-        votes = barrier_line = 0;
+        votes = barrier_line = epoch = 0;
+        current = &host;
         live = job->threads.x * job->threads.y * job->threads.z;
         prepare(live);
         arrange();
-        current = &host;
         yield();
       }
 }
@@ -354,6 +386,26 @@ template <class... A> Kernel described(void (*kernel)(A...), int limit, int = 0)
   extern "C" __attribute__((visibility("default"))) const emulator::Kernel emulated_##name;     \
   const emulator::Kernel emulated_##name = emulator::described(name, __VA_ARGS__);
 
+// Under -fsanitize=thread the compiler calls one of these before each access
+
+#define EMULATED_ACCESS(name, parameters, n, kind)                                              \
+  extern "C" __attribute__((used)) UNSEEN inline void __tsan_##name parameters {                \
+    emulator::access(p, n, emulator::kind, 0, __builtin_return_address(0));                     \
+  }
+#define EMULATED_ACCESSES(n)                                                                    \
+  EMULATED_ACCESS(read##n, (void* p), n, READ)                                                  \
+  EMULATED_ACCESS(write##n, (void* p), n, WRITE)                                                \
+  EMULATED_ACCESS(unaligned_read##n, (void* p), n, READ)                                        \
+  EMULATED_ACCESS(unaligned_write##n, (void* p), n, WRITE)
+EMULATED_ACCESSES(1)
+EMULATED_ACCESSES(2)
+EMULATED_ACCESSES(4)
+EMULATED_ACCESSES(8)
+EMULATED_ACCESSES(16)
+EMULATED_ACCESS(read_range, (void* p, size_t n), n, READ)
+EMULATED_ACCESS(write_range, (void* p, size_t n), n, WRITE)
+extern "C" __attribute__((used)) inline void __tsan_init() {}
+
 // Calls of a block and of a warp
 
 #define LINE int line = __builtin_LINE()
@@ -365,6 +417,7 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __syncwarp(unsigned mask = ~0u, LINE) {
   emulator::together<unsigned>(mask, [](unsigned* const*) {}, line, mask);
+  ++emulator::current->step;
 }
 
 namespace emulator {
@@ -421,6 +474,8 @@ template <int BYTES = 16> inline void copy_async(void* shared, const void* globa
   if ((uintptr_t(shared) | uintptr_t(global)) % BYTES) emulator::fail("copies across 16 bytes", f);
   if (f.last - f.first == emulator::COPIES) emulator::fail("waits for none of its copies", f);
   ++emulator::job->copies;
+  emulator::access(shared, BYTES, emulator::WRITE, line);
+  if (valid) emulator::access(global, BYTES, emulator::READ, line);
   if (emulator::job->order == emulator::RANDOM && emulator::chance() & 1)
     return emulator::land(copy);
   f.copies[f.last++ % emulator::COPIES] = copy;
@@ -431,6 +486,7 @@ template <int N> inline void copy_wait() {
   for (; f.first != f.last; ++f.first) {
     const emulator::Copy& copy = f.copies[f.first % emulator::COPIES];
     if (copy.group + N >= f.group) break;
+    emulator::access(copy.to, copy.bytes, emulator::WRITE, f.line);
     emulator::land(copy);
   }
 }
@@ -444,7 +500,8 @@ inline void load_matrices(unsigned (&r)[4], const void* shared, LINE) {
   if (!emulator::is_shared(shared))
     emulator::fail("loads what is not shared memory", *emulator::current);
   if (uintptr_t(shared) % 16) emulator::fail("loads across 16 bytes", *emulator::current);
-  emulator::together<Lane>(mine, [](Lane* const* lanes) {
+  emulator::access(shared, 16, emulator::READ, line);
+  emulator::together<Lane>(mine, [](Lane* const* lanes) UNSEEN {
     ++emulator::job->matrices;
     for (int m = 0; m < 4; ++m) {
       int rows[8] = {}, most = 0;  // of each 16 bytes of the banks, one row can be read at a time
@@ -618,7 +675,8 @@ template <class T> inline T __ldcg(const T* p) { return *p; }
 template <class T> inline T __ldcs(const T* p) { return *p; }
 template <class T> inline void __stcs(T* p, T v) { *p = v; }
 #define EMULATED_ATOMIC(name, result)                                                           \
-  template <class T> inline T name(T* p, std::enable_if_t<true, T> v) {                         \
+  template <class T> UNSEEN inline T name(T* p, std::enable_if_t<true, T> v, LINE) {            \
+    emulator::access(p, sizeof *p, emulator::ATOMIC, line);                                     \
     const T old = *p;                                                                           \
     *p = result;                                                                                \
     return old;                                                                                 \
@@ -631,7 +689,9 @@ EMULATED_ATOMIC(atomicOr, old | v)
 EMULATED_ATOMIC(atomicAnd, old & v)
 EMULATED_ATOMIC(atomicExch, v)
 template <class T>
-inline T atomicCAS(T* p, std::enable_if_t<true, T> expected, std::enable_if_t<true, T> v) {
+UNSEEN inline T atomicCAS(T* p, std::enable_if_t<true, T> expected, std::enable_if_t<true, T> v,
+                          LINE) {
+  emulator::access(p, sizeof *p, emulator::ATOMIC, line);
   const T old = *p;
   if (old == expected) *p = v;
   return old;

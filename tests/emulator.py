@@ -3,7 +3,8 @@
 `RawModule(code=, options=).get_function(name)(grid, block, args, shared_mem=)` takes the arguments
 that CuPy's takes, where an array is anything with the address `.data.ptr`, and runs the kernel
 before it returns. Whatever would hang or crash a GPU, and some of what would pass there by luck,
-raises `Fault`; the next launch is not affected. `order` says in which order warps run.
+raises `Fault`; the next launch is not affected. `order` says in which order warps run. `traced`
+keeps who reads and writes what, and finds threads that race.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +33,8 @@ OPTIONS = ("-std=c++17 -O2 -g1 -w -shared -fPIC -fvisibility=hidden -fno-excepti
            "-fno-strict-aliasing -fno-threadsafe-statics -ffp-contract=off -U_FORTIFY_SOURCE "
            "-fno-crossjumping -fno-tree-tail-merge "  # each trap keeps the line it comes from
            "-fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error").split()
+TRACING = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0".split()  # tells accesses to
+LIBRARIES = "-nodefaultlibs -lc -lm -lgcc".split()  # functions of emulator.hpp, not of libtsan
 ORDERS = "forward", "reversed", "random"
 THREADS, SHARED_DEFAULT, SHARED_LIMIT = 1024, 48 << 10, 227 << 10
 GRID = 2**31 - 1, 65535, 65535
@@ -40,6 +44,7 @@ order = "forward"  # one of ORDERS; "random" draws from `seed`
 seed = 1
 seconds = 60.0  # of processor time that a launch may take
 flush = "end"  # the end of a guarded array that touches its guard: "start" or "end"
+traces = None  # what launches are added to while they are traced
 tape = None  # while a graph is captured: the list of what it will do, launches among that
 statistics: defaultdict[str, Counter] = defaultdict(Counter)  # of each kernel, until cleared
 
@@ -79,7 +84,14 @@ class _Job(ctypes.Structure):
                 ("failure", ctypes.c_char_p), ("signal", ctypes.c_int), ("line", ctypes.c_int),
                 ("block", _Triple), ("thread", _Triple), ("address", ctypes.c_size_t),
                 ("instruction", ctypes.c_size_t), *((n, ctypes.c_longlong) for n in COUNTS),
-                ("room", ctypes.POINTER(_Room))]
+                ("room", ctypes.POINTER(_Room)), ("accesses", ctypes.c_void_p),
+                ("accessed", ctypes.c_longlong), ("accessible", ctypes.c_longlong)]
+
+
+ACCESS = np.dtype({"names": "address instruction block thread epoch step bytes kind "
+                            "line shared".split(),
+                   "formats": ["u8"] * 2 + ["u4"] * 4 + ["i4"] * 4})
+ACCESSIBLE = 1 << 22  # accesses of a launch that is traced
 
 
 class RawModule:
@@ -89,9 +101,8 @@ class RawModule:
         self.code, self.options = code, tuple(options)
         self._limits = {}  # dynamic shared memory: a property of the kernel, not of who got it
 
-    @property
     def _library(self):
-        return _loaded(self.code, self.options)
+        return _loaded(self.code, self.options, traces is not None)
 
     def get_function(self, name):
         if name not in [m[2] for m in KERNEL.finditer(self.code)]:
@@ -102,8 +113,11 @@ class RawModule:
 class _Function:
     def __init__(self, module, name):
         self._module, self.name = module, name
-        self._path, self._library = module._library
-        self._kernel = _Kernel.in_dll(self._library, f"emulated_{name}")
+        self._load()
+
+    def _load(self):
+        self._path, self._library = self._module._library()
+        self._kernel = _Kernel.in_dll(self._library, f"emulated_{self.name}")
 
     @property
     def max_dynamic_shared_size_bytes(self):
@@ -118,6 +132,7 @@ class _Function:
     def __call__(self, grid, block, args, *, shared_mem=0):
         if tape is not None:
             return tape.append(lambda: self(grid, block, args, shared_mem=shared_mem))
+        self._load()  # with or without what traces it
         grid, block = ((*map(int, t), 1, 1)[:3] for t in (grid, block))
         threads = block[0] * block[1] * block[2]
         if not all(0 < n <= limit for n, limit in zip(grid, GRID, strict=True)):
@@ -133,7 +148,12 @@ class _Function:
         job = _Job(kernel=ctypes.pointer(self._kernel), blocks=grid, threads=block,
                    arguments=ctypes.addressof(addresses), shared=shared_mem, seed=seed,
                    order=ORDERS.index(order), seconds=seconds, room=ctypes.pointer(_room))
+        if traces is not None:
+            room = np.empty(ACCESSIBLE, ACCESS)  # of which the system gives what is written
+            job.accesses, job.accessible = room.ctypes.data, len(room)
         self._library.emulator_launch(ctypes.byref(job))
+        if traces is not None:
+            traces.append(Trace(self, args, room[: job.accessed].copy()))
         statistics[self.name].update({"launches": 1, **{n: getattr(job, n) for n in COUNTS}})
         if job.failure is not None:
             raise Fault(self._described(job, args))
@@ -168,9 +188,12 @@ class _Function:
                     signal.SIGVTALRM: f"still runs after {seconds:g} s",
                     signal.SIGSEGV: f"accesses {_place(job.address, args)}",
                     }.get(job.signal, "indexes outside an array, or an address is misaligned")
-        lines = self._module.code.splitlines()
-        at = f", line {line}: {lines[line - 1].strip()}" if 0 < line <= len(lines) else ""
+        at = f", {quoted}" if (quoted := self._quoted(line)) else ""
         return f"{self.name}: block {(*job.block,)}, thread {(*job.thread,)} {what}{at}"
+
+    def _quoted(self, line):
+        lines = self._module.code.splitlines()
+        return f"line {line}: {lines[line - 1].strip()}" if 0 < line <= len(lines) else ""
 
     def _line(self, instruction):
         """The line of the source that an instruction comes from; 0 where that is not known."""
@@ -180,6 +203,65 @@ class _Function:
         except OSError:
             return 0
         return next((int(m[1]) for m in re.finditer(r"kernel\.cu:(\d+)", out)), 0)
+
+
+class Trace(NamedTuple):
+    """What a launch did to memory: its accesses, of ACCESS, in the order that they came in."""
+
+    function: _Function
+    args: tuple
+    accesses: np.ndarray
+
+    def of(self, argument=None, write=False):
+        """Those that read (write) an argument, by its number, or the shared memory of blocks."""
+        found = self.accesses[(self.accesses["kind"] > 0) == write]  # 0 read, 1 written, 2 atomic
+        if argument is None:
+            return found[found["shared"] != 0]
+        array = self.args[argument]
+        return found[found["address"] - np.uint64(array.data.ptr) < array.nbytes]
+
+    def bytes(self, argument=None, write=False):
+        """How many bytes that is, asked for by all threads together."""
+        return int(self.of(argument, write)["bytes"].sum())
+
+    def counts(self, argument, block=0, write=False):
+        """How often each thread of a block reads (writes) each number of an argument: (threads,
+        numbers)."""
+        array, a = self.args[argument], self.of(argument, write)
+        a, size = a[a["block"] == block], array.dtype.itemsize
+        counts = np.zeros((a["thread"].max(initial=0) + 1, array.size), int)
+        number = (a["address"] - np.uint64(array.data.ptr)).astype(int) // size
+        for more in range(a["bytes"].max(initial=0) // size):
+            wide = a["bytes"] > more * size
+            np.add.at(counts, (a["thread"][wide], number[wide] + more), 1)
+        return counts
+
+    def races(self):
+        """The lines that race, as texts: where two threads of a block meet in shared memory, one of
+        them writing, and nothing says which comes first: no barrier, nor, within a warp, a
+        __syncwarp."""
+        a = self.accesses[self.accesses["shared"] != 0]
+        if not len(a):
+            return []
+        unit = np.gcd.reduce(np.r_[a["address"].astype(int), a["bytes"]])
+        parts = a["bytes"] // unit
+        each = np.repeat(np.arange(len(a)), parts)
+        part = np.arange(len(each)) - np.repeat(np.cumsum(parts) - parts, parts)
+        a, place = a[each], a["address"][each].astype(int) // unit + part
+        axes = [place - place.min(), a["block"], a["epoch"], warp := a["thread"] // 32, a["step"]]
+        racing = set()
+        for who, where in ((warp, axes[:3]), (a["thread"], axes)):
+            key = np.ravel_multi_index(where, [int(axis.max()) + 1 for axis in where])
+            order = np.argsort(key)
+            starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+            low, high = ([f.reduceat(v[order], starts) for v in (who, a["kind"])]
+                         for f in (np.minimum, np.maximum))
+            met = (low[0] < high[0]) & (high[1] > 0) & (low[1] < 2)  # all atomic: in some order
+            those = a[order[np.repeat(met, np.diff(starts, append=len(a)))]]
+            racing |= {*zip(those["instruction"].tolist(), those["line"].tolist(), strict=True)}
+        function = self.function
+        return [function._quoted(line) for line in
+                sorted({line or function._line(i - 1) for i, line in racing})]
 
 
 def _place(address, args):
@@ -198,7 +280,7 @@ def _version():
 
 
 @cache
-def _loaded(code, options):
+def _loaded(code, options, tracing):
     """The path and the library of a source; compiled, unless some process has done so before."""
     if reason := missing():
         raise Fault(reason)
@@ -209,7 +291,8 @@ def _loaded(code, options):
     code = code.replace('extern "C" __global__', "__global__")  # may be named as in C's library
     text = (f'#include "emulator.hpp"\n{defines}namespace source {{\n#line 1 "kernel.cu"\n{code}\n'
             f"{kernels}}}\n")
-    parts = [text, HEADER.read_text("utf-8"), *OPTIONS, _version()]
+    compiler = [COMPILER, *OPTIONS, *(TRACING if tracing else ())]
+    parts = [text, HEADER.read_text("utf-8"), *compiler, *LIBRARIES, _version()]
     key = hashlib.sha256("\0".join(parts).encode())
     folder = Path(tempfile.gettempdir()) / f"tinyseg-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -217,8 +300,8 @@ def _loaded(code, options):
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch, "kernel.so")
-            done = subprocess.run([COMPILER, *OPTIONS, f"-I{HEADER.parent}", "-xc++", "-",
-                                   "-o", built], input=text, capture_output=True, encoding="utf-8")
+            done = subprocess.run([*compiler, f"-I{HEADER.parent}", "-xc++", "-", "-o", built,
+                                   *LIBRARIES], input=text, capture_output=True, encoding="utf-8")
             if done.returncode:
                 raise Fault(f"{COMPILER} does not compile the source:\n{done.stderr[:4000]}")
             built.replace(path)  # whole or not at all, whoever builds the same
@@ -257,6 +340,17 @@ def forget():
     for cached in vars(loader).values():
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
+
+
+@contextmanager
+def traced():
+    """Launches within give each a `Trace`, in the list that this is; kernels run slower."""
+    global traces
+    outer, traces = traces, []
+    try:
+        yield traces
+    finally:
+        traces = outer
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 """Whole networks on emulated kernels: every operation of training and inference takes its GPU path
 and gives what NumPy gives."""
 
+import re
 import sys
+from contextlib import nullcontext
 
+import emulator
 import numpy as np
 import pytest
 
 import tinyseg as ts
 from tinyseg import cuda, infer, losses, models, nn, optim, train
+from tinyseg.cuda import loader
 
 
 @pytest.fixture
@@ -104,6 +108,47 @@ def test_what_a_captured_step_cannot_do(cuda, tiny):
         steps(lambda z, t: losses.dice(z, t) * float(z.data[0, 0, 0, 0]), labels=lambda _: 1)
     with pytest.raises(ValueError, match="on a GPU"):
         steps(losses.dice, models.resnet_seg(tiny, rank=2, in_channels=1, classes=3))
+
+
+def traced_step(library, rank, exact):
+    """Traces of all launches of a training step, of networks with 8 to 64 channels."""
+    size, options = {2: ((9, 11), {}), 3: ((3, 5, 6), {"depth_stride": 1})}[rank]
+    net = models.resnet_seg("tiny", rank=rank, in_channels=1, classes=3, width=8, **options)
+    with emulator.traced() as traces, cuda.exact() if exact else nullcontext():
+        curve(library, net, size, lambda ps: optim.AdamW(ps, 1e-3), steps=1)
+    return traces
+
+
+@pytest.mark.parametrize("rank, exact", [(2, True), (3, False)])
+def test_no_threads_race(cuda, tiny, rank, exact):
+    traces = traced_step(cuda, rank, exact)
+    assert {trace.function.name for trace in traces} >= {
+        "correlate", "correlate_dw", "normalize", "adjoint_sums", "maximum", "linear", "gradient",
+        "adamw", "squares"}
+    assert [race for trace in traces for race in trace.races()] == []
+    assert sum(len(trace.of()) for trace in traces) > 10**5
+
+
+BARRIERS = [(path.stem, i) for path in sorted(loader.FOLDER.glob("*.cu"))
+            for i in range(len(re.findall(r"__sync\w+\(\);", loader.source(path.stem))))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file, which", BARRIERS)
+def test_every_barrier_is_missed(cuda, tiny, monkeypatch, file, which):
+    """Without it threads race, or something is at fault, or what is computed is not a number."""
+    source, seen = loader.source, iter(range(99))
+    text = re.sub(r"__sync\w+\(\);", lambda m: "" if next(seen) == which else m[0], source(file))
+    monkeypatch.setattr(loader, "source", lambda f: text if f == file else source(f))
+    emulator.forget()
+    try:
+        with pytest.raises((emulator.Fault, FloatingPointError, AssertionError)):
+            for rank, exact in (2, file == "conv_simt"), (3, False):
+                traces = traced_step(cuda, rank, exact)
+                assert not any(trace.races() for trace in traces)
+    finally:
+        monkeypatch.undo()
+        emulator.forget()
 
 
 def test_inference_and_files(cuda, tiny, tmp_path):

@@ -251,6 +251,78 @@ def test_bank_conflicts_are_counted(kernel, pitch, extra):
     assert counted["matrices"] == 4 and counted["conflicts"] == 4 * extra
 
 
+def test_a_trace_tells_who_reads_and_writes_what(cuda, kernel, order):
+    x, y = cuda.asarray(np.arange(300, dtype="float32")), cuda.empty(2, "float32")
+    with emulator.traced() as traces:
+        kernel("total")((2,), (256,), (x, y, *i32(300)))
+        with emulator.traced() as inner:
+            kernel("total")((1,), (256,), (x, y, *i32(256)))
+    outer, = traces
+    assert len(inner) == 1 and inner[0].bytes(0) == 1024 and emulator.traces is None
+    assert (outer.counts(0, block=0)[:, :256] == np.eye(256)).all()
+    assert (outer.counts(0, block=1)[:44, 256:] == np.eye(44)).all()
+    assert outer.counts(0).sum() == 256 and outer.bytes(0) == 1200
+    assert outer.counts(1, write=True).tolist() == [[1, 0]] and outer.bytes(1) == 0
+    # 256 + 255 numbers are written of each block, 2 x 255 + 1 are read
+    assert outer.bytes(write=True) == 2 * 4 * 511 and outer.bytes() == 2 * 4 * 511
+    assert max(outer.accesses["epoch"]) == 9 and outer.function.name == "total"
+
+
+def test_wide_accesses_count_for_each_number(cuda):
+    code = COMMON + """
+extern "C" __global__ void wide(const float* x, float* y) {
+  *(float4*)(y + 4 * threadIdx.x) = *(const float4*)(x + 4 * threadIdx.x);
+}"""
+    x, y = cuda.asarray(np.arange(12, dtype="float32")), cuda.empty(12, "float32")
+    with emulator.traced() as traces:
+        cuda.RawModule(code=code).get_function("wide")((1,), (3,), (x, y))
+    expected = np.kron(np.eye(3, dtype=int), np.ones(4, int))
+    assert (traces[0].counts(0) == expected).all() and (y.get() == x.get()).all()
+    assert (traces[0].counts(1, write=True) == expected).all()
+
+
+RACES = COMMON + r'''
+extern "C" __global__ void meet(float* y, int which) {
+  __shared__ float a[128];
+  __shared__ int count;
+  DYNAMIC_SHARED(memory);
+  const int t = threadIdx.x;
+  if (which == 0) { a[t] = t; __syncthreads(); y[t] = a[t ^ 64]; }
+  if (which == 1) { a[t] = t; y[t] = a[t ^ 64]; }
+  if (which == 2) { a[t] = t; __syncwarp(); y[t] = a[t ^ 64]; }
+  if (which == 3) { a[t] = t; __syncwarp(); y[t] = a[t ^ 1]; }
+  if (which == 4) { a[t] = t; warp_sum(t); y[t] = a[t ^ 1]; }
+  if (which == 5) { atomicAdd(&count, 1); __syncthreads(); y[t] = count; }
+  if (which == 6) { atomicAdd(&count, 1); y[t] = count; }
+  if (which == 7) { y[t] = a[0]; }
+  if (which >= 8) {
+    float* const b = (float*)memory;
+    copy_async(b + 4 * t, y + 4 * t, true);
+    copy_commit();
+    if (which == 8) y[t] = b[4 * t ^ 4];
+    if (which == 9) __syncthreads();
+    copy_wait<0>();
+    if (which == 10) __syncthreads();
+    y[t] = b[4 * t ^ 4];
+  }
+}
+'''
+
+
+@pytest.mark.parametrize("which, racing", [*enumerate([0, 1, 1, 0, 1, 0, 1, 0, 3, 2, 0])])
+def test_races_are_found_in_any_order(cuda, order, which, racing):
+    """Barriers order the threads of a block, __syncwarp those of a warp, shuffles nobody; a copy in
+    the background writes at any time from its start to the wait for it."""
+    kernel = cuda.RawModule(code=RACES).get_function("meet")
+    with emulator.traced() as traces:
+        kernel((2,), (128,), (cuda.zeros(512, "float32"), np.int32(which)), shared_mem=2048)
+    found, start = traces[0].races(), RACES[: RACES.index("  if (which == 0)")].count("\n") + 1
+    assert len(found) == racing, found
+    for text in found:
+        line = int(text.split(":")[0].removeprefix("line "))
+        assert line == start + which if which < 8 else line >= start + 8
+
+
 def test_shared_memory_starts_as_nan(cuda, kernel):
     y = cuda.zeros(6, "float32")
     kernel("poison")((3,), (1,), (y,), shared_mem=4)

@@ -7,7 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import emulator
 import pytest
+import strictarray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples/notebooks"))
 
@@ -82,6 +84,17 @@ WRONG = {  # of each exercise, in order: what a student might write, and a word 
         [("winner = ...\nloser = ...", "winner, loser = ..., 0", "two numbers"),
          ("= ...", "= int(study.mean(axis=1).argmax())", "is not below"),
          ("= ...", "= int(study.mean(axis=1).argmin())", "is not above")]],
+    "6_a_kernel_thread_by_thread": [
+        [("= ...\nenough = ...", "= 256 * 9 * 4\nenough = 832", "returns before it reads"),
+         ("= ...\nenough = ...", "= 200 * 9\nenough = 832", "has 4 bytes"),
+         ("= ...\nenough = ...", "= 7200\nenough = 800", "the last window")],
+        [("= ...", "= 'if (first + t < size) tile[t] = x[first + t];'", "nan: nobody brought"),
+         ("= ...", "= 'for (int i = t; i < 72; i += 64) tile[i] = x[first + i];'",
+          "past the end of argument 0, float32 of shape .208.*line 5"),
+         ("= ...", "= 'for (int i = t; i < 72; i += 64) tile[i] = x[i];'", "begins at first")],
+        [("= ...", "= {'a'}", "three orders say|right by luck"),
+         ("= ...", "= {'a', 'b', 'd'}", "comes to this barrier while others wait at another"),
+         ("= ...", "= {'a', 'c', 'd'}", "one is more than needed")]],
 }
 
 
@@ -92,6 +105,10 @@ SOURCES = lessons.sources()
 def test_a_lesson_runs_and_checks_what_is_written(path, monkeypatch, capsys):
     if "sklearn" in path.read_text("utf-8"):
         pytest.importorskip("sklearn")
+    if "emulator" in path.read_text("utf-8"):
+        if reason := emulator.missing():
+            pytest.skip(reason)
+        monkeypatch.setitem(sys.modules, "cupy", strictarray.library("cupy", device=True))
     monkeypatch.chdir(lessons.HERE)
     names, wrong = {"__name__": path.stem}, list(WRONG[path.stem])
     for first, *rest in lessons.steps(path):
@@ -104,7 +121,7 @@ def test_a_lesson_runs_and_checks_what_is_written(path, monkeypatch, capsys):
         assert "..." in first and all(text != first for text, _ in tried[1:])
         for text, says in tried:
             mine = dict(names)
-            with pytest.raises((AssertionError, TypeError, ValueError), match=says):
+            with pytest.raises((AssertionError, TypeError, ValueError, RuntimeError), match=says):
                 exec(compile(text, "an answer", "exec"), mine)
                 exec(compile(check, "a check", "exec"), mine)
         exec(compile(right, "a solution", "exec"), names)
