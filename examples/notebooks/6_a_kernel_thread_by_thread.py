@@ -155,11 +155,12 @@ print(f"right, and your score is {plain.bytes(0) / tiled.bytes(0):.1f}")
 
 # %% [markdown]
 # Which thread reads which address? A row for each of the 64 threads of block 0, a column for each
-# number of `x`. On the left every thread reads its whole window from memory; on the right it brings
+# of the first 80 numbers of `x`. On the left every thread reads its whole window from memory; on the right it brings
 # one number, eight bring another, and the windows are read from the tile.
 
 # %%
-page.figure(pictures.maps, {"plain": plain.counts(0), "tiled": tiled.counts(0)})
+page.figure(pictures.maps, {"plain": plain.counts(0)[:, :80],
+                            "tiled": tiled.counts(0)[:, :80]})
 
 # %% [markdown]
 # ## A sum in a fixed order
@@ -267,12 +268,12 @@ print(f"of x {conv.bytes(0) / x.nbytes:.1f} times its bytes, of w {conv.bytes(1)
 
 # %% [markdown]
 # Every number of `x` is asked for once for each tap that sees it, but once for all filters; without
-# the tile it would be once for each of the five. And who reads what? Sixteen threads in a row bring
-# the sixteen terms of one position.
+# the tile it would be once for each of the five. And who reads what? Sixteen threads in a
+# row bring the sixteen terms of one position, which lie three by three behind each other, as `x` has
+# three channels; then comes the next tap.
 
 # %%
-page.figure(pictures.maps, {"threads and numbers of x": conv.counts(0)[:64],
-                            "and of w": conv.counts(1)[:64]})
+page.figure(pictures.maps, {"64 threads, 80 numbers of x": conv.counts(0)[:64, :80]})
 
 # %% [markdown]
 # You can now read `kernels/`. `conv_mma.cu` is the same loop on tensor cores, `norm.cu` and
