@@ -21,7 +21,7 @@ COVER = 16  # patches in the median case, at most, before its spacing is coarsen
 COARSE = 2.0  # mm, to which a spacing is coarsened at most
 LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap_min_edge_length)
 # Which halvings leave depth as it is, rule or not, by how many a trunk has: then inflation keeps
-# what the 2D network knows, as benchmarks/inflation.py prints; the README has its table.
+# what the 2D network knows, as benchmarks/inflation.py prints; benchmarks/README.md has its table.
 KEPT = {5: (True, True, False, False, False), 3: (True, True, False)}
 # Times that training sees a voxel of its cases, above which patches are varied: hippocampi in 2D
 # were segmented better without where that was 0.2, and with it where it was 4.
