@@ -1,8 +1,8 @@
-# On a fresh machine with Python 3.11 or later: make demo, make test, make notebooks.
+# On a fresh machine with Python 3.11 or later: make demo, make test, make notebooks, make docs.
 PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo test notebooks lint
+.PHONY: demo test notebooks docs lint
 demo: .venv/ready  ## train, inflate, fine-tune and score on a synthetic task, in runs/demo
 	rm -rf runs/demo
 	$(BIN)/python examples/train_pancreas_3d.py --quick --out runs/demo
@@ -14,6 +14,11 @@ notebooks: .venv/ready  ## the lessons, run with their solutions: pages in runs/
 	$(BIN)/pip install -q -e ".[lessons]"
 	$(BIN)/python examples/notebooks/lessons.py
 	$(BIN)/python examples/notebooks/lessons.py --run runs/lessons
+
+docs: .venv/ready  ## every public name, the lessons and pages about one subject each, in runs/docs
+	$(BIN)/pip install -q -e ".[docs]"
+	$(BIN)/pdoc tinyseg -o runs/docs
+	$(BIN)/python examples/notebooks/lessons.py --run runs/docs
 
 lint: .venv/ready
 	$(BIN)/pip install -q "ruff>=0.6" "mypy>=1.11"

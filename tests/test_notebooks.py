@@ -3,6 +3,7 @@ write wrongly, fail with a message that helps; and the notebooks are what their 
 
 import ast
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_a_lesson_runs_and_checks_what_is_written(path, monkeypatch, capsys):
             pytest.skip(reason)
         monkeypatch.setitem(sys.modules, "cupy", strictarray.library("cupy", device=True))
     monkeypatch.chdir(lessons.HERE)
-    names, wrong = {"__name__": path.stem}, list(WRONG[path.stem])
+    names, wrong = {"__name__": path.stem}, list(WRONG.get(path.stem, []))
     for first, *rest in lessons.steps(path):
         if not rest:
             exec(compile(first, str(path), "exec"), names)
@@ -162,6 +163,16 @@ def test_a_notebook_is_made_of_its_source(tmp_path, monkeypatch, capsys):
     solved = [cell for cell in lessons.notebook(SOURCES[0], solved=True)["cells"]
               if cell["metadata"].get("tags") == ["exercise"]]
     assert [cell["source"] for cell in solved] != [cell["source"] for cell in blanks]
+
+
+def test_an_index_links_to_what_is_there(tmp_path):
+    lessons.index(tmp_path)
+    text = (tmp_path / "index.html").read_text("utf-8")
+    links = re.findall(r'href="(.*?)"', text)
+    assert links == [f"{path.stem}.html" for path in SOURCES] and "**" not in text
+    (tmp_path / "tinyseg.html").touch()
+    lessons.index(tmp_path)
+    assert "tinyseg.html" in (tmp_path / "index.html").read_text("utf-8")
 
 
 def test_a_source_that_is_none_is_refused(tmp_path):

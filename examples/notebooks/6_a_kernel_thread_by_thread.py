@@ -155,8 +155,8 @@ print(f"right, and your score is {plain.bytes(0) / tiled.bytes(0):.1f}")
 
 # %% [markdown]
 # Which thread reads which address? A row for each of the 64 threads of block 0, a column for each
-# of the first 80 numbers of `x`. On the left every thread reads its whole window from memory; on the right it brings
-# one number, eight bring another, and the windows are read from the tile.
+# of the first 80 numbers of `x`. On the left every thread reads its whole window from memory; on
+# the right it brings one number, eight bring another, and the windows are read from the tile.
 
 # %%
 page.figure(pictures.maps, {"plain": plain.counts(0)[:, :80],
@@ -268,9 +268,9 @@ print(f"of x {conv.bytes(0) / x.nbytes:.1f} times its bytes, of w {conv.bytes(1)
 
 # %% [markdown]
 # Every number of `x` is asked for once for each tap that sees it, but once for all filters; without
-# the tile it would be once for each of the five. And who reads what? Sixteen threads in a
-# row bring the sixteen terms of one position, which lie three by three behind each other, as `x` has
-# three channels; then comes the next tap.
+# the tile it would be once for each of the five. And who reads what? Sixteen threads in a row bring
+# the sixteen terms of one position, which lie three by three behind each other, as `x` has three
+# channels; then comes the next tap.
 
 # %%
 page.figure(pictures.maps, {"64 threads, 80 numbers of x": conv.counts(0)[:64, :80]})

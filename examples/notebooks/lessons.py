@@ -1,8 +1,10 @@
-"""The lessons as notebooks: their sources are the numbered .py files beside this one.
+"""The lessons, and pages about one subject each, as notebooks: their sources are the .py files
+beside this one that are numbered or called about_*.
 
   python examples/notebooks/lessons.py               write the .ipynb of each, without outputs
   python examples/notebooks/lessons.py --check       say which is not what its source says
-  python examples/notebooks/lessons.py --run FOLDER  run all with their solutions, a page each
+  python examples/notebooks/lessons.py --run FOLDER  run all with their solutions, a page each, and
+                                                     an index.html
 
 The second exits with 1 where there is one; the third needs nbconvert and ipykernel (pip install -e
 ".[lessons]").
@@ -20,6 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,8 +30,8 @@ CELL = re.compile(r'^# %%( \[markdown\])?(?: tags=\["(\w+)"\])?\n', re.M)
 
 
 def sources() -> list[Path]:
-    """The lessons in their order."""
-    return sorted(HERE.glob("[0-9]_*.py"))
+    """The lessons in their order, then the pages."""
+    return [*sorted(HERE.glob("[0-9]_*.py")), *sorted(HERE.glob("about_*.py"))]
 
 
 def cells(path: Path) -> Iterator[tuple[bool, str | None, str]]:
@@ -102,6 +105,24 @@ def run(path: Path, folder: Path) -> float:
     return seconds
 
 
+def index(folder: Path) -> None:
+    """What is in the folder: the titles and first paragraphs of all pages, and `pdoc`'s of the
+    library where it was called before."""
+    from tinyseg import page
+
+    entries = {}
+    for path in sources():
+        title, first, *_ = next(cells(path))[2].split("\n\n")
+        entries[path.stem] = title.removeprefix("# "), re.sub(r"[*`]|\$[^$]*\$", "", first)
+    parts = {heading: "".join(f'<p><a href="{name}.html">{escape(title)}</a><br>{escape(first)}</p>'
+                              for name, (title, first) in entries.items() if name[0].isdigit() == n)
+             for heading, n in (("Lessons", True), ("Pages", False))}
+    if (folder / "tinyseg.html").exists():
+        parts["Reference"] = ('<p><a href="tinyseg.html">tinyseg</a><br>Every public name: shapes, '
+                              "units, errors, sources of formulas.</p>")
+    page.write(folder / "index.html", "tinyseg", list(parts.items()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked.run.mkdir(parents=True, exist_ok=True)
         for path in sources():
             print(f"{path.stem}: {run(path, asked.run):.0f} s", flush=True)
+        index(asked.run)
         return 0
     stale = [path for path in sources() if not path.with_suffix(".ipynb").is_file()
              or path.with_suffix(".ipynb").read_text("utf-8") != written(path)]
