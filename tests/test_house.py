@@ -17,8 +17,8 @@ FILES = sorted(HOUSE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
 ORDER = ["backend", "parallel", "files", "cuda", "windows", "graph", "arithmetic", "tensor",
          "gradients", "doubling", "normalisation", "ops", "losses", "module", "nn", "summary",
-         "models", "profiles", "inflate", "checkpoint", "pretrained", "optim", "train", "infer",
-         "report", "pictures", "page", "job", "__main__"]
+         "models", "profiles", "inflate", "export", "checkpoint", "pretrained", "optim", "train",
+         "infer", "report", "pictures", "page", "job", "__main__"]
 ARRAYS_ONLY = {"data", "intervals", "metrics"}
 MAY_USE_DATA = set(ORDER[ORDER.index("checkpoint") :])
 DATA_MAY_USE = {"files"}

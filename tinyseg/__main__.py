@@ -1,12 +1,12 @@
-"""tinyseg: plan a task, segment scans, score label maps, import checkpoints, look into models."""
+"""tinyseg: plan a task, train, segment scans, score label maps, import checkpoints and export
+networks, look into models."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import runpy
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoint, infer, models, nn, pretrained, report
+from . import checkpoint, infer, nn, pretrained, report
 from .data import decathlon, nifti
 from .data.augment import LEFT_RIGHT
+from .export import write as write_exported
 from .infer.windows import OVERLAP
 from .job.evaluate import TOLERANCE, Scores
 from .job.plan import describe
@@ -201,24 +202,8 @@ def convert(source: Path, target: Path, **names: Any) -> None:
 
     Where the network stands in the file is found and printed, with whatever is not used.
     """
-    if target.suffix != ".npz":
-        raise ValueError(f"{target}: expected a name that ends in .npz")
-    arrays = pretrained.read(source)
-    try:
-        net = models.build(pretrained.recognise(arrays, **names))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says the same
-        told = pretrained.load(net, source, **names)
-    with open(source, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rgb = {"mean": pretrained.IMAGENET_MEAN, "std": pretrained.IMAGENET_STD}
-    checkpoint.save(target, net, source=source.name, sha256=digest, report=str(told),
-                    normalisation=rgb if net.config["in_channels"] == 3 else None)
-    print(told)
-    print(json.dumps(net.config))
-    print(f"written to {target}")
+    told, config = pretrained.convert(source, target, **names)
+    print(told, json.dumps(config), f"written to {target}", sep="\n")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -226,6 +211,25 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} has no =, expected PATTERN=TEXT")
     return pattern, new
+
+
+def export(model: Path, target: Path, *, size: Sequence[int]) -> None:
+    """Write MODEL for other programs to TARGET: .onnx, or .safetensors in PyTorch's layout.
+
+    An .onnx graph takes "image", float32 (N, C, ...) prepared as MODEL says, of one size along its
+    spatial axes, and answers "logits". The preparation goes with it as JSON.
+    """
+    net = checkpoint.load(model)
+    write_exported(target, net, size, **net.metadata)
+    print(f"written to {target}")
+
+
+def train(arguments: Sequence[str]) -> int:
+    """The main job, of examples/train_pancreas_3d.py: tinyseg train --help tells of it."""
+    here = Path(__file__).resolve().parent
+    path = next(path for folder in (here, here.parent / "examples")  # installed, or in a checkout
+                if (path := folder / "train_pancreas_3d.py").is_file())
+    return runpy.run_path(str(path))["main"](list(arguments))
 
 
 def inspect(model: Path) -> None:
@@ -253,9 +257,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="tinyseg", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", add_help=False, help=(train.__doc__ or "").partition(":")[0])
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["train"]:
+        return train(given[1:])
     for function, names in ((plan, ()), (predict, ("MODEL", "SCAN", "OUT")),
                             (evaluate, ("PREDICTIONS", "LABELS")),
-                            (convert, ("SOURCE", "TARGET")), (inspect, ("MODEL",))):
+                            (convert, ("SOURCE", "TARGET")), (export, ("MODEL", "TARGET")),
+                            (inspect, ("MODEL",))):
         about = function.__doc__ or ""
         sub = commands.add_parser(function.__name__, help=about.partition("\n")[0],
                                   description=about)
@@ -306,6 +315,9 @@ def main(argv: list[str] | None = None) -> int:
         help="replace what matches this regular expression in each name; may be repeated")
     add("--ignore", metavar="PATTERN", action="append", default=[], help="leave out the names that "
         'this regular expression matches wholly, as in "projection_head.*"; may be repeated')
+    commands.choices["export"].add_argument(
+        "--size", type=int, nargs="+", metavar="N", default=(), help="of .onnx, along the spatial "
+        "axes (the patch that MODEL was trained with)")
     report.spell_out()
     options = vars(parser.parse_args(argv))
     command, run = options.pop("command"), options.pop("run")

@@ -7,6 +7,7 @@ cycles, and an array lives only while a pull-back has captured it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from inspect import CO_VARARGS
 from typing import Any
@@ -19,14 +20,15 @@ class Node:
 
     `pull` is what the operation returned for its inputs, of which there are `inputs`; `read` are
     ([how often it has changed], how often when it was read, its shape) of all tensors among them.
+    `options` are the operation's, by name, and its inputs, by number, where they are kept.
     """
 
-    __slots__ = ("name", "shape", "dtype", "edges", "pull", "read")
+    __slots__ = ("name", "shape", "dtype", "edges", "pull", "read", "options")
 
     def __init__(self, name: str, value: Array, edges: list, pull: Callable | Sequence,
-                 inputs: int, read: list):
+                 inputs: int, read: list, options: dict):
         self.name, self.shape, self.dtype = name, value.shape, value.dtype
-        self.edges, self.read = edges, read
+        self.edges, self.read, self.options = edges, read, options
         self.pull: Any  # taken away when it has run
         if callable(pull):
             code = getattr(pull, "__code__", None)
@@ -134,15 +136,12 @@ def walk(root: Any, g: Array, ready: Callable[[Any], None] | None = None) -> Non
 
 def _consumers(root: Any) -> dict:
     """How many edges lead to each vertex behind `root`: gradients it must wait for."""
-    waiting: dict = {}
-    stack = [root]
+    waiting, stack = Counter[Any](), [root]
     while stack:
         vertex = stack.pop()
         if isinstance(vertex, Node):
             vertex.check()
             for parent, _ in vertex.edges:
-                if parent not in waiting:
-                    waiting[parent] = 0
-                    stack.append(parent)
+                stack += [parent] * (parent not in waiting)
                 waiting[parent] += 1
     return waiting

@@ -30,11 +30,19 @@ from .backend import Array, array_module, within
 from .graph import Node, walk
 
 _pauses: ContextVar[frozenset] = ContextVar("pauses", default=frozenset())
+_keeping: ContextVar[frozenset] = ContextVar("keeping", default=frozenset())
 
 
 def no_grad() -> AbstractContextManager:
     """Operations inside this context record no graph."""
     return within(_pauses)
+
+
+def keeping_inputs() -> AbstractContextManager:
+    """What is recorded inside this context keeps its inputs alive, in the node's `options`, so that
+    it can be told again in another language; otherwise an array lives only as long as a pull-back
+    needs it."""
+    return within(_keeping)
 
 
 def op(function: Callable) -> Callable:
@@ -59,15 +67,15 @@ def op(function: Callable) -> Callable:
         answer = function(*(_array(x, name, floats) for x in inputs), **options)
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise TypeError(f"{name} returned no pair; an operation returns (value, pull-backs)")
-        value, pull = answer
-        result = Tensor(value)
+        result, pull = Tensor(answer[0]), answer[1]
         result.node = False  # no leaf, whether it is recorded or not
         if tensors and result.data.dtype.kind == "f" and not _pauses.get():
             edges = [(v, i) for i, x in enumerate(inputs)
                      if isinstance(x, Tensor) and (v := x._vertex()) is not None]
             if edges:
                 result.node = Node(name, result.data, edges, pull, max(most, len(inputs)),
-                                   [(x._changes, x.version, x.shape) for x in tensors])
+                                   [(x._changes, x.version, x.shape) for x in tensors],
+                                   options | dict(enumerate(inputs) if _keeping.get() else ()))
                 result._requires_grad = True
         return result
 
@@ -87,10 +95,8 @@ def _array(x: Any, name: str, floats: bool) -> Any:
 
 
 def _compared(compare: Callable) -> Any:
-    def compared(self, other):
-        return compare(self.data, other.data if isinstance(other, Tensor) else other)
-
-    return compared
+    return lambda self, other: compare(
+        self.data, other.data if isinstance(other, Tensor) else other)
 
 
 add, subtract = op(arithmetic.add), op(arithmetic.subtract)

@@ -3,16 +3,45 @@ says what goes where."""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..backend import Array, array_module
+from ..checkpoint import save
+from ..models import build
 from ..nn import BatchNorm, Module
 from ..tensor import Tensor, no_grad
 from .files import read
 from .mapping import IMAGENET_MEAN, IMAGENET_STD, Report, load, recognise
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Report", "load", "read", "recalibrate", "recognise"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Report", "convert", "load", "read", "recalibrate",
+           "recognise"]
+
+
+def convert(source: str | Path, target: str | Path, **names: Any) -> tuple[Report, dict]:
+    """The network of the foreign checkpoint SOURCE in our format, TARGET, with where it is from and
+    the preparation of images that it was trained with; what became of its tensors, and its config.
+
+    names: the options of `load`. ValueError where none of our networks fits, see `recognise`.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix != ".npz":
+        raise ValueError(f"{target}: expected a name that ends in .npz")
+    try:
+        net = build(recognise(read(source), **names))
+    except ValueError as error:
+        raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says the same
+        told = load(net, source, **names)
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rgb = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if net.config["in_channels"] == 3 else None
+    save(target, net, source=source.name, sha256=digest, report=str(told), normalisation=rgb)
+    return told, net.config
 
 
 def recalibrate(net: Module, batches: Iterable[Array]) -> None:

@@ -1,0 +1,171 @@
+"""Exported networks answer as ours do: ONNX in another runtime, PyTorch's layout in PyTorch."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from test_predict import METADATA
+
+import tinyseg as ts
+from tinyseg import __main__ as commands
+from tinyseg import export, models, ops, pretrained
+
+runtime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+
+def trained(net, seed=0):
+    """The network with every number moved away from where it starts, in evaluation mode."""
+    rng = np.random.default_rng(seed)
+    for name, array in net.state().items():
+        if name.endswith("running_mean"):
+            array[...] = 0.1 * rng.standard_normal(array.shape)
+        elif name.endswith("running_var"):
+            array[...] = rng.uniform(0.5, 2, array.shape)
+    for parameter in net.parameters():
+        parameter.data += 0.02 * rng.standard_normal(parameter.shape, "float32")
+    return net.eval()
+
+
+def difference(net, size, model=None, tmp_path=None):
+    """Of the runtime's logits from ours, for two images at a time, as a share of the largest."""
+    x = np.random.default_rng(1).standard_normal((2, *size, net.config["in_channels"]), "float32")
+    with ts.no_grad():
+        ours = net(x).data
+    content = (model or export.onnx(net, size)).SerializeToString()
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    theirs, = session.run(["logits"], {"image": np.ascontiguousarray(np.moveaxis(x, -1, 1))})
+    return abs(np.moveaxis(theirs, 1, -1) - ours).max() / abs(ours).max()
+
+
+@pytest.mark.parametrize("rank, size", [(1, (70,)), (2, (33, 40)), (3, (9, 33, 38))])
+@pytest.mark.parametrize("head", ["linear", "fcn", "deeplabv3", "unet"])
+def test_onnx_of_every_head_and_rank(head, rank, size):
+    if rank == 1 and head == "linear":
+        pytest.skip("ONNX Runtime interpolates linearly in two and three axes alone")
+    net = models.resnet_seg("resnet18", rank=rank, in_channels=2, classes=3, head=head, width=8)
+    if rank == 1 and head != "unet":
+        assert export.onnx(trained(net), size).graph.node  # made, and not run for the same reason
+    else:
+        assert difference(trained(net), size) < 1e-4
+
+
+@pytest.mark.parametrize("options", [
+    {"head": "unet", "norm": "group"}, {"backbone": "resnet50", "head": "unet"},
+    {"output_stride": 16, "align_corners": False}, {"head": "unet", "decoder": (16, 8)}])
+def test_onnx_of_options(options):
+    net = models.resnet_seg(**{"backbone": "resnet18", "rank": 2, "in_channels": 1, "classes": 4,
+                               "width": 8} | options)
+    assert difference(trained(net), (37, 50)) < 1e-4
+
+
+def test_onnx_of_a_classifier():
+    net = trained(models.resnet("resnet18", rank=2, in_channels=3, classes=5))
+    assert difference(net, (40, 33)) < 1e-4
+
+
+@pytest.mark.parametrize("profile", ts.PROFILES)
+def test_onnx_of_every_way_along_depth(profile):
+    flat = models.resnet_seg("resnet50" if profile == "pointwise" else "resnet18", rank=2,
+                             in_channels=1, classes=3, width=8)
+    net = ts.inflate(flat, profile=profile, depth_stride=(1, 1, 2))
+    assert difference(trained(net), (7, 33, 34)) < 1e-3  # gates make rounding larger, ours too
+
+
+def test_an_operation_without_an_operator_is_named():
+    class Odd(ts.nn.Conv):
+        def forward(self, x):
+            return ops.clip(super().forward(x), low=0.0)
+
+    net = Odd(1, 2, (3, 3), rng=0)
+    net.config = {"in_channels": 1}
+    with pytest.raises(ValueError, match="operation clip has no form in ONNX.*conv, "):
+        export.onnx(net, (8, 9))
+    Odd.forward = lambda self, x: ts.nn.Conv.forward(self, x)[:, 0]
+    with pytest.raises(ValueError, match="expected slices"):
+        export.onnx(net, (8, 9))
+
+
+def test_what_goes_with_the_graph(tmp_path):
+    net = trained(models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3, width=8))
+    export.write(tmp_path / "net.onnx", net, (40, 48), labels={"1": "pancreas"})
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["metadata"]) == {"labels": {"1": "pancreas"}}
+    assert json.loads(told["config"])["model"] == "resnet_seg"
+    assert [(x.name, x.shape) for x in (*session.get_inputs(), *session.get_outputs())] == [
+        ("image", ["N", 1, 40, 48]), ("logits", ["N", 3, 40, 48])]
+    assert all(p.requires_grad for p in net.parameters())  # the network is left as it was
+
+
+@pytest.mark.parametrize("rank, options", [(2, {}), (3, {}), (
+    2, {"head": "unet", "decoder": (32, 16), "norm": "group"})])
+def test_pytorch_takes_what_is_written(tmp_path, rank, options):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+    from torch_models import Net, twin
+
+    net = trained(models.resnet_seg("resnet18", rank=rank, in_channels=1, classes=3, **options))
+    export.write(tmp_path / "net.safetensors", net)
+    state = load_file(tmp_path / "net.safetensors")
+    reference = twin(net)
+    fresh = Net("resnet18", rank, 1, 3, **options | {"output_stride": net.config["output_stride"]})
+    counters = {n for n in fresh.state_dict() if n.endswith("num_batches_tracked")}
+    assert state.keys() == fresh.state_dict().keys() - counters
+    fresh.load_state_dict(state, strict=False)
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_the_way_back(tmp_path):
+    net = trained(models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3))
+    export.write(tmp_path / "net.safetensors", net)
+    again = models.build(pretrained.recognise(pretrained.read(tmp_path / "net.safetensors")))
+    pretrained.load(again, tmp_path / "net.safetensors")
+    for name, array in net.state().items():
+        assert np.array_equal(again.state()[name], array), name
+
+
+def test_what_cannot_be_written(tmp_path):
+    flat = models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3, width=8)
+    with pytest.raises(ValueError, match="ends in .onnx or .safetensors"):
+        export.write(tmp_path / "net.pth", flat, (32, 32))
+    with pytest.raises(ValueError, match="conv1 computes along depth by Factored"):
+        export.write(tmp_path / "net.safetensors", ts.inflate(flat, profile="factored"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    net = trained(models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3, width=8))
+    ts.save(tmp_path / "net.npz", net, **METADATA)
+
+    def run(*words):
+        return commands.main(["export", *map(str, words)])
+
+    assert run(tmp_path / "net.npz", tmp_path / "net.onnx") == 0
+    assert "written to" in capsys.readouterr().out
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    assert session.get_inputs()[0].shape == ["N", 1, 12, 12]
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["metadata"])["plan"] == METADATA["plan"]
+    assert run(tmp_path / "net.npz", tmp_path / "big.onnx", "--size", 64, 48) == 0
+    assert run(tmp_path / "net.npz", tmp_path / "net.safetensors") == 0
+    capsys.readouterr()
+    for source, target, size, said in (("net.npz", "net.pt", (), "ends in .onnx or"),
+                                       ("no.npz", "net.onnx", (), "no.npz"),
+                                       ("net.npz", "x.onnx", ("--size", 8), "each of the 2")):
+        assert run(tmp_path / source, tmp_path / target, *size) == 1
+        assert said in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert run(tmp_path / "net.npz", tmp_path / "y.onnx") == 1
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_the_main_job_is_a_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.main(["train", "--help"])
+    assert end.value.code == 0 and "--resume" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        commands.main(["train", "--no-such-option"])
+    assert end.value.code == 2 and "--no-such-option" in capsys.readouterr().err
