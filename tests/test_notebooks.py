@@ -34,20 +34,20 @@ WRONG = {  # of each exercise, in order: what a student might write, and a word 
          ("= ...\nedges = ...", "= 29\nedges = 2", "count how often")],
         [("= ...", "= first", "first is right"), ("= ...", "= third", "third is right"),
          ("= ...", "= 'second'", "without quotes")],
-        [("...  # go", "loss.backward()  # go", "both lines"),
-         ("= ...  # a", "= parameter.data - rate * parameter.grad  # a", "both lines"),
+        [("...  # go", "loss.backward()  # go", "no number yet"),
+         ("= ...  # a", "= parameter.data - rate * parameter.grad  # a", "loss.backward..."),
          ("...  # go backward\n    for parameter in net.parameters():\n        "
           "parameter.data[...] = ...", "loss.backward()\n    for parameter in net.parameters():\n"
-          "        parameter.data[...] = parameter.data + rate * parameter.grad", "minus")]],
+          "        parameter.data[...] = parameter.data + rate * parameter.grad", "minus the")]],
     "2_three_readings_of_one_sum": [
         [("    ...\n", LOOPS + "rows.append(x[i : i + kernel[0], j : j + kernel[1]].ravel('F'))\n",
           "check the order"),
          ("    ...\n", LOOPS.replace(" + 1", "") + "rows.append(x[i : i + kernel[0], "
           "j : j + kernel[1]].ravel())\n", "4 x 5 windows fit"),
          ("    ...\n", LOOPS + "rows.append(x[i, j])\n", "each sees 3 x 4 x 2")],
-        [("    ...\n", FOLD + "block[...] = row.reshape(block.shape)\n", "every window"),
-         ("    ...\n", FOLD + "block += row.reshape(block.shape[::-1]).T\n", "every window"),
-         ("    ...\n", FOLD + "block += row.sum()\n", "every window")],
+        [("    ...\n", FOLD + "block[...] = row.reshape(block.shape)\n", "added up"),
+         ("    ...\n", FOLD + "block += row.reshape(block.shape[::-1]).T\n", "row i of c"),
+         ("    ...\n", FOLD + "block += row.sum()\n", "row i of c")],
         [("= ...\nmebibytes = ...", "= 16 * 24 * 24 * 27 * 64\nmebibytes = 61", "channels in x"),
          ("= ...\nmebibytes = ...", "= 14 * 22 * 22 * 27 * 64 * 64\nmebibytes = 61", "positions"),
          ("= ...\nmebibytes = ...", "= 16 * 24 * 24 * 27 * 64 * 64\nmebibytes = 15.2", "4 bytes")],
@@ -55,24 +55,25 @@ WRONG = {  # of each exercise, in order: what a student might write, and a word 
          ("return ...", "return (x[2] - x[1]) * (w[0] + w[1] - w[2]) / 2", "y is off"),
          ("return ...", "return (x[2] - x[1]) * (w[0] - w[1] + w[2])", "y is off")]],
     "3_what_one_voxel_sees": [
-        [("= ...", "= 7 + 2 + 4", "step is 1, then 2"), ("= ...", "= 7 * 3 * 5", "step is 1"),
+        [("= ...", "= 7 + 2 * 2", "a layer before"), ("= ...", "= 7 * 3 * 5", "step is 1"),
          ("= ...", "= 7 + 2 * 2 + 2 * 4", "then 4")],
         [("= ...", "= 10**2", "further in"), ("= ...", "= 9 * 9", "each layer"),
          ("= ...", "= 0", "each layer")],
-        [("= ...", "= 16 / 24", "along an axis it is 0.667"), ("= ...", "= 1 / 9", "along an axis"),
-         ("= ...", "= 5 / 9", "along an axis")],
+        [("= ...", "= 16 / 24", "that is one axis"), ("= ...", "= 1 / 9", "8 positions x 3 taps"),
+         ("= ...", "= 5 / 9", "count along one axis")],
         [("= ...", "= 3", "see 7 pixels"), ("= ...", "= 5", "4 see 9 already"),
          ("= ...", "= 8", "more than needed")]],
     "4_a_slice_becomes_a_stack": [
         [("    ...\n", "    alpha[:] = -1 / slots\n    alpha[slots // 2] = 2\n", "not to one"),
          ("    ...\n", "    alpha[:] = -1 / slots\n    alpha[0] = 2 - 1 / slots\n", "T // 2"),
          ("    ...\n", "    alpha[slots // 2] = 1\n", "3 slots are")],
-        [("= ...  # a", "= {0}  # a", "more than"), ("= ...  # a", "= {0, 1, 4, 5}  # a", "fewer"),
+        [("= ...  # a", "= {0}  # a", "more than"), ("= ...  # a", "= {0, 5}  # a", "not .5."),
          ("= ...  # a", "= [0, 1]  # a", "write a set")],
         [("= ...", "= rng.standard_normal((1, 10, 12, 1))", "exact is off by .* smeared"),
-         ("= ...", "= 0", "exact is off"), ("= ...", "= 1", "different is off")],
-        [("= ...", "= 1 / 3", "every channel"), ("= ...", "= np.eye(4)", "its own slice"),
-         ("v[...] = ...", "v[1, 0, 0] = 1", "every channel")]],
+         ("= ...", "= 0", "exact is all zeros"), ("= ...", "= 1", "different is off")],
+        [("...  # v", "v[...] = 1 / 3  # v", "every channel"),
+         ("...  # v", "v[...] = np.eye(4)  # v", "its own slice"),
+         ("...  # v", "v = np.eye(4)  # v", "fill it")]],
     "5_does_it_help": [
         [("return ...", "return (predicted & truth).sum() / (predicted | truth).sum()", "2 x 4"),
          ("return ...", "return 2 * (predicted & truth).sum() / max(1, predicted.sum() + "
@@ -82,9 +83,11 @@ WRONG = {  # of each exercise, in order: what a student might write, and a word 
          ("= ...", "= [rng.permutation(differences).mean() for _ in range(times)]", "wide, not"),
          ("= ...", "= differences[rng.integers(len(differences), size=(times, 5))].mean(axis=1)",
           "as many cases")],
-        [("winner = ...\nloser = ...", "winner, loser = ..., 0", "two numbers"),
-         ("= ...", "= int(study.mean(axis=1).argmax())", "is not below"),
-         ("= ...", "= int(study.mean(axis=1).argmin())", "is not above")]],
+        [("= ...", "= 3", "two sets"), ("= ...", "= {*range(12)}", "better: seed"),
+         ("better = ...  # a set of seeds, 0 to 11\nworse = ...",
+          "ends = [bootstrap(row, np.random.default_rng(0)) for row in study]\n"
+          "better = {s for s in range(12) if ends[s][0] > 0}\n"
+          "worse = {s for s in range(12) if ends[s][0] < 0}", "worse: seed .* its signs")]],
     "6_a_kernel_thread_by_thread": [
         [("= ...\nenough = ...", "= 256 * 9 * 4\nenough = 832", "returns before it reads"),
          ("= ...\nenough = ...", "= 200 * 9\nenough = 832", "has 4 bytes"),
@@ -93,8 +96,8 @@ WRONG = {  # of each exercise, in order: what a student might write, and a word 
          ("= ...", "= 'for (int i = t; i < 72; i += 64) tile[i] = x[first + i];'",
           "past the end of argument 0, float32 of shape .208.*line 5"),
          ("= ...", "= 'for (int i = t; i < 72; i += 64) tile[i] = x[i];'", "begins at first")],
-        [("= ...", "= {'a'}", "three orders say|right by luck"),
-         ("= ...", "= {'a', 'b', 'd'}", "comes to this barrier while others wait at another"),
+        [("= ...", "= {'a'}", "lines that race:\n.*part.t. "),
+         ("= ...", "= {'a', 'b'}", "b stands inside the if"),
          ("= ...", "= {'a', 'c', 'd'}", "one is more than needed")]],
 }
 

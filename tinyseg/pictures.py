@@ -55,10 +55,11 @@ def flow(root: Tensor, g: np.ndarray | None = None) -> list[tuple[Any, Any, floa
 def graph(path: str | Path, root: Tensor, names: Mapping[str, Tensor] | None = None,
           g: np.ndarray | None = None) -> None:
     """The graph behind a tensor, from its leaves on the left to `root`: operations by name, leaves
-    by theirs in `names`, and on every edge the gradient that `backward` sends along it, the wider
-    the larger. It goes backward: leaves have their gradients then, and the graph is used up."""
+    and what else is in `names` by theirs, and on every edge the gradient that `backward` sends
+    along it, the wider the larger. It goes backward: leaves have their gradients then, and the
+    graph is used up."""
     edges = flow(root, g)
-    called = {id(tensor): name for name, tensor in (names or {}).items()}
+    called = {id(t.node or t): name for name, t in (names or {}).items()}
     level: dict[Any, int] = {}
     for node, parent, _ in reversed(edges):  # what comes first is pulled back last
         level[node] = max(level.get(node, 1), level.setdefault(parent, 0) + 1)
@@ -86,7 +87,8 @@ def graph(path: str | Path, root: Tensor, names: Mapping[str, Tensor] | None = N
                          "alpha": 0.85})
     for vertex, (x, y) in place.items():
         node = isinstance(vertex, Node)
-        text = vertex.name if node else called.get(id(vertex), "leaf")
+        text = called.get(id(vertex), "" if node else "leaf")
+        text = " = ".join(filter(None, (text, vertex.name if node else "")))
         if vertex.shape:
             text += "\n" + "x".join(map(str, vertex.shape))
         panel.text(x, y, text, ha="center", va="center", bbox={

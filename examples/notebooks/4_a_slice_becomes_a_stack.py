@@ -38,7 +38,7 @@ page.figure(report.kernels, rows)
 
 # %%
 for name, row in ts.PROFILES.items():
-    print(f"{name:11}{row.formula[:52]:53}{row.source[:26]}")
+    print(f"{name:11}{row.formula}\n{'':11}{row.source}")
 
 # %% [markdown]
 # ## A whole network
@@ -72,8 +72,13 @@ def errors(**options):
 
 
 page.figure(pictures.table, {
-    f"{profile}, {padding}": errors(profile=profile, depth_padding=padding)
+    f"{profile}, {padding} repeated" if padding == "edge" else f"{profile}, padded with zeros":
+    errors(profile=profile, depth_padding=padding)
     for profile in ("average", "zero", "negative") for padding in ("edge", "zero")}, "slice")
+
+# %% [markdown]
+# The profile "zero" does not care: all its numbers stand in the middle slot, which never looks past
+# an end.
 
 # %% [markdown]
 # ## Exercise 1: a profile of your own
@@ -124,8 +129,9 @@ wrong = ...  # a set of numbers
 assert isinstance(wrong, set), "write a set of slices, such as {2, 3}"
 found = errors(profile="zero", slot="first", depth_padding="zero")
 broken = {int(d) for d in np.flatnonzero(found > 1e-5)}
-assert wrong >= broken, f"more than {sorted(wrong)}: layer two reads wrong slices of layer one"
-assert wrong == broken, f"fewer than {sorted(wrong)}: only one end looks past the border"
+assert wrong & broken, f"none of {sorted(wrong)}: which end looks past the border, first or last?"
+assert wrong <= broken, f"not {sorted(wrong - broken)}: slot 0 looks back, and at one end only"
+assert wrong == broken, f"more than {sorted(wrong)}: layer two reads wrong slices of layer one"
 print("right:", found.round(3))
 
 # %% [markdown] tags=["solution"]
@@ -148,20 +154,25 @@ print("right:", found.round(3))
 # some at sagittal ones. In two of the three planes, one axis of the kernel lies along depth. Find
 # an image on which the result is exact nevertheless, and one on which it is not.
 
+# %%
+def off(image):
+    kernel = nn.Conv(1, 6, (3, 3), padding=1, padding_mode="edge", rng=0)
+    volume = np.repeat(image[:, None], 6, axis=1)
+    with ts.no_grad():
+        found = ts.inflate(kernel, depth=3, profile="acs")(volume).data
+        return abs(found - kernel(image).data[:, None]).max()
+
 # %% tags=["exercise"]
-exact = np.zeros((1, 10, 12, 1), "float32")
-exact[...] = ...
-different = np.zeros((1, 10, 12, 1), "float32")
-different[...] = ...
+exact = ...  # numbers of the shape (1, 10, 12, 1)
+different = ...
 
 # %% tags=["check"]
-kernel = nn.Conv(1, 6, (3, 3), padding=1, padding_mode="edge", rng=0)
-with ts.no_grad():
-    first, second = (abs(ts.inflate(kernel, depth=3, profile="acs")(
-        np.repeat(x[:, None], 6, axis=1)).data - kernel(x).data[:, None]).max()
-        for x in (exact, different))
-assert abs(exact).max() > 0 and first < 1e-5, f"exact is off by {first:.2g}: two planes see the " \
-    "image smeared along an axis; what image does not change by that (and is not 0)?"
+assert exact is not ... and different is not ..., "write two arrays, or a number for all pixels"
+exact, different = (np.zeros((1, 10, 12, 1)) + x for x in (exact, different))
+assert abs(exact).max() > 0, "exact is all zeros, of which every way makes zeros: find another"
+first, second = off(exact), off(different)
+assert first < 1e-5, f"exact is off by {first:.2g}: two planes see the image smeared along an " \
+    "axis; what image does not change by that?"
 assert second > 1e-3, f"different is off by {second:.2g} only: let it change across the plane"
 print(f"right: {first:.0e} and {second:.2f}")
 
@@ -174,10 +185,8 @@ print(f"right: {first:.0e} and {second:.2f}")
 # <details><summary>Solution</summary>
 #
 # ```python
-# exact = np.zeros((1, 10, 12, 1), "float32")
-# exact[...] = 1
-# different = np.zeros((1, 10, 12, 1), "float32")
-# different[...] = rng.standard_normal(different.shape)
+# exact = np.ones((1, 10, 12, 1))
+# different = rng.standard_normal((1, 10, 12, 1))
 # ```
 # </details>
 
@@ -190,9 +199,10 @@ print(f"right: {first:.0e} and {second:.2f}")
 
 # %% tags=["exercise"]
 v = np.zeros((3, 1, 1, 4, 4), "float32")  # slots, 1, 1, channels in, channels out
-v[...] = ...
+...  # v of all zeros forgets its input: set what is not to be zero
 
 # %% tags=["check"]
+assert v.shape == (3, 1, 1, 4, 4), f"v is {v.shape}, not (3, 1, 1, 4, 4): fill it, v[...] = ..."
 w = rng.standard_normal((1, 3, 3, 2, 4)).astype("float32")
 x = rng.standard_normal((1, 6, 8, 9, 2)).astype("float32")
 planes = ops.conv(x, w, padding=(0, 1, 1))

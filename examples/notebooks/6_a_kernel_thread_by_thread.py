@@ -50,10 +50,10 @@ cupy = strictarray.library("cupy", device=True)
 
 def launch(source, *arrays, n, threads=64, name="correlate"):
     kernel = emulator.RawModule(code=source).get_function(name)
-    y = cupy.empty(n, "float32")
+    y, blocks = cupy.empty(n, "float32"), (n + threads - 1) // threads  # rounded up
     sizes = np.int32(n), np.int32(len(arrays[-1]))
     with emulator.traced() as traces:
-        kernel((-(-n // threads),), (threads,), (*map(cupy.asarray, arrays), y, *sizes))
+        kernel((blocks,), (threads,), (*map(cupy.asarray, arrays), y, *sizes))
     return y.get(), traces[0]
 
 # %%
@@ -81,7 +81,8 @@ enough = ...
 assert asked is not ... and enough is not ..., "write two numbers"
 assert asked != n * taps, "that many numbers; a float32 has 4 bytes"
 assert asked <= plain.bytes(0), "too many: a thread past n returns before it reads"
-assert asked == plain.bytes(0), f"too few: {n} threads read {taps} numbers each"
+assert asked == plain.bytes(0), f"too few: {n} threads read {taps} numbers of x each"
+assert enough != len(x), "that many numbers; a float32 has 4 bytes"
 assert enough == 4 * len(x), f"x has {len(x)} numbers: the last window begins at {n - 1}"
 print(f"right: {asked} bytes are asked for where {enough} would be enough: {asked / enough:.1f}")
 
@@ -125,6 +126,10 @@ extern "C" __global__ void correlate(const float* x, const float* w, float* y, i
 # Write the line of CUDA where `BRING` stands: the block's 72 numbers, `x[first]` and those behind
 # it, go into `tile`, but never one past the end of `x`, which has `size` numbers. There are 64
 # threads, `t` from 0 to 63. Your score is how many times fewer bytes of `x` are asked for.
+#
+# If you have never written C: `for (int i = a; i < b; i += c)` is `for i in range(a, b, c):`, `if
+# (...)` takes its condition in brackets, and `;` ends a line. What nobody has written to memory is
+# nan here.
 
 # %% tags=["exercise"]
 bring = ...  # a string
@@ -133,11 +138,12 @@ bring = ...  # a string
 assert isinstance(bring, str), "write a line of CUDA as a string"
 y, tiled = launch(TILED.replace("BRING", bring), x, w, n=n)
 unset = np.flatnonzero(np.isnan(y))
-assert not len(unset), f"y[{unset[0]}] is nan: nobody brought what its window reads (memory is " \
-    "nan until written); 64 threads that bring one number each leave 8 of 72"
+assert not len(unset), f"y[{unset[0]}] is nan: nobody brought all that its window reads, numbers " \
+    f"{unset[0]} to {unset[0] + 8} of x (64 threads that bring one each leave 8; x ends at size)"
 wrong = np.flatnonzero(abs(y - right) > 1e-4)
 assert not len(wrong), f"y[{wrong[0]}] is wrong: the tile of block {wrong[0] // 64} begins at first"
-assert tiled.bytes(0) < 2 * enough, f"right, but {tiled.bytes(0)} bytes of x; 928 are enough"
+assert tiled.bytes(0) < 2 * enough, f"right, but {tiled.bytes(0)} bytes of x; 928 are enough, " \
+    "832 and 8 numbers twice for each of three borders between blocks"
 print(f"right, and your score is {plain.bytes(0) / tiled.bytes(0):.1f}")
 
 # %% [markdown] tags=["solution"]
@@ -177,7 +183,8 @@ print((a + b) + c, a + (b + c))
 # A seed must give the same run, so sums here are trees: half of the threads add the other half's
 # numbers to theirs, then a quarter, and so on, always the same pairs. All meet in shared memory,
 # and there barriers are easily forgotten. The letters mark where one could stand. In the end every
-# thread is to know the sum.
+# thread is to know the sum. (`a ? b : c` is `b if a else c`; `half /= 2` rounds down, and a loop
+# that asks for `half` ends at 0.)
 
 # %%
 TREE = r"""
@@ -222,9 +229,10 @@ assert isinstance(where, set) and where <= set("abcd"), 'write a set of letters,
 mended = TREE
 for letter in where:
     mended = mended.replace(f"/* {letter} */", "__syncthreads();")
+assert "b" not in where, "b stands inside the if: threads from half on never come to it"
 found = list(totals(mended))
-assert all(told == [4950] for told, _ in found), f"three orders say {[y for y, _ in found]}"
-assert not any(races for _, races in found), f"right by luck; these lines race: {found[0][1]}"
+races = {race for _, some in found for race in some}
+assert not races, "the sum is right by luck at most; lines that race:\n" + "\n".join(races)
 assert len(where) == 2, "right, but one is more than needed: look for two that follow each other"
 print("right: in every order all threads are told", found[0][0])
 
@@ -244,9 +252,10 @@ print("right: in every order all threads are told", found[0][0])
 # %% [markdown]
 # ## The library's own
 #
-# Its convolution does all of this. A block computes a tile of 128 positions times 64 filters; both
-# factors pass through shared memory 16 terms at a time, in two buffers, so that the next is on its
-# way while one is multiplied. Here is its loop, as `kernels/conv_simt.cu` has it:
+# Its convolution does all of this. A block computes a tile of 128 positions times 64 filters, each
+# a sum over taps and channels, the *terms*. Both factors pass through shared memory 16 terms at a
+# time: `fetch` brings the next into registers, `store` writes them into the other of two buffers
+# (`buffer ^ 1`) while one is multiplied. Here is its loop, as `kernels/conv_simt.cu` has it:
 
 # %%
 source = ts.cuda.source("conv_simt")
