@@ -17,7 +17,7 @@ notebooks: .venv/ready  ## the lessons, run with their solutions: pages in runs/
 
 docs: .venv/ready  ## every public name, the lessons and pages about one subject each, in runs/docs
 	$(BIN)/pip install -q -e ".[docs]"
-	$(BIN)/pdoc tinyseg -o runs/docs
+	$(BIN)/pdoc tinyseg tinyseg.job -o runs/docs
 	$(BIN)/python examples/notebooks/lessons.py --run runs/docs
 
 lint: .venv/ready

@@ -30,8 +30,8 @@ def test_the_front_door_is_short():
 
 def test_every_public_name_has_a_page_and_no_link_is_broken(tmp_path):
     pytest.importorskip("pdoc")
-    subprocess.run([sys.executable, "-m", "pdoc", "tinyseg", "-o", tmp_path], check=True,
-                   capture_output=True)
+    subprocess.run([sys.executable, "-m", "pdoc", "tinyseg", "tinyseg.job", "-o", tmp_path],
+                   check=True, capture_output=True)
     pages = {path: re.sub("<script.*?</script>", "", path.read_text("utf-8"), flags=re.S)
              for path in tmp_path.rglob("*.html")}
     assert len(pages) > 30

@@ -4,6 +4,7 @@ from . import checkpoint as checkpoint
 from . import (
     cuda,
     data,
+    export,
     intervals,
     losses,
     metrics,
@@ -32,6 +33,7 @@ from .tensor import Tensor, no_grad, op
 
 __version__ = "0.1.0"
 __all__ = ["PROFILES", "Tensor", "check_gradients", "checkpoint", "cuda", "data", "deflate",
-           "device", "infer", "inflate", "intervals", "load", "losses", "metrics", "models", "nn",
-           "no_grad", "op", "ops", "optim", "page", "parallel", "pictures", "pretrained",
-           "profiles", "report", "save", "summary", "to_device", "to_numpy", "train", "windows"]
+           "device", "export", "infer", "inflate", "intervals", "load", "losses", "metrics",
+           "models", "nn", "no_grad", "op", "ops", "optim", "page", "parallel", "pictures",
+           "pretrained", "profiles", "report", "save", "summary", "to_device", "to_numpy", "train",
+           "windows"]

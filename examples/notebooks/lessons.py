@@ -118,8 +118,9 @@ def index(folder: Path) -> None:
                               for name, (title, first) in entries.items() if name[0].isdigit() == n)
              for heading, n in (("Lessons", True), ("Pages", False))}
     if (folder / "tinyseg.html").exists():
-        parts["Reference"] = ('<p><a href="tinyseg.html">tinyseg</a><br>Every public name: shapes, '
-                              "units, errors, sources of formulas.</p>")
+        parts["Reference"] = ('<p><a href="tinyseg.html">tinyseg</a>, and the main job as a '
+                              'library, <a href="tinyseg/job.html">tinyseg.job</a><br>Every public '
+                              "name: shapes, units, errors, sources of formulas.</p>")
     page.write(folder / "index.html", "tinyseg", list(parts.items()))
 
 
