@@ -486,7 +486,7 @@ def test_ctrl_c_while_waiting_for_a_batch():
             waiting.wait(30)
             sleep(0.05)
             os.kill(os.getpid(), signal.SIGINT)
-            sleep(0.05)
+            sleep(0.5)
         return batch(step)
 
     net = small()
