@@ -21,7 +21,7 @@ same command goes on after an interruption. It writes there
   scores.csv      a row for each run, case and class: Dice, surface Dice, distances
   curves.csv      Dice on patches of held-out cases, step by step
   comparison.md   the means, and the differences to --reference with 95 % intervals over cases and
-                  seeds
+                  seeds; comparison.png has the latter
   report.html     all of it to look at, in one file
 """
 

@@ -96,6 +96,7 @@ def test_a_study_leaves_what_it_promises(done):
     voxels = [plan[f"batch_{n}d"] * np.prod(plan[f"patch_{n}d"]) for n in (2, 3)]
     assert plan["steps_2d"] == 4 == 2 + round(2 * voxels[1] / voxels[0])
     assert (out / "report.html").stat().st_size > 10_000
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "comparison.md").read_text("utf-8")
     assert "less random" in text and "One seed" not in text and text.count("\n| ") == 4
 

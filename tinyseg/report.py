@@ -186,7 +186,7 @@ def forest(path: str | Path, rows: Sequence[tuple[str, float, float, float]], ti
         panel.plot([mean], [y], "o", color=colour)
     panel.axvline(0, color="black", linewidth=0.8)
     panel.set_yticks(range(len(rows)), [name for name, *_ in rows])
-    panel.invert_yaxis()
+    panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.grid(axis="x", alpha=0.3)
     panel.set_xlabel(title)
     _save(figure, path)

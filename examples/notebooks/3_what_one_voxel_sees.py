@@ -201,7 +201,7 @@ images, order = images.reshape(-1, 8, 8, 1).astype("float32") / 16, rng.permutat
 known, new = order[:1400], order[1400:]
 
 # %%
-def accuracy(net, steps=250):
+def accuracy(net, steps=120):
     optimizer = ts.optim.AdamW(net.parameters(), 5e-3)
     for _ in range(steps):
         some = rng.choice(known, 64)

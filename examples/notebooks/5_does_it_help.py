@@ -81,7 +81,7 @@ def untrained(seed):
 
 
 def slices(rng):
-    some = [(rng.integers(8), rng.integers(4, 18)) for _ in range(16)]
+    some = [(rng.integers(8), rng.integers(4, 18)) for _ in range(8)]
     return (np.stack([volumes[i][d] for i, d in some]) for volumes in (images, labels))
 
 # %%
@@ -95,6 +95,10 @@ def trained(loss, seed, steps=40):
         optimizer.step()
     return net.eval()
 
+# %%
+nets = {way.__name__: [trained(way, seed) for seed in range(3)]
+        for way in (losses.cross_entropy, losses.dice_cross_entropy)}
+
 # %% [markdown]
 # Look at each class first, and at what one network says of a case that it has never seen:
 
@@ -104,7 +108,7 @@ def found_in(net):
         return [net(images[i]).data.argmax(axis=-1) for i in held_out]
 
 
-first = found_in(trained(losses.cross_entropy, seed=0))
+first = found_in(nets["cross_entropy"][0])
 for c, name in ((1, "pancreas"), (2, "cyst")):
     each = [dice(a == c, labels[i] == c) for i, a in zip(held_out, first, strict=True)]
     print(f"{name:9}", np.round(each, 2))
@@ -122,8 +126,7 @@ def scored(net):
             for i, a in zip(held_out, found_in(net), strict=True)]
 
 
-scores = {way.__name__: np.array([scored(trained(way, seed)) for seed in range(3)])
-          for way in (losses.cross_entropy, losses.dice_cross_entropy)}
+scores = {name: np.array([scored(net) for net in each]) for name, each in nets.items()}
 for name, table in scores.items():
     print(f"{name:20} seeds {table.mean(axis=1).round(3)}")
 

@@ -232,7 +232,7 @@ for letter in where:
 assert "b" not in where, "b stands inside the if: threads from half on never come to it"
 found = list(totals(mended))
 races = {race for _, some in found for race in some}
-assert not races, "the sum is right by luck at most; lines that race:\n" + "\n".join(races)
+assert not races, "the sum is right by luck at most; lines that race:\n" + "\n".join(sorted(races))
 assert len(where) == 2, "right, but one is more than needed: look for two that follow each other"
 print("right: in every order all threads are told", found[0][0])
 

@@ -98,10 +98,13 @@ def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference:
              scored: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]],
              asked: Mapping[str, Any]) -> None:
     """Write report.html of a study in the folder `out`: what its `table`, `scores` and `curves`
-    say, and one of its runs to look at."""
+    say, and one of its runs to look at; and comparison.png, its differences alone."""
     (head, *lines), paired = cells(rows, reference), pairs(scored, reference)
     compared = [(f"{row.way}, {row.source}", *row.difference[:3])
                 for row in rows if row.difference]
+    if compared:
+        report.drawn(report.forest, out / "comparison.png", compared,
+                     f"mean Dice less that of {reference}")
     sections = [("Answer", f'<p>{escape(conclusion(rows, reference))}</p>' + (page.figure(
         report.forest, compared, f"mean Dice less that of {reference}", caption="95 % intervals "
         "over cases and seeds; grey ones hold zero.") if compared else "")),
