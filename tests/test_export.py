@@ -18,11 +18,9 @@ pytest.importorskip("onnx")
 def trained(net, seed=0):
     """The network with every number moved away from where it starts, in evaluation mode."""
     rng = np.random.default_rng(seed)
-    for name, array in net.state().items():
-        if name.endswith("running_mean"):
-            array[...] = 0.1 * rng.standard_normal(array.shape)
-        elif name.endswith("running_var"):
-            array[...] = rng.uniform(0.5, 2, array.shape)
+    for _, layer in net.named(ts.nn.BatchNorm):
+        layer.running_mean[...] = 0.1 * rng.standard_normal(layer.running_mean.shape)
+        layer.running_var[...] = rng.uniform(0.5, 2, layer.running_var.shape)
     for parameter in net.parameters():
         parameter.data += 0.02 * rng.standard_normal(parameter.shape, "float32")
     return net.eval()
@@ -129,6 +127,8 @@ def test_what_cannot_be_written(tmp_path):
     flat = models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3, width=8)
     with pytest.raises(ValueError, match="ends in .onnx or .safetensors"):
         export.write(tmp_path / "net.pth", flat, (32, 32))
+    with pytest.raises(ValueError, match="Conv has no config that says in_channels"):
+        export.write(tmp_path / "net.onnx", ts.nn.Conv(1, 2, (3, 3), rng=0), (8, 8))
     with pytest.raises(ValueError, match="conv1 computes along depth by Factored"):
         export.write(tmp_path / "net.safetensors", ts.inflate(flat, profile="factored"))
     assert list(tmp_path.iterdir()) == []

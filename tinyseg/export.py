@@ -65,7 +65,7 @@ def write(path: str | Path, net: Module, size: Sequence[int] = (), **metadata: A
 
             content = save(state_dict(net), told)
         elif path.suffix == ".onnx":
-            patch = metadata.get("patch", ())[-net.config.get("rank", 0):]
+            patch = metadata.get("patch", ())[-getattr(net, "config", {}).get("rank", 0):]
             content = onnx(net, size or patch, told).SerializeToString()
         else:
             raise ValueError(f"{path}: expected a name that ends in {' or '.join(ENDINGS)}")
@@ -81,13 +81,17 @@ def onnx(net: Module, size: Sequence[int], metadata: dict[str, str] | None = Non
     """The onnx.ModelProto of a network in evaluation mode, for inputs of this size; see `write`."""
     from onnx import TensorProto, checker, helper
 
-    if len(size) != net.config.get("rank", len(size)) or not len(size):
+    config = getattr(net, "config", {})
+    if "in_channels" not in config:
+        raise ValueError(f"{type(net).__name__} has no config that says in_channels; expected one, "
+                         "as what models.build makes has, or net.config = {'in_channels': ...}")
+    if len(size) != config.get("rank", len(size)) or not len(size):
         raise ValueError(f"found the size {tuple(size)}, expected a number for each of the "
-                         f"{net.config.get('rank', '')} spatial axes")
+                         f"{config.get('rank', '')} spatial axes")
     net, graph = net.copy().eval(), Graph()
     for parameter in net.parameters():  # what is computed of them alone is a constant
         parameter.requires_grad = False
-    x = Tensor(np.zeros((1, *size, net.config["in_channels"]), "float32"), requires_grad=True)
+    x = Tensor(np.zeros((1, *size, config["in_channels"]), "float32"), requires_grad=True)
     with keeping_inputs():
         y = net(x)
     graph.names[x] = "image"
@@ -173,10 +177,7 @@ def _first(graph: Graph, node: Node) -> str:
 
 def _convolved(graph: Graph, x: str, node: Node, window: Window) -> str:
     """A convolution of what is called x; what repeats the edge is padded before."""
-    pads = [pair if not edge else (0, 0)
-            for pair, edge in zip(window.padding, window.edge, strict=True)]
-    x = _padded(graph, x, [pair if edge else (0, 0) for pair, edge in
-                           zip(window.padding, window.edge, strict=True)], "edge")
+    x, pads = _padded(graph, x, window, True), _pads(window, False)
     weights = [graph.constant(channels_first(_array(node, 1)))]
     weights += [] if _array(node, 2) is None else [graph.constant(_array(node, 2))]
     return graph.add("Conv", [x, *weights], kernel_shape=window.kernel, strides=window.stride,
@@ -184,11 +185,18 @@ def _convolved(graph: Graph, x: str, node: Node, window: Window) -> str:
                                                       for n in pair])
 
 
-def _padded(graph: Graph, x: str, pads: list[tuple[int, int]], mode: str) -> str:
+def _pads(window: Window, edge: bool) -> list[tuple[int, int]]:
+    """The padding of the axes that repeat their edge, or of those that are padded with zeros."""
+    return [pair if repeats == edge else (0, 0)
+            for pair, repeats in zip(window.padding, window.edge, strict=True)]
+
+
+def _padded(graph: Graph, x: str, window: Window, edge: bool) -> str:
+    pads = _pads(window, edge)
     if not any(map(any, pads)):
         return x
     flat = [0, 0, *(a for a, _ in pads), 0, 0, *(b for _, b in pads)]
-    return graph.add("Pad", [x, graph.constant(flat, "int64")], mode=mode)
+    return graph.add("Pad", [x, graph.constant(flat, "int64")], mode="edge" if edge else "constant")
 
 
 def _options(node: Node) -> dict[str, Any]:
@@ -274,11 +282,7 @@ def _upsample(graph: Graph, node: Node) -> str:
 
 def _pad(graph: Graph, node: Node) -> str:
     window = Window.of((1,) * (len(node.shape) - 2), **_options(node))
-    x = _first(graph, node)
-    for edge, mode in ((True, "edge"), (False, "constant")):
-        x = _padded(graph, x, [pair if e == edge else (0, 0) for pair, e in
-                               zip(window.padding, window.edge, strict=True)], mode)
-    return x
+    return _padded(graph, _padded(graph, _first(graph, node), window, True), window, False)
 
 
 def _index(graph: Graph, node: Node) -> str:
