@@ -252,9 +252,9 @@ static void together(Lane& mine, void (*work)(Lane* const*), int line, unsigned 
   w.ready = ~(1u << f.index % 32);
 }
 
-static bool is_shared(const void* p) {
-  const auto in = [p](const void* from, size_t n) {
-    return uintptr_t(p) - uintptr_t(from) <= n - 16 && n >= 16;
+UNSEEN static bool is_shared(const void* p, size_t bytes = 16) {
+  const auto in = [=](const void* from, size_t n) UNSEEN {
+    return uintptr_t(p) - uintptr_t(from) <= n - bytes && n >= bytes;
   };
   return in(dynamic, job->shared) ||
          in(__start_emulated_shared, __stop_emulated_shared - __start_emulated_shared);
@@ -269,8 +269,7 @@ UNSEEN static void access(const void* p, int bytes, Kind kind, int line, void* f
   const uintptr_t at = uintptr_t(p);
   if (!job || !job->accesses || current == &host) return;
   if (in(at, job->room->stacks, job->room->stacks + size_t(THREADS) * STACK)) return;
-  const bool shared = in(at, dynamic, dynamic + job->shared) ||
-                      in(at, __start_emulated_shared, __stop_emulated_shared);
+  const bool shared = is_shared(p, 1);
   if (in(at, __ehdr_start, _end) && !shared || in(at, job, job + 1)) return;
   if (job->accessed == job->accessible) fail("accesses more than can be kept", *current);
   const uint3 &b = block, &n = job->blocks;

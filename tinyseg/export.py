@@ -19,6 +19,7 @@ from .files import whole
 from .graph import Node
 from .module import Module, to_device
 from .nn import Conv, Linear
+from .ops import _pooling
 from .tensor import Tensor, keeping_inputs
 from .windows import Window
 
@@ -264,12 +265,9 @@ def _group_norm(graph: Graph, node: Node) -> str:
 
 
 def _max_pool(graph: Graph, node: Node) -> str:
-    options, rank = _options(node), len(node.shape) - 2
-    kernel = options.pop("kernel")
-    kernel = (kernel,) * rank if isinstance(kernel, int) else tuple(kernel)
-    window = Window.of(kernel, **options | {"stride": options.get("stride") or kernel})
-    return graph.add("MaxPool", [_first(graph, node)], kernel_shape=kernel, strides=window.stride,
-                     dilations=window.dilation,
+    window = _pooling(len(node.shape) - 2, **_options(node))
+    return graph.add("MaxPool", [_first(graph, node)], kernel_shape=window.kernel,
+                     strides=window.stride, dilations=window.dilation,
                      pads=[n for pair in zip(*window.padding, strict=True) for n in pair])
 
 

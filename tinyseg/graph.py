@@ -20,7 +20,7 @@ class Node:
 
     `pull` is what the operation returned for its inputs, of which there are `inputs`; `read` are
     ([how often it has changed], how often when it was read, its shape) of all tensors among them.
-    `options` are the operation's, by name, and its inputs, by number, where they are kept.
+    `options` are the operation's, by name, and its inputs, by number, where these are kept.
     """
 
     __slots__ = ("name", "shape", "dtype", "edges", "pull", "read", "options")

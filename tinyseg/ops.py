@@ -178,10 +178,10 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
     )
 
 
-def _pooling(x, kernel, stride, padding, dilation) -> Window:
+def _pooling(rank, kernel, stride=None, padding=0, dilation=1) -> Window:
     """The window of a pooling: an int stands for all axes, and the stride is by default the kernel.
     """
-    kernel = (kernel,) * (x.ndim - 2) if isinstance(kernel, int) else tuple(kernel)
+    kernel = (kernel,) * rank if isinstance(kernel, int) else tuple(kernel)
     return Window.of(kernel, stride or kernel, padding, dilation)
 
 
@@ -191,7 +191,7 @@ def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
 
     `kernel` is a number or a tuple of length rank; `stride` defaults to it. Padding never wins.
     """
-    window, size = _pooling(x, kernel, stride, padding, dilation), x.shape[1:-1]
+    window, size = _pooling(x.ndim - 2, kernel, stride, padding, dilation), x.shape[1:-1]
     y, winner = windows.maximum(x, window)
     return y, (lambda g: windows.maximum_adjoint(g, winner, size, window),)
 
@@ -202,7 +202,7 @@ def avg_pool(x, *, kernel, stride=None, padding=0, dilation=1):
 
     Options as in max_pool. Padding counts as zeros.
     """
-    window = _pooling(x, kernel, stride, padding, dilation)
+    window = _pooling(x.ndim - 2, kernel, stride, padding, dilation)
     missing, edge = ((0, 0), *window.padding), (False, *window.edge)
     grown = reference.pad(x, missing, edge)
     seen = [(slice(None), *points) for _, points in window.taps(window.positions(x.shape[1:-1]))]

@@ -75,7 +75,7 @@ def op(function: Callable) -> Callable:
             if edges:
                 result.node = Node(name, result.data, edges, pull, max(most, len(inputs)),
                                    [(x._changes, x.version, x.shape) for x in tensors],
-                                   options | dict(enumerate(inputs) if _keeping.get() else ()))
+                                   options | dict(enumerate(inputs)) if _keeping.get() else {})
                 result._requires_grad = True
         return result
 
