@@ -7,8 +7,8 @@ Without any, the network has the linear head at output stride 8 in depth as in t
 are plain, the last weights count, and scans are scored without their mirror image. Each run is the
 main job, fold 0 of --folds, in a folder of --out; one that has its metrics.json is not run again,
 so that an interrupted benchmark goes on. Prints the mean Dice over classes of whole held-out
-volumes, and how far seeds lie apart. Minutes are by steps that are timed before: nothing else
-should work on the machine.
+volumes, and how far seeds lie apart. Minutes are by steps that are timed for every row before any
+trains, and that all its seeds take: until then nothing else should work on the machine.
 """
 
 from __future__ import annotations
@@ -39,16 +39,21 @@ PARTS: dict[str, dict] = {  # what each changes of NOTHING; the moving average i
 ROWS = {"none": (), **{name: (name,) for name in PARTS}, "all": tuple(PARTS)}
 
 
+def begun(parts: tuple[str, ...], folder: Path, **asked) -> job.Run:
+    """The run in a folder; a new one has these parts."""
+    if (folder / "run.json").exists():
+        return job.Run.resume(folder)
+    settings = dict(NOTHING)
+    for part in parts:
+        settings |= PARTS[part]
+    return job.Run(folder, job.Settings(**asked, **settings))
+
+
 def measure(parts: tuple[str, ...], folder: Path, **asked) -> dict[str, float]:
     """Dice of both networks, the mean over classes, of a run with these parts."""
     if not (folder / "metrics.json").exists():
-        settings = dict(NOTHING)
-        for part in parts:
-            settings |= PARTS[part]
         decay = stages.AVERAGE if "moving average" in parts else 0.0
-        with patch.object(stages, "AVERAGE", decay), job.Run.resume(folder) if (
-                folder / "run.json").exists() else job.Run(
-                    folder, job.Settings(**asked, **settings)) as run:
+        with patch.object(stages, "AVERAGE", decay), begun(parts, folder, **asked) as run:
             example.method(run)
     models = read_json(folder / "metrics.json")["models"]
     return {name: mean(each["dice"] for each in models[name]["mean"].values())
@@ -69,12 +74,19 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.minutes <= 0 or asked.seeds < 1:
         parser.error("--minutes must be positive and --seeds at least 1")
+    folders = {(row, seed): asked.out / f"{row.replace(' ', '_')}_{seed}"
+               for seed, row in product(range(asked.seeds), asked.only)}  # soon one seed is whole
+    common, first = {"data": asked.data, "folds": asked.folds}, {"minutes": asked.minutes}
+    for row in asked.only:
+        if (folders[row, 0] / "plan.json").exists():
+            continue
+        with begun(ROWS[row], folders[row, 0], seed=0, **first, **common) as run:
+            run.decide()
     found: dict[str, list[dict]] = {row: [] for row in asked.only}
-    for seed, row in product(range(asked.seeds), asked.only):  # so that one seed is soon complete
+    for (row, seed), folder in folders.items():
         print(f"\n{row}, seed {seed}", flush=True)
-        folder = asked.out / f"{row.replace(' ', '_')}_{seed}"
-        found[row].append(measure(ROWS[row], folder, data=asked.data, minutes=asked.minutes,
-                                  folds=asked.folds, seed=seed))
+        steps = {"plan": folders[row, 0] / "plan.json"} if seed else first
+        found[row].append(measure(ROWS[row], folder, seed=seed, **steps, **common))
     print("\n| parts | 2D | 3D | seeds |\n|---|---|---|---|")
     for row, runs in found.items():
         told = [f"{mean(scores):.3f}" + (f" ({min(scores):.3f} to {max(scores):.3f})"
