@@ -93,6 +93,27 @@ def test_a_batch_keeps_its_promise(size):
         assert all((labels[number] > 0).any() for number in certain)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 7), st.data())
+def test_some_patches_of_a_batch_are_as_they_are_among_all(count, data):
+    """Whoever makes the others: their numbers, of foreground too, and what varies them."""
+    cases = [prepared((5, 9, 8)), prepared((7, 6, 11), name="other", foreground=False)]
+    varied = augment.preset("mild", (2.0, 1.0, 1.0), None)
+    cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=2)))
+
+    def drawn(only=slice(None)):
+        return [*sampling.patches(cases, (4, 6, 5), count, np.random.default_rng((3, count)), 0.4,
+                                  varied, first=2 * count, only=only)]
+
+    whole = drawn()
+    parts = [patch for part in map(slice, [0, *cuts], [*cuts, count]) for patch in drawn(part)]
+    assert len(parts) == count
+    for one, other in zip(whole, parts, strict=True):
+        assert one[0] == other[0]
+        np.testing.assert_array_equal(one[1], other[1])
+        np.testing.assert_array_equal(one[2], other[2])
+
+
 @pytest.mark.parametrize("share", [0, 0.25, 1 / 3, 0.5, 0.7, 1])
 def test_the_share_of_foreground_holds_over_steps_whatever_the_batch(share):
     """Patches of one voxel: one that is centred on foreground holds it, others almost never."""

@@ -200,21 +200,23 @@ def centred(number: int, share: float) -> bool:
 
 
 def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
-            foreground: float = 0.5, augment: Callable | None = None, *, first: int
-            ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+            foreground: float = 0.5, augment: Callable | None = None, *, first: int,
+            only: slice = slice(None)) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(id, image (*size, C) float32, labels (*size) uint8) of `count` cases drawn uniformly.
 
     Two sizes (H, W) mean slices: patches of depth one without the depth axis. A share `foreground`
     of all patches is centred on foreground, by their number in the run and not by chance
     (`centred`; nnU-Net's oversampling): `first` is that of the first one here, step * count. Those
     cases are drawn among the ones that have any. `augment(image, labels, rng)` changes each patch;
-    if it has a `spatial`, as an `Augmentation` has, that turns and scales it before.
+    if it has a `spatial`, as an `Augmentation` has, that turns and scales it before. Each patch has
+    a generator of its own, spawned from `rng`: some of them, `only`, are as they are among all.
     """
     if len(size) not in (2, 3) or not cases or count < 1:
         raise ValueError(f"found size {tuple(size)}, {len(cases)} cases and count {count},"
                          " expected two or three sizes, a case and a patch at least")
     inhabited = [case for case in cases if case.foreground] or cases
-    for number in range(first, first + count):
+    spawned = [*zip(range(first, first + count), rng.spawn(count), strict=True)]
+    for number, rng in spawned[only]:
         certain = centred(number, foreground)
         among = inhabited if certain else cases
         case = among[int(rng.integers(len(among)))]
@@ -227,9 +229,9 @@ def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.
 
 
 def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
-          foreground: float = 0.5, augment: Callable | None = None, *, first: int
-          ) -> tuple[np.ndarray, np.ndarray]:
+          foreground: float = 0.5, augment: Callable | None = None, *, first: int,
+          only: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """`patches` as two arrays: images (N, *size, C) float32 and labels (N, *size) uint8."""
-    drawn = patches(cases, size, count, rng, foreground, augment, first=first)
+    drawn = patches(cases, size, count, rng, foreground, augment, first=first, only=only)
     _, images, labels = zip(*drawn, strict=True)
     return np.stack(images), np.stack(labels)
