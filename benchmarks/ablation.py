@@ -1,5 +1,6 @@
 """What each part of the main job's defaults adds: every one alone, and all of them, in the same
-minutes of training.
+minutes of training. (Mirror images can be asked for of networks that have seen some: that row has
+the augmentation too, and differs from that one in how it is scored.)
 
     python benchmarks/ablation.py --data Task04_Hippocampus --minutes 5 --seeds 3
 
@@ -7,15 +8,17 @@ Without any, the network has the linear head at output stride 8 in depth as in t
 are plain, the last weights count, and scans are scored without their mirror image. Each run is the
 main job, fold 0 of --folds, in a folder of --out; one that has its metrics.json is not run again,
 so that an interrupted benchmark goes on. Prints the mean Dice over classes of whole held-out
-volumes, and how far seeds lie apart. Minutes are by steps that are timed for every row before any
-trains, and that all its seeds take: until then nothing else should work on the machine.
+volumes, and how far seeds lie apart. Minutes are by steps that are timed for every network before
+any trains, and that all runs of it take: until then nothing else should work on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import reduce
 from itertools import product
+from operator import or_
 from pathlib import Path
 from statistics import mean
 from unittest.mock import patch
@@ -34,7 +37,7 @@ PARTS: dict[str, dict] = {  # what each changes of NOTHING; the moving average i
     "depth strides": {"depth_stride": None},
     "augmentation": {"augment": "mild"},
     "moving average": {},
-    "mirror image": {"score_mirrored": True},
+    "mirror image": {"augment": "mild", "score_mirrored": True},
 }
 ROWS = {"none": (), **{name: (name,) for name in PARTS}, "all": tuple(PARTS)}
 
@@ -43,10 +46,19 @@ def begun(parts: tuple[str, ...], folder: Path, **asked) -> job.Run:
     """The run in a folder; a new one has these parts."""
     if (folder / "run.json").exists():
         return job.Run.resume(folder)
-    settings = dict(NOTHING)
-    for part in parts:
-        settings |= PARTS[part]
-    return job.Run(folder, job.Settings(**asked, **settings))
+    return job.Run(folder, job.Settings(**asked, **settings(parts)))
+
+
+def settings(parts: tuple[str, ...]) -> dict:
+    """What a run with these parts asks for."""
+    return reduce(or_, [PARTS[part] for part in parts], NOTHING)
+
+
+def planner(row: str, rows: list[str]) -> str:
+    """The first row whose network is trained as this one's, so that it takes as long."""
+    wanted = settings(ROWS[row]) | {"score_mirrored": False}
+    return next(each for each in rows
+                if settings(ROWS[each]) | {"score_mirrored": False} == wanted)
 
 
 def measure(parts: tuple[str, ...], folder: Path, **asked) -> dict[str, float]:
@@ -77,15 +89,15 @@ def main() -> None:
     folders = {(row, seed): asked.out / f"{row.replace(' ', '_')}_{seed}"
                for seed, row in product(range(asked.seeds), asked.only)}  # soon one seed is whole
     common, first = {"data": asked.data, "folds": asked.folds}, {"minutes": asked.minutes}
-    for row in asked.only:
-        if (folders[row, 0] / "plan.json").exists():
-            continue
-        with begun(ROWS[row], folders[row, 0], seed=0, **first, **common) as run:
-            run.decide()
+    plans = {row: folders[planner(row, asked.only), 0] / "plan.json" for row in asked.only}
+    for row, path in plans.items():
+        if not path.exists():
+            with begun(ROWS[row], path.parent, seed=0, **first, **common) as run:
+                run.decide()
     found: dict[str, list[dict]] = {row: [] for row in asked.only}
     for (row, seed), folder in folders.items():
         print(f"\n{row}, seed {seed}", flush=True)
-        steps = {"plan": folders[row, 0] / "plan.json"} if seed else first
+        steps = first if folder == plans[row].parent else {"plan": plans[row]}
         found[row].append(measure(ROWS[row], folder, seed=seed, **steps, **common))
     print("\n| parts | 2D | 3D | seeds |\n|---|---|---|---|")
     for row, runs in found.items():

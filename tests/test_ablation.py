@@ -67,7 +67,7 @@ def test_a_row_differs_from_none_by_its_part_and_all_from_it_by_every_one(begun,
     changed = {row: {key for key in none if told[key] != none[key]} for row, told in found.items()}
     assert changed == {
         "decoder": {"head"}, "depth strides": {"depth_stride"}, "augmentation": {"augment"},
-        "moving average": {"average"}, "mirror image": {"score_mirrored"},
+        "moving average": {"average"}, "mirror image": {"augment", "score_mirrored"},
         "all": {"head", "depth_stride", "augment", "average", "score_mirrored"}}
     assert found["all"] == defaults | {"head": "unet", "augment": "mild", "score_mirrored": True,
                                        "average": kept} and stages.AVERAGE == kept
@@ -90,10 +90,12 @@ def test_seeds_share_the_steps_that_were_timed_before_any_row_was_trained(begun,
     for seeds in ("1", "2"):  # the first seed is there by the second time
         monkeypatch.setattr(sys, "argv", [
             "ablation.py", "--data", str(tmp_path), "--minutes", "2", "--folds", "10", "--seeds",
-            seeds, "--only", "none", "moving average", "--out", str(tmp_path / "out")])
+            seeds, "--only", "none", "moving average", "decoder", "--out", str(tmp_path / "out")])
         ablation.main()
-    plan = {row: tmp_path / "out" / f"{row}_0" / "plan.json" for row in ("none", "moving_average")}
-    assert decided == ["none_0", "moving_average_0"]
+    plan = {row: tmp_path / "out" / f"{row}_0" / "plan.json" for row in ("none", "decoder")}
+    assert decided == ["none_0", "decoder_0"]
     assert [(s.seed, s.minutes, s.plan, s.folds) for s, _ in asked] == [
-        (0, 2, None, 10), (0, 2, None, 10), (1, None, plan["none"], 10),
-        (1, None, plan["moving_average"], 10)]
+        (0, 2, None, 10), (0, None, plan["none"], 10), (0, 2, None, 10),
+        (1, None, plan["none"], 10), (1, None, plan["none"], 10), (1, None, plan["decoder"], 10)]
+    assert [ablation.planner(row, list(ablation.ROWS)) for row in ablation.ROWS] == [
+        "none", "decoder", "depth strides", "augmentation", "none", "augmentation", "all"]
