@@ -2,7 +2,8 @@
 
   steps        forward, cross-entropy, backward, AdamW of whole networks, and memory
   inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18, also as a U-Net; also
-               beside OpenVINO, where it is installed (float32, the PyTorch network converted)
+               beside OpenVINO, ONNX Runtime and JAX, where they are installed (float32, the network
+               as `tinyseg export` writes it)
   growth       one step against depth, batch and cores
   layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
                1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w. Beside
@@ -21,7 +22,8 @@ theirs / ours in time, ours / theirs in memory.
   python benchmarks/cpu.py --parts steps       one of them
   python benchmarks/cpu.py --quick             a minute: few layers, small steps
 
-Needs PyTorch: pip install torch==2.13.0; beside OpenVINO: pip install openvino.
+Needs PyTorch: pip install torch==2.13.0; beside the others: pip install onnx and openvino,
+onnxruntime or jax.
 """
 
 from __future__ import annotations
@@ -274,24 +276,99 @@ def torch_side(case: tuple, threads: int, train: bool, last: bool):
     return step
 
 
-def openvino_side(case: tuple, threads: int):
-    import openvino
-    import torch
-
+def engine_side(case: tuple, threads: int, engine):
+    """The same network as `tinyseg export` writes it, computed by another engine."""
     import tinyseg as ts
 
-    size = case[3]
-    model = openvino.convert_model(torch_network(case).eval(), input=[1, 1, *size],
-                                   example_input=torch.zeros(1, 1, *size))
-    request = openvino.compile_model(model, "CPU", {
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, [*os.sched_getaffinity(0)][:threads])
+    backbone, rank, _, size, options = case
+    net = ts.models.resnet_seg(backbone, rank=rank, in_channels=1, classes=3, **options)
+    predict = engine(ts.export.onnx(net, size), size, threads)
+    return lambda x, _: ts.infer.sliding_window(
+        lambda windows: ts.Tensor(predict(windows.data)), x[0], size)
+
+
+def openvino(model, size: tuple[int, ...], threads: int):
+    import openvino
+
+    graph = openvino.Core().read_model(model.SerializeToString())
+    graph.reshape([1, 1, *size])
+    request = openvino.compile_model(graph, "CPU", {
         "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+    return channels_last(lambda x: next(iter(request.infer([x]).values())))
 
-    def predict(x):
-        answer, = request.infer([np.ascontiguousarray(np.moveaxis(x.data, -1, 1))]).values()
-        return ts.Tensor(np.moveaxis(answer, 1, -1))
 
-    return lambda x, _: ts.infer.sliding_window(predict, x[0], size)
+def onnxruntime(model, size: tuple[int, ...], threads: int):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options,
+                                           providers=["CPUExecutionProvider"])
+    return channels_last(lambda x: session.run(None, {"image": x})[0])
+
+
+def channels_last(run):
+    """A function of an array (N, C, *S) as one of (N, *S, C)."""
+    return lambda x: np.moveaxis(run(np.ascontiguousarray(np.moveaxis(x, -1, 1))), 1, -1)
+
+
+def jax(model, size: tuple[int, ...], threads: int):
+    """Compiled by XLA, channels last, which it has its fast convolutions for; its threads are as
+    many as the process has cores."""
+    import jax
+    from jax import numpy as jnp
+    from onnx import helper, numpy_helper
+
+    letters = "DHW"[-len(size):]
+    form = f"N{letters}C", f"{letters}IO", f"N{letters}C"
+    known = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+
+    def sides(pads):
+        return list(zip(pads[: len(size)], pads[len(size) :], strict=True))
+
+    def conv(x, w, b=0, *, strides, pads, dilations, **_):
+        return jax.lax.conv_general_dilated(x, np.moveaxis(w, (0, 1), (-1, -2)), strides,
+                                            sides(pads), None, dilations, form) + b
+
+    def pool(x, *, kernel_shape, strides, pads, **_):
+        return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, *kernel_shape, 1),
+                                     (1, *strides, 1), ((0, 0), *sides(pads), (0, 0)))
+
+    def resize(x, *sizes, axes, mode, **_):
+        shape = list(x.shape)
+        for axis, n in zip(axes, sizes[-1], strict=True):
+            shape[axis - 1] = int(n) if sizes[-1].dtype.kind == "i" else int(n * shape[axis - 1])
+        return jax.image.resize(x, shape, mode.decode(), antialias=False)
+
+    def cut(x, begin, end, axes, step):
+        at = [slice(None)] * x.ndim
+        for axis, *ends in zip(axes, begin, end, step, strict=True):
+            at[axis - 1] = slice(*map(int, ends))
+        return x[tuple(at)]
+
+    operators = {
+        "Conv": conv, "MaxPool": pool, "Resize": resize, "Slice": cut, "Relu": jax.nn.relu,
+        "Add": jnp.add, "Identity": lambda x: x,
+        "Concat": lambda *xs, axis: jnp.concatenate(xs, -1),
+        "BatchNormalization": lambda x, g, b, m, v, *, epsilon=1e-5, **_: (
+            x * (g / np.sqrt(v + epsilon)) + (b - m * g / np.sqrt(v + epsilon)))}
+
+    def network(x):
+        found = {**known, "image": x}
+        for node in model.graph.node:
+            options = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+            inputs = [found[name] for name in node.input if name]
+            found[node.output[0]] = operators[node.op_type](*inputs, **options)
+        return found["logits"]
+
+    network = jax.jit(network)
+    return lambda x: np.asarray(network(x))
+
+
+ENGINES = {"OpenVINO": openvino, "ONNX Runtime": onnxruntime, "JAX": jax}
 
 
 def work(pipe, make, arguments, shape) -> None:
@@ -308,13 +385,14 @@ def work(pipe, make, arguments, shape) -> None:
 
 def side_by_side(case: tuple, shape: tuple, threads: int, turns: int, train: bool = True) -> dict:
     """{side: (median seconds, GiB above idle)} of ours, of PyTorch's two formats and, in inference,
-    of OpenVINO where it is installed."""
+    of the other engines that are installed."""
     os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
     context = multiprocessing.get_context("spawn")  # the children read the thread count at start
     sides = {"ours": (our_side, train), "first": (torch_side, train, False),
              "last": (torch_side, train, True)}
-    if not train and find_spec("openvino"):
-        sides["openvino"] = openvino_side,
+    if not train:
+        sides |= {name: (engine_side, engine) for name, engine in ENGINES.items()
+                  if find_spec(engine.__name__)}
     pipes = {}
     for name, (make, *more) in sides.items():
         pipes[name], there = context.Pipe()
@@ -339,15 +417,16 @@ HEAD = (f"{'':34}{'ours s':>9}{'PyTorch s':>11}{'ratio':>7}{'ours GiB':>10}{'PyT
 
 
 def row(name: str, sides: dict) -> str:
-    """One line: PyTorch in its faster format, with the memory of that one; and OpenVINO."""
+    """A line: PyTorch in its faster format, with the memory of that one; and one for each other
+    engine."""
     (ours, gib), (theirs, their_gib) = sides["ours"], min(sides["first"], sides["last"])
     line = (f"{name:34}{ours:9.2f}{theirs:11.2f}{theirs / ours:7.2f}{gib:10.2f}{their_gib:13.2f}"
             f"{gib / their_gib:7.2f}")
-    if "openvino" not in sides:
-        return line
-    other, other_gib = sides["openvino"]
-    return (f"{line}\n{'OpenVINO':>43}{other:11.2f}{other / ours:7.2f}{other_gib:23.2f}"
-            f"{gib / other_gib:7.2f}")
+    for engine in [name for name in ENGINES if name in sides]:
+        other, other_gib = sides[engine]
+        line += (f"\n{engine:>43}{other:11.2f}{other / ours:7.2f}{other_gib:23.2f}"
+                 f"{gib / other_gib:7.2f}")
+    return line
 
 
 def main() -> None:

@@ -318,13 +318,15 @@ BEGINS = {"point": "one matrix", "lines": "Winograd along", "tiles": "Winograd:"
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(), st.sampled_from([0, 90]), st.integers(0, 9))
-def test_what_is_explained_is_what_runs(problem, cost, seed):
+@given(problems(), st.sampled_from([0, 90]), st.sets(st.sampled_from(cpu.SHORTER)),
+       st.integers(0, 9))
+def test_what_is_explained_is_what_runs(problem, cost, avoided, seed):
     """The functions that outputs and gradients in x are computed by, in number and name; they call
-    one another along lines, which is no way of its own."""
+    one another along lines, which is no way of its own. Ways that are avoided are none of them, and
+    change nothing else."""
     size, batch, channels, filters, window = problem
     x, w = arrays(size, batch, channels, filters, window.kernel, seed)
-    y, ran, inside = windows.correlate(x, w, window), [], []
+    y, ran, inside, found = windows.correlate(x, w, window), [], [], {}
     border = products.repeated(window)[1][1:]  # written out, it is a part of the grid
     window = products.repeated(window)[0]
     x = np.pad(x, [(0, 0), *border, (0, 0)], mode="edge")
@@ -343,7 +345,7 @@ def test_what_is_explained_is_what_runs(problem, cost, seed):
 
         return noting
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, windows.without(*avoided):
         for module in (winograd, lines):
             patch.setattr(module, "IMAGE", cost)
             patch.setattr(module, "KERNEL", cost)
@@ -356,11 +358,34 @@ def test_what_is_explained_is_what_runs(problem, cost, seed):
         for reading, call in (("y ", lambda: windows.correlate(x, w, window)),
                               ("dx", lambda: windows.correlate_dx(y, w, size, window))):
             ran.clear()
-            call()
+            found[reading] = call()
             mine = [line[3:] for line in told if line[:2] == reading]
             assert len(mine) == len(ran)
             for way in BEGINS:
                 assert sum(line.startswith(BEGINS[way]) for line in mine) == ran.count(way)
+        assert not any(line[3:].startswith(BEGINS[way]) for line in told for way in avoided)
+        found["dw"] = windows.correlate_dw(x, y, window)
+    x, w, y = (a.astype("float64") for a in (x, w, y))
+    for reading, right in (("y ", reference.correlate(x, w, window)),
+                           ("dx", reference.correlate_dx(y, w, size, window)),
+                           ("dw", reference.correlate_dw(x, y, window))):
+        np.testing.assert_allclose(found[reading], right, atol=2e-5 * max(1, abs(right).max()))
+
+
+def test_ways_are_avoided_in_a_block_only():
+    problem = (1, 16, 24, 24, 64), (3, 3, 3, 64, 64), Window.of((3, 3, 3), 1, 1)
+    before = windows.explain(*problem)
+    with pytest.raises(KeyError), windows.without("tiles"):
+        with windows.without("lines"):
+            inner = windows.explain(*problem)
+        assert "tiles" not in windows.explain(*problem)
+        raise KeyError
+    assert before.count("Winograd") == 3 and "Winograd" not in inner
+    assert inner.count("columns: ") == 3 and windows.explain(*problem) == before
+    with pytest.raises(ValueError, match="found columns, winograd; expected some of point, lines"):
+        with windows.without("columns", "winograd", "tiles"):
+            raise AssertionError
+    assert windows.explain(*problem) == before
 
 
 @settings(max_examples=20, deadline=None)

@@ -8,6 +8,8 @@
 # Fifteen minutes of reading, four exercises.
 
 # %%
+import timeit
+
 import numpy as np
 
 from tinyseg import page, pictures, windows
@@ -233,8 +235,20 @@ print("right: 4 multiplications where 6 would be direct")
 
 # %% [markdown]
 # The same in three axes, with four outputs each, is what `explain` told above: 6 numbers of x an
-# axis, $6^3 = 216$ products for 64 outputs, where 27 taps each make 1728.
-#
+# axis, $6^3 = 216$ products for 64 outputs, where 27 taps each make 1728. The sums
+# before and after take time too. `windows.without` forbids a way, and shows what it is worth:
+
+# %%
+x = rng.standard_normal((1, 16, 24, 24, 64)).astype("float32")
+w = rng.standard_normal((3, 3, 3, 64, 64)).astype("float32")
+def seconds():
+    return min(timeit.repeat(lambda: windows.correlate(x, w, window), number=1, repeat=3))
+fast = seconds()
+with windows.without("tiles"):
+    print(windows.explain(x.shape, w.shape, window).splitlines()[0].removeprefix("y  "))
+    print(f"takes {seconds() / fast:.1f} times as long, of {1728 / 216:.0f} times the products")
+
+# %% [markdown]
 # And where the taps of a kernel stand far apart (*dilation*: 2 means every other voxel) and the
 # grid is small, most taps of most windows stand in the padding, and multiply zeros. They are taken
 # one by one then, each over the positions where it stands on the grid; this many products are left:

@@ -6,7 +6,7 @@ Every product and every weight gradient is computed in one of five ways, as `cho
     lines    three taps along the first axis, wide kernels: see `lines`
     tiles    three taps along several axes, enough channels and points: see `winograd`
     taps     outputs on a strided subgrid, as in a strided gradient in x: tap by tap
-    columns  any other: im2col for some taps at a time
+    columns  any other: im2col for some taps at a time; could compute them all, see `without`
 
 Columns: outputs are computed in blocks that stay in cache, side by side on all cores. For each
 block, the taps are taken in groups: the patches of the input that a group sees are copied into
@@ -21,6 +21,7 @@ outputs are one block, threads share the filters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial, reduce
 from itertools import product as every
 from math import ceil, prod
@@ -39,6 +40,8 @@ WIDTH = 640  # elements in a row of columns, at most
 BLOCK = 1 << 19  # elements in the columns of a block: 2 MiB
 ROWS = 192  # outputs of a block, at least
 FEW = 3  # channels: columns of fewer are gathered one after another
+SHORTER = ("point", "lines", "tiles", "taps")  # than columns, where they can be had
+_avoided: set[str] = set()
 
 
 def serves(window: Window, *arrays: Array) -> bool:
@@ -50,7 +53,8 @@ def _shape(box: Box) -> list[int]:
     return [b.stop - b.start for b in box]
 
 
-def _volume(box: Box) -> int:
+def volume(box: Box) -> int:
+    """How many positions a box holds."""
     return prod(_shape(box))
 
 
@@ -93,7 +97,7 @@ class Columns:
             if all(r.start < r.stop for r in seen):
                 self.groups.append((head, (slice(0, batch), *seen,
                                            *(slice(0, p) for p in positions[lead:]))))
-        self.groups.sort(key=lambda group: -_volume(group[1]))
+        self.groups.sort(key=lambda group: -volume(group[1]))
 
     def gather(self, head: tuple[int, ...], box: Box, memory: Array) -> Array:
         """What the group `head` sees from the positions of `box`, (rows, width): in `memory`
@@ -130,43 +134,37 @@ def choose(x_shape: tuple[int, ...], kernel, filters: int, positions, stride, di
     """
     images, *size, channels = x_shape
     sizes = kernel, images, channels, filters, positions, stride, dilation
-    if m := lines.outputs(*sizes, before):
+    if "lines" not in _avoided and (m := lines.outputs(*sizes, before)):
         return Method("lines", m)
-    if way := winograd.tiling(*sizes):
+    if "tiles" not in _avoided and (way := winograd.tiling(*sizes)):
         return Method("tiles", way)
     inside = not any(before) and all((p - 1) * s < n for p, s, n in
                                      zip(positions, stride, size, strict=True))
-    if prod(kernel) == 1 and inside and not apart:
+    if "point" not in _avoided and prod(kernel) == 1 and inside and not apart:
         return Method("point")
-    return Method("taps" if subgrid else "columns")
+    return Method("taps" if subgrid and "taps" not in _avoided else "columns")
+
+
+@contextmanager
+def without(*ways: str) -> Iterator[None]:
+    """In the block, a CPU computes no convolution in the ways that are named, of "point", "lines",
+    "tiles" (both of Winograd) and "taps", but in those that are left; `explain` tells of them.
+    Holds for all threads of the process. ValueError for others, "columns" among them, which takes
+    their place."""
+    if wrong := sorted({*ways} - {*SHORTER}):
+        raise ValueError(f"found {', '.join(wrong)}; expected some of {', '.join(SHORTER)}")
+    before = {*_avoided}
+    _avoided.update(ways)
+    try:
+        yield
+    finally:
+        _avoided.intersection_update(before)
 
 
 def _points(x: Array, positions, stride) -> Array:
     """What a kernel of one tap sees, (points, C), where it sees no padding."""
     seen = (slice(0, (p - 1) * s + 1, s) for p, s in zip(positions, stride, strict=True))
     return x[(slice(None), *seen)].reshape(-1, x.shape[-1])
-
-
-def reason(method: Method, x: Array, kernel, positions, stride, dilation, before) -> str:
-    """What `choose` decided for these sizes, and why."""
-    name, plan = method
-    if name == "point":
-        return "one matrix product: a kernel of one tap"
-    if name == "lines":
-        return (f"Winograd along the first axis: {plan + 2} convolutions over the other axes for "
-                f"{plan} outputs, where {3 * plan} would be direct")
-    if name == "tiles":
-        return (f"Winograd: {plan.number} tiles of {'x'.join(map(str, plan.steps))}, "
-                f"{plan.frequencies * plan.taps} products where {prod(plan.steps) * prod(kernel)} "
-                f"would be direct")
-    if name == "taps":
-        return f"taps: {prod(kernel)} products, each added to a strided subgrid"
-    columns = Columns(x, kernel, positions, stride, dilation, before)
-    taps = columns.width // x.shape[-1]
-    seen = sum(_volume(sees) for _, sees in columns.groups) * taps
-    share = seen / (len(x) * prod(positions) * prod(kernel))
-    return (f"columns: {len(columns.groups)} groups of {taps} taps, {columns.width} numbers wide, "
-            f"{share:.0%} of the products (the rest sees padding only)")
 
 
 def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
@@ -237,10 +235,10 @@ def _columns(x: Array, w: Array, out: Array, stride, dilation, before):
     matrices = {head: w[head].reshape(-1, w.shape[-1]) for head, _ in columns.groups}
 
     def terms(block: Box, part: slice) -> Iterator[tuple[Box, Array]]:
-        memory = np.empty(_volume(block) * columns.width, x.dtype)
+        memory = np.empty(volume(block) * columns.width, x.dtype)
         for head, sees in columns.groups:
             box = _common(sees, block)
-            if _volume(box):
+            if volume(box):
                 answer = np.matmul(columns.gather(head, box, memory), matrices[head][:, part])
                 yield box, answer.reshape(*_shape(box), -1)
 
@@ -261,7 +259,7 @@ def _taps(x: Array, w: Array, out: Array, dilation, before):
         for matrix, shift in taps:
             box = _common(tuple(slice(-s, n - s) for n, s in zip(x.shape, shift, strict=False)),
                           block)
-            if _volume(box):
+            if volume(box):
                 points = tuple(slice(b.start + s, b.stop + s)
                                for b, s in zip(box, shift, strict=True))
                 seen = x[points[: cut + 1]]
@@ -299,12 +297,12 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     def compute(item: tuple[int, int]) -> None:
         share, number = item
         head, sees = groups[number]
-        memory = np.empty(max(map(_volume, boxes)) * columns.width, x.dtype)
+        memory = np.empty(max(map(volume, boxes)) * columns.width, x.dtype)
         total = more[share - 1, number] if share else dw[head].reshape(-1, filters)
         empty = True
         for block in boxes[share::shares]:
             box = _common(sees, block)
-            if _volume(box):
+            if volume(box):
                 seen, g = columns.gather(head, box, memory), y[box].reshape(-1, filters)
                 if empty:
                     np.matmul(seen.T, g, out=total)

@@ -19,6 +19,10 @@ class Window:
     the border (True) or is filled with zeros (False).
 
     Tap k of window p stands on grid point `p * stride + k * dilation - before`.
+
+    >>> window = ts.windows.Window.of((3, 5), stride=2, padding=((1, 0), 2))
+    >>> window.padding, window.positions((8, 11))
+    (((1, 0), (2, 2)), (4, 6))
     """
 
     kernel: tuple[int, ...]
