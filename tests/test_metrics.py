@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from tinyseg import metrics
+from tinyseg.facets import facets
 
 nan, inf = math.nan, math.inf
 masks = array_shapes(max_dims=3, max_side=4).flatmap(
@@ -75,7 +76,7 @@ UNIT_AREAS = {  # of the marching-cubes surface that cuts these corners off from
 
 def test_the_fourteen_ways_to_cut_a_cube():
     """Every one of the 256 neighbour codes is one of these, turned, mirrored or complemented."""
-    table = np.linalg.norm(metrics._facets(3), axis=-1).sum(axis=-1)
+    table = np.linalg.norm(facets(3), axis=-1).sum(axis=-1)
     seen = {0: 0.0, 255: 0.0}
     for corners, area in UNIT_AREAS.items():
         for order in itertools.permutations(range(3)):

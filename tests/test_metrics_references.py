@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from tinyseg import metrics
 from tinyseg.data import nifti
+from tinyseg.facets import facets
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOLERANCES = (0.0, 0.5, 1.0, 2.0, 3.5, 5.0)
@@ -71,7 +72,7 @@ def test_every_neighbour_code(theirs):
         table = {3: theirs.lookup_tables.create_table_neighbour_code_to_surface_area,
                  2: theirs.lookup_tables.create_table_neighbour_code_to_contour_length}[rank]
         weights = np.prod(spacing) / np.array(spacing)
-        areas = np.linalg.norm(metrics._facets(rank) * weights, axis=-1).sum(axis=-1)
+        areas = np.linalg.norm(facets(rank) * weights, axis=-1).sum(axis=-1)
         assert areas == pytest.approx(table(spacing), abs=1e-12)  # any order of bits will do
         noise = rng.random((2, *(24,) * rank)) < 0.5
         check(theirs, *noise, spacing)

@@ -14,34 +14,45 @@ arXiv:1809.04430) to rounding. Volumes are scored whole: a mean of slice scores 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
-from math import factorial, inf, isfinite, isinf, nan
+from math import inf, isfinite, isinf, nan
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+
+from .facets import facets
 
 Scores = dict[str, dict[str, float]]
-Corner = tuple[int, ...]
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
-    """2 |P and R| / (|P| + |R|) of two boolean masks of one shape, any rank."""
+    """2 |P and R| / (|P| + |R|) of two boolean masks of one shape, any rank.
+
+    >>> ts.metrics.dice(np.array([True, True, False]), np.array([False, True, False]))
+    0.6666666666666666
+    """
     both, p, r = _counts(prediction, reference)
     return 2 * both / (p + r) if p + r else nan
 
 
 def iou(prediction: np.ndarray, reference: np.ndarray) -> float:
-    """|P and R| / |P or R| (Jaccard) of two boolean masks of one shape, any rank."""
+    """|P and R| / |P or R| (Jaccard) of two boolean masks of one shape, any rank.
+
+    >>> ts.metrics.iou(np.array([True, True, False]), np.array([False, True, False]))
+    0.5
+    """
     both, p, r = _counts(prediction, reference)
     return both / (p + r - both) if p + r else nan
 
 
 def volume(mask: np.ndarray, spacing: Sequence[float]) -> float:
-    """The volume in ml of a boolean mask (D, H, W) whose voxels measure `spacing` mm."""
+    """The volume in ml of a boolean mask (D, H, W) whose voxels measure `spacing` mm.
+
+    >>> ts.metrics.volume(np.ones((2, 3, 4), bool), spacing=(10, 5, 2))
+    2.4
+    """
     mask = _mask(mask)
     if mask.ndim != 3:
         raise ValueError(f"found a mask of shape {mask.shape}, expected three axes: (D, H, W)")
@@ -53,6 +64,11 @@ def surface_dice(prediction: np.ndarray, reference: np.ndarray, spacing: Sequenc
     """The share of both surfaces that lies within `tolerance` mm of the other one, by area.
 
     Also called normalised surface distance. Two boolean masks (H, W) or (D, H, W), spacing in mm.
+
+    >>> p, r = np.zeros((2, 8, 8, 8), bool)
+    >>> p[2:6, 2:6, 2:6] = r[2:6, 2:6, 3:7] = True  # a cube, and it moved by a voxel of 2 mm
+    >>> [round(ts.metrics.surface_dice(p, r, (3, 1, 2), mm), 2) for mm in (0, 1, 2)]
+    [0.71, 0.77, 1.0]
     """
     return surface_distances(prediction, reference, spacing).dice(tolerance)
 
@@ -61,6 +77,11 @@ def hausdorff95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence
     """The distance in mm within which 95% of either surface, by area, has the other one.
 
     The larger of the two directed percentiles. Two boolean masks (H, W) or (D, H, W).
+
+    >>> p, r = np.zeros((2, 6, 9), bool)
+    >>> p[1:4, 1:3] = r[1:4, 1:6] = True  # 3 pixels more along W
+    >>> ts.metrics.hausdorff95(p, r, spacing=(1, 2))
+    6.0
     """
     return max(surface_distances(prediction, reference, spacing).percentiles(95))
 
@@ -71,6 +92,10 @@ def mean_surface_distance(prediction: np.ndarray, reference: np.ndarray,
 
     Both ways weigh the same however large either surface is. To have them one by one, call
     `surface_distances(...).averages()`. Two boolean masks (H, W) or (D, H, W); spacing in mm.
+
+    >>> mask = np.eye(5, 7) > 0
+    >>> ts.metrics.mean_surface_distance(mask, mask, spacing=(2, 3))
+    0.0
     """
     return sum(surface_distances(prediction, reference, spacing).averages()) / 2
 
@@ -80,6 +105,12 @@ class Surface(NamedTuple):
 
     distances (n,) in mm to the other mask's surface, infinite where that mask is empty;
     areas (n,) in mm^2, for masks of rank 2 lengths in mm.
+
+    >>> square = np.ones((3, 4), bool)
+    >>> float(ts.metrics.surface_distances(square, square, (1, 1)).prediction.areas.sum())
+    12.82842712474619
+
+    Its outline is 14 long but for four corners, each cut off by half a diagonal: 10 + 4 / sqrt(2).
     """
 
     distances: np.ndarray
@@ -88,7 +119,13 @@ class Surface(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Surfaces:
-    """The surfaces of a prediction and a reference, each with its distances to the other one."""
+    """The surfaces of a prediction and a reference, each with its distances to the other one.
+
+    >>> p, r = np.zeros((2, 6, 9), bool)
+    >>> p[1:4, 1:3] = r[1:4, 1:6] = True  # 3 pixels more along W
+    >>> ts.metrics.surface_distances(p, r, spacing=(1, 1)).percentiles(100)
+    (1.0, 3.0)
+    """
 
     prediction: Surface
     reference: Surface
@@ -134,6 +171,11 @@ def surface_distances(prediction: np.ndarray, reference: np.ndarray,
     them. It is as far from the other surface as from that one's nearest surfel.
 
     Time and memory go with the box around both masks, about 20 bytes a voxel of it.
+
+    >>> one, other = np.zeros((2, 1, 3, 9), bool)
+    >>> one[0, 1, 2] = other[0, 1, 6] = True  # the far sides are four voxels of 5 mm away
+    >>> ts.metrics.surface_distances(one, other, (2, 2, 5)).percentiles(100)
+    (20.0, 20.0)
     """
     prediction, reference = _pair(prediction, reference)
     rank = prediction.ndim
@@ -144,7 +186,7 @@ def surface_distances(prediction: np.ndarray, reference: np.ndarray,
     codes = [_neighbours(mask[box]) for mask in (prediction, reference)]
     border = [(code > 0) & (code < 2 ** 2**rank - 1) for code in codes]
     # A facet's normal, as long as its area, shrinks and grows with the steps of the *other* axes.
-    areas = np.linalg.norm(_facets(rank) * (steps.prod() / steps), axis=-1).sum(axis=-1)
+    areas = np.linalg.norm(facets(rank) * (steps.prod() / steps), axis=-1).sum(axis=-1)
 
     def seen(mine: int, other: int) -> Surface:
         distances = _distances(border[mine], border[other], steps)
@@ -183,69 +225,6 @@ def _neighbours(mask: np.ndarray) -> np.ndarray:
     for bit, corner in enumerate(product((slice(-1), slice(1, None)), repeat=mask.ndim)):
         codes |= padded[corner] << bit
     return codes
-
-
-@cache
-def _facets(rank: int) -> np.ndarray:
-    """(codes, facets, rank): the facets between the voxels of each neighbour code, as normals.
-
-    A normal is as long as its facet's area on a grid of step 1, without signs. Codes with fewer
-    facets than others are filled up with zeros.
-
-    Marching cubes as first published (Lorensen and Cline 1987): a code and its complement have
-    one surface, which cuts off the corners in the minority, each connected part on its own. So
-    ambiguous faces, where two corners of four touch in a point, need no rule of their own.
-    """
-    corners = list(product((0, 1), repeat=rank))
-    table = []
-    for code in range(2 ** len(corners)):
-        minority = {corner for bit, corner in enumerate(corners) if code >> bit & 1}
-        if 2 * len(minority) > len(corners):
-            minority = set(corners) - minority
-        table.append([normal for part in _parts(minority) for normal in _cap(part)])
-    most = max(map(len, table))
-    return np.array([found + [np.zeros(rank)] * (most - len(found)) for found in table])
-
-
-def _beside(corner: Corner) -> list[Corner]:
-    return [(*corner[:axis], 1 - at, *corner[axis + 1 :]) for axis, at in enumerate(corner)]
-
-
-def _parts(corners: set[Corner]) -> Iterator[frozenset[Corner]]:
-    """The sets of corners that edges of the cube connect."""
-    left = set(corners)
-    while left:
-        part = grown = {left.pop()}
-        while grown:
-            grown = {near for corner in grown for near in _beside(corner)} & left
-            left -= grown
-            part = part | grown
-        yield frozenset(part)
-
-
-@cache
-def _cap(part: frozenset[Corner]) -> np.ndarray:
-    """(facets, rank): what cuts connected corners, at most half of all, off from the others.
-
-    The cap spans a ring of points, the middles of the edges that it cuts. Where they lie in one
-    plane any fan of triangles will do. Where they do not, for an L of three corners and a twisted
-    chain of four, it is the fan with the greatest area, which folds into the fewest planes.
-    """
-    left = [np.add(corner, near) / 2 for corner in sorted(part) for near in _beside(corner)
-            if near not in part]
-    ring = [left.pop()]
-    while left:  # the next is at most 1 away, on the same face of the cube; all others are farther
-        ring.append(left.pop(int(np.argmin(np.linalg.norm(left - ring[-1], axis=1)))))
-    fans = [_fan(np.roll(ring, -start, axis=0)) for start in range(len(ring))]
-    return max(fans, key=lambda normals: float(np.linalg.norm(normals, axis=-1).sum()))
-
-
-def _fan(ring: np.ndarray) -> np.ndarray:
-    """(facets, rank): the simplices that the first point spans with each rank - 1 next ones."""
-    rank = ring.shape[1]
-    spans = sliding_window_view(ring[1:] - ring[0], rank - 1, axis=0)  # (facets, rank, rank - 1)
-    minors = [np.linalg.det(np.delete(spans, axis, axis=1)) for axis in range(rank)]
-    return np.abs(np.stack(minors, axis=-1)) / factorial(rank - 1)
 
 
 def _counts(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int, int]:
@@ -289,6 +268,10 @@ def per_class(prediction: np.ndarray, reference: np.ndarray, labels: Mapping[int
     Measures are "dice" and "iou"; for volumes (D, H, W) with a spacing in mm also "hausdorff95"
     and "mean_surface_distance" in mm, "prediction_ml" and "reference_ml"; and "surface_dice"
     where a tolerance in mm is given too.
+
+    >>> prediction, reference = np.array([0, 1, 1, 1, 2]), np.array([0, 0, 1, 2, 2])
+    >>> ts.metrics.per_class(prediction, reference, {0: "background", 1: "organ"})
+    {'organ': {'dice': 0.5, 'iou': 0.3333333333333333}}
     """
     prediction, reference = np.asarray(prediction), np.asarray(reference)
     _same_shape(prediction, reference)
@@ -316,6 +299,10 @@ def mean(cases: Mapping[str, Scores]) -> Scores:
 
     NaN where it is finite in no case. A mean distance is thus one over the cases in which both
     masks have the class: read it beside `counts`.
+
+    >>> ts.metrics.mean({"a": {"organ": {"dice": 0.5}}, "b": {"organ": {"dice": 1.0}},
+    ...                  "c": {"organ": {"dice": np.nan}}})
+    {'organ': {'dice': 0.75}}
     """
     pooled: dict[str, dict[str, list[float]]] = {}
     for scores in cases.values():
@@ -335,6 +322,11 @@ def counts(cases: Mapping[str, Scores]) -> dict[str, dict[str, int]]:
 
     Of scores that `per_class` made with a spacing. A distance is infinite where exactly one of the
     masks is empty, and undefined where both are.
+
+    >>> some, none = np.ones((1, 2, 3), int), np.zeros((1, 2, 3), int)
+    >>> ts.metrics.counts({"a": ts.metrics.per_class(none, some, {1: "organ"}, (1, 1, 1)),
+    ...                    "b": ts.metrics.per_class(some, some, {1: "organ"}, (1, 1, 1))})
+    {'organ': {'cases': 2, 'empty_predictions': 1, 'empty_references': 0, 'infinite_distances': 1}}
     """
     found: dict[str, dict[str, int]] = {}
     for scores in cases.values():
