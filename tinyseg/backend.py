@@ -66,6 +66,9 @@ def device(name: str) -> ModuleType:
 
     Raises ValueError for another name and RuntimeError, with what to do, where "cuda" has no
     working CuPy or no GPU.
+
+    >>> ts.device("cpu") is np
+    True
     """
     if name == "cpu":
         return np
@@ -87,7 +90,12 @@ def device(name: str) -> ModuleType:
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """`array` in host memory; no copy where it already is a NumPy array."""
+    """`array` in host memory; no copy where it already is a NumPy array.
+
+    >>> x = np.ones(3)
+    >>> ts.to_numpy(x) is x
+    True
+    """
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 

@@ -29,6 +29,10 @@ def fingerprint(arrays: Mapping[str, np.ndarray], description: dict) -> str:
 
     The archive's own checksums leave a gap: a damaged shape that is too small reads only a part of
     the array, and a part is compared with nothing.
+
+    >>> two, three = ({"a": np.zeros(n)} for n in (2, 3))
+    >>> ts.checkpoint.fingerprint(two, {}) == ts.checkpoint.fingerprint(three, {})
+    False
     """
     digest = hashlib.sha256(json.dumps(description).encode())
     for name, array in arrays.items():
@@ -41,6 +45,10 @@ def write(path: str | Path, arrays: Mapping[str, Array], description: dict) -> N
     """Write arrays and a JSON-able description to `path` (.npz).
 
     Raises OSError where that fails; what stood at `path` before is then untouched.
+
+    >>> ts.checkpoint.write("numbers.npz", {"a": np.arange(3)}, {"unit": "mm"})
+    >>> np.load("numbers.npz")["a"].tolist()
+    [0, 1, 2]
     """
     path = Path(path)
     description = json.loads(json.dumps(description))  # as `read` will find it
@@ -52,7 +60,12 @@ def write(path: str | Path, arrays: Mapping[str, Array], description: dict) -> N
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
-    """(arrays, description) of a file that `write` made; ValueError names a file that is not."""
+    """(arrays, description) of a file that `write` made; ValueError names a file that is not.
+
+    >>> ts.checkpoint.write("numbers.npz", {"a": np.arange(3)}, {"unit": "mm"})
+    >>> ts.checkpoint.read("numbers.npz")
+    ({'a': array([0, 1, 2])}, {'unit': 'mm'})
+    """
     try:
         with open(path, "rb") as file:
             if file.read(2) != b"PK":
@@ -83,6 +96,11 @@ def save(path: str | Path, net: Module, **metadata: Any) -> None:
     Python's), None, and dicts with text keys, lists and tuples (as lists) of these. What is
     frozen comes back frozen. Raises ValueError naming what `load` would not rebuild, TypeError
     naming what JSON does not keep; nothing is written then.
+
+    >>> net = ts.models.resnet_seg(rank=2, in_channels=1, classes=3, width=4)
+    >>> ts.save("net.npz", net, spacing=(2.5, 0.8, 0.8))
+    >>> ts.load("net.npz").metadata
+    {'spacing': [2.5, 0.8, 0.8]}
     """
     config = getattr(net, "config", None)
     if not isinstance(config, dict):
@@ -155,6 +173,12 @@ def load(path: str | Path) -> Module:
     """The network in a file that `save` made, in evaluation mode, on the CPU, with `.metadata`.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+
+    >>> net = ts.models.resnet(rank=2, in_channels=1, classes=5, width=4)
+    >>> ts.save("net.npz", net)
+    >>> again = ts.load("net.npz")
+    >>> again.training, np.array_equal(again.fc.weight.data, net.fc.weight.data)
+    (False, True)
     """
     arrays, description = read(path)
     if {"settings", "stage"} <= description.keys():

@@ -22,6 +22,9 @@ def double(x, skip=None, *, size):
 
     An axis that has its size already stays. All is written once, in its place. Raises ValueError
     where a size is none of n, 2n - 1 and 2n, or skip is of another.
+
+    >>> ts.ops.double(np.array([[[1.0], [2.0]]]), size=(3,)).data.ravel()
+    array([1., 1., 2.])
     """
     library, before, c, size = array_module(x), x.shape[1:-1], x.shape[-1], tuple(size)
     if len(size) != len(before) or any(m not in (n, 2 * n - 1, 2 * n)
@@ -107,6 +110,10 @@ def phases(window: Window, before: tuple[int, ...], size: tuple[int, ...]) -> li
     Tap t of window 2q + a stands on point 2q + a + t - p of the doubled grid, which is a copy of
     point q + floor((a + t - p) / 2). None at all where an axis is not exactly doubled or the
     convolution does not keep its size: then they do not fit the border.
+
+    >>> parts = ts.ops.phases(ts.windows.Window.of((3, 3), padding=1), (5, 6), (10, 12))
+    >>> len(parts), parts[0].window.kernel
+    (4, (2, 2))
     """
     axes: list[list[tuple]] = []
     for n, m, k, s, (p, after), d in zip(before, size, window.kernel, window.stride,
@@ -135,7 +142,14 @@ def phases(window: Window, before: tuple[int, ...], size: tuple[int, ...]) -> li
 def conv_phases(x, w, b=None, *, window, size):
     """conv(double(x, size=size), w, b) with a window of which there are `phases`: the doubled grid
     is never written, and of 3 x 3 x 3 taps each position sees 2 x 2 x 2 points, 8 products where 27
-    would be direct."""
+    would be direct.
+
+    >>> x, w = np.ones((1, 5, 6, 2)), np.ones((3, 3, 2, 4))
+    >>> window, size = ts.windows.Window.of((3, 3), padding=1), (10, 12)
+    >>> y = ts.ops.conv_phases(x, w, window=window, size=size)
+    >>> np.allclose(y.data, ts.ops.conv(ts.ops.double(x, size=size), w, padding=1).data)
+    True
+    """
     parts, border = phases(window, x.shape[1:-1], size), [(0, 0), *window.padding]
     padded = pad(x, border, edge := [False, *window.edge])
     y = np.empty((len(x), *window.positions(size), w.shape[-1]), x.dtype)

@@ -29,7 +29,11 @@ ENDINGS = (".onnx", ".safetensors")
 
 def channels_first(array: np.ndarray) -> np.ndarray:
     """(*K, I, O) -> (O, I, *K), as PyTorch keeps kernels and matrices; the inverse of what
-    `pretrained` does."""
+    `pretrained` does.
+
+    >>> ts.export.channels_first(np.ones((3, 4, 2, 5))).shape
+    (5, 2, 3, 4)
+    """
     return np.moveaxis(array, (-1, -2), (0, 1))
 
 
@@ -37,13 +41,19 @@ def state_dict(net: Module) -> dict[str, np.ndarray]:
     """{name: array} of a network under its own names, torchvision's, in PyTorch's layout.
 
     ValueError for what PyTorch has no layer for: ways along depth beside a kernel.
+
+    >>> net = ts.nn.Sequential(ts.nn.Conv(2, 5, (3, 4), rng=0))
+    >>> {name: array.shape for name, array in ts.export.state_dict(net).items()}
+    {'0.weight': (5, 2, 3, 4), '0.bias': (5,)}
     """
     moved = set()
-    for name, layer in net.named((Conv, Linear)):
-        if getattr(layer, "along", None) is not None:
-            raise ValueError(f"{name} computes along depth by {type(layer.along).__name__}, which "
+    for name, layer in [("", net), *net.named(Module)]:
+        if not isinstance(layer, Conv | Linear):
+            continue
+        if (along := getattr(layer, "along", None)) is not None:
+            raise ValueError(f"{name} computes along depth by {type(along).__name__}, which "
                              "no layer of PyTorch does; expected kernels alone (.onnx takes all)")
-        moved.add(f"{name}.weight")
+        moved.add(f"{name}.weight".lstrip("."))
     return {name: np.ascontiguousarray(channels_first(a) if name in moved else a)
             for name, a in ((name, to_numpy(a)) for name, a in net.state().items())}
 

@@ -25,6 +25,10 @@ def check_gradients(function: Callable[..., Tensor], *arrays: np.ndarray, seed: 
     Inputs and cotangent are read-only: a pull-back that writes into them fails. AssertionError
     names an input whose gradient is missing, of another shape, or off by more than `tolerance`;
     TypeError says that the function returned no tensor.
+
+    >>> x, w = np.array([[1.0, 2.0, 3.0]]), np.array([[4.0], [5.0], [6.0]])
+    >>> ts.check_gradients(lambda x, w: x @ w, x, w) < 1e-6
+    True
     """
     rng = np.random.default_rng(seed)
     inputs = [np.array(a, "float64") for a in arrays]

@@ -46,6 +46,13 @@ def inflate(net: Network, depth: int | tuple[int, ...] = 3,
     all positions. The result equals `resnet_seg(rank=3, ...)` with the same depth arguments and
     this state, where the original is a `resnet_seg`; `models.build(result.config)` is its twin with
     a random start.
+
+    >>> flat = ts.models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3, width=8)
+    >>> deep = ts.inflate(flat, depth=5, profile="average")
+    >>> flat.conv1.weight.shape, deep.conv1.weight.shape
+    ((7, 7, 1, 8), (5, 7, 7, 1, 8))
+    >>> np.allclose(5 * deep.conv1.weight.data, flat.conv1.weight.data)
+    True
     """
     row = PROFILES.get(profile) if isinstance(profile, str) else None
     structure = row.structure if row else "full"
@@ -118,6 +125,11 @@ def deflate(net: Network) -> Network:
 
     Raises ValueError for a network that has convolutions of another rank, and for those of ACS,
     which look along depth as they do across.
+
+    >>> flat = ts.nn.Conv(1, 4, (3, 3), padding=1, rng=0)
+    >>> again = ts.deflate(ts.inflate(flat, depth=5, profile="zero"))
+    >>> np.array_equal(again.weight.data, flat.weight.data)
+    True
     """
     out, flat = net.copy(), {}
     for name, conv in _convolutions(out, 3, "deflate").items():

@@ -41,6 +41,15 @@ class Module:
 
     `training` tells batch-norm to use the batch's statistics, unless it is `frozen`; a new module
     is in train mode.
+
+    >>> class Scale(ts.nn.Module):
+    ...     def __init__(self):
+    ...         self.factor = ts.Tensor(np.array([2.0]), requires_grad=True)
+    ...     def forward(self, x):
+    ...         return x * self.factor
+    >>> net = Scale()
+    >>> net(np.array([1.0, 3.0])).data, net.state()
+    (array([2., 6.]), {'factor': array([2.])})
     """
 
     training = True
@@ -65,7 +74,12 @@ class Module:
     def trace(self, x: Tensor | Array) -> dict[str, Array]:
         """{name: answer} of every layer to x, in the order in which they give it, in evaluation
         mode; "" is the network itself. What is called again is "relu (2)". The arrays are not
-        copied."""
+        copied.
+
+        >>> net = ts.nn.Sequential(ts.nn.ReLU(), ts.nn.GlobalAverage())
+        >>> {name: a.shape for name, a in net.trace(np.ones((1, 4, 5, 3))).items()}
+        {'0': (1, 4, 5, 3), '1': (1, 3), '': (1, 3)}
+        """
         names = {id(module): name for name, module in [("", self), *self.named(Module)]}
         answers, calls = {}, Counter[str]()
 
@@ -190,7 +204,12 @@ class Module:
     def freeze(self, prefix: str = "") -> Self:
         """Let all under a dotted name rest, "layer1" or "layer1.0.bn1.weight", by default the whole
         module: parameters require no gradient, and batch-norm keeps to its running statistics in
-        train mode too and leaves them alone. Raises ValueError where nothing has that name."""
+        train mode too and leaves them alone. Raises ValueError where nothing has that name.
+
+        >>> net = ts.nn.Sequential(ts.nn.Linear(3, 4, rng=0), ts.nn.Linear(4, 2, rng=1)).freeze("0")
+        >>> [name for name, p in net.named_parameters() if p.requires_grad]
+        ['1.weight', '1.bias']
+        """
         return self._let(prefix, move=False)
 
     def unfreeze(self, prefix: str = "") -> Self:
@@ -316,6 +335,11 @@ def _misfit(array: Array, a: Any) -> str:
 
 
 def to_device(net: Network, where: str | ModuleType) -> Network:
-    """Move a network's arrays to "cpu" or "cuda" (or what `device` returned), in place."""
+    """Move a network's arrays to "cpu" or "cuda" (or what `device` returned), in place.
+
+    >>> net = ts.nn.Linear(3, 2, rng=0)
+    >>> ts.to_device(net, "cpu") is net
+    True
+    """
     library = device(where) if isinstance(where, str) else where
     return net.convert(lambda array: to_library(array, library))

@@ -26,41 +26,65 @@ __all__ = ["avg_pool", "batch_norm", "clip", "concatenate", "conv", "conv_phases
 
 @op
 def relu(x):
-    """max(x, 0); the derivative at 0 is 0."""
+    """max(x, 0); the derivative at 0 is 0.
+
+    >>> ts.ops.relu(np.array([-2.0, 0.0, 3.0]))
+    Tensor(array([0., 0., 3.]))
+    """
     y = array_module(x).maximum(x, 0)
     return y, (lambda g: g * (y > 0),)
 
 
 @op
 def exp(x):
-    """e to the x."""
+    """e to the x.
+
+    >>> ts.ops.exp(np.array([0.0, -np.inf]))
+    Tensor(array([1., 0.]))
+    """
     y = array_module(x).exp(x)
     return y, (lambda g: g * y,)
 
 
 @op
 def log(x):
-    """Natural logarithm."""
+    """Natural logarithm.
+
+    >>> ts.ops.log(np.array([1.0, np.e]))
+    Tensor(array([0., 1.]))
+    """
     return array_module(x).log(x), (lambda g: g / x,)
 
 
 @op
 def sqrt(x):
-    """The square root; its derivative at 0 is infinite."""
+    """The square root; its derivative at 0 is infinite.
+
+    >>> ts.ops.sqrt(np.array([4.0, 9.0]))
+    Tensor(array([2., 3.]))
+    """
     y = array_module(x).sqrt(x)
     return y, (lambda g: g / (2 * y),)
 
 
 @op
 def tanh(x):
-    """The hyperbolic tangent."""
+    """The hyperbolic tangent.
+
+    >>> ts.ops.tanh(np.array([-np.inf, 0.0, np.inf]))
+    Tensor(array([-1.,  0.,  1.]))
+    """
     y = array_module(x).tanh(x)
     return y, (lambda g: g * (1 - y * y),)
 
 
 @op
 def sigmoid(x):
-    """1 / (1 + exp(-x)), without exp of a large number."""
+    """1 / (1 + exp(-x)), without exp of a large number.
+
+    >>> ts.ops.sigmoid(np.array([-1000.0, 0.0, 1000.0]))
+    Tensor(array([0. , 0.5, 1. ]))
+    """
     library = array_module(x)
     e = library.exp(-abs(x if x.dtype.kind == "f" else x * 1.0))  # a byte has no negative
     y = library.where(x < 0, e, 1) / (1 + e)
@@ -69,7 +93,11 @@ def sigmoid(x):
 
 @op
 def maximum(x, y):
-    """The larger of x and y, broadcast; where they are equal each gets half the gradient."""
+    """The larger of x and y, broadcast; where they are equal each gets half the gradient.
+
+    >>> ts.ops.maximum(np.array([1.0, 5.0]), 3)
+    Tensor(array([3., 5.]))
+    """
     library = array_module(x if hasattr(x, "shape") else y)  # the other may be a number
 
     def part(mine, other):
@@ -80,7 +108,11 @@ def maximum(x, y):
 
 @op
 def where(condition, x, y):
-    """x where the condition holds, else y, broadcast; what is not chosen has no part in it."""
+    """x where the condition holds, else y, broadcast; what is not chosen has no part in it.
+
+    >>> ts.ops.where(np.array([True, False, True]), np.array([1.0, 2.0, 3.0]), -1)
+    Tensor(array([ 1., -1.,  3.]))
+    """
     library = array_module(next((a for a in (condition, x, y) if hasattr(a, "shape")), 0))
     condition = condition.copy() if hasattr(condition, "shape") else condition  # it may change
     return library.where(condition, x, y), (
@@ -90,7 +122,11 @@ def where(condition, x, y):
 @op
 def clip(x, *, low: float | None = None, high: float | None = None):
     """x cut to [low, high], on one side only where the other is None; outside the derivative is 0.
-    Raises ValueError where low is above high."""
+    Raises ValueError where low is above high.
+
+    >>> ts.ops.clip(np.array([-4.0, 0.5, 9.0]), low=0, high=1)
+    Tensor(array([0. , 0.5, 1. ]))
+    """
     if low is not None and high is not None and low > high:
         raise ValueError(f"clip: low is {low}, above high, which is {high}")
     library, y = array_module(x), x
@@ -102,7 +138,11 @@ def clip(x, *, low: float | None = None, high: float | None = None):
 @op
 def dropout(x, *, p: float, rng: np.random.Generator):
     """x / (1 - p) with probability 1 - p, else 0, for each number alone (Srivastava et al. 2014):
-    for training; in evaluation x itself is its mean. `rng` draws, one array a call."""
+    for training; in evaluation x itself is its mean. `rng` draws, one array a call.
+
+    >>> np.unique(ts.ops.dropout(np.ones(99), p=0.75, rng=np.random.default_rng(0)).data)
+    array([0., 4.])
+    """
     if not 0 <= p < 1:
         raise ValueError(f"dropout: p is {p}; expected a probability from 0 to below 1")
     if not hasattr(rng, "random"):
@@ -118,7 +158,11 @@ def dropout(x, *, p: float, rng: np.random.Generator):
 
 @op
 def stack(*xs, axis: int = 0):
-    """Arrays of one shape joined along a new axis."""
+    """Arrays of one shape joined along a new axis.
+
+    >>> ts.ops.stack(np.zeros(3), np.ones(3), axis=1).shape
+    (3, 2)
+    """
     library = array_module(xs[0])
 
     def part(i):
@@ -129,7 +173,11 @@ def stack(*xs, axis: int = 0):
 
 @op
 def concatenate(*xs, axis: int = -1):
-    """Arrays joined along an existing axis (the channels, unless told otherwise)."""
+    """Arrays joined along an existing axis (the channels, unless told otherwise).
+
+    >>> ts.ops.concatenate(np.ones((1, 4, 5, 2)), np.ones((1, 4, 5, 6))).shape
+    (1, 4, 5, 8)
+    """
     ends = list(accumulate(x.shape[axis] for x in xs))
 
     def part(stop, n):
@@ -141,7 +189,11 @@ def concatenate(*xs, axis: int = -1):
 
 @op
 def softmax(x, *, axis: int = -1):
-    """exp(x) / Σ exp(x) along `axis`, computed from x minus its maximum."""
+    """exp(x) / Σ exp(x) along `axis`, computed from x minus its maximum.
+
+    >>> ts.ops.softmax(np.log([1.0, 3.0]))
+    Tensor(array([0.25, 0.75]))
+    """
     p = _softmax(x, axis)
     return p, (lambda g: p * (g - (g * p).sum(axis=axis, keepdims=True)),)
 
@@ -163,6 +215,9 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
     P = floor((S + before + after - dilation (K-1) - 1) / stride) + 1. Options are a number or a
     tuple with one entry per spatial axis; a padding entry is an int or (before, after), a
     padding_mode entry "zero" or "edge". Raises ValueError where shapes do not fit.
+
+    >>> ts.ops.conv(np.ones((1, 8, 9, 2)), np.ones((3, 4, 2, 5)), stride=(2, 1)).shape
+    (1, 3, 6, 5)
     """
     if x.ndim != w.ndim or x.shape[-1] != w.shape[-2]:
         raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape}; expected "
@@ -179,8 +234,7 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
 
 
 def _pooling(rank, kernel, stride=None, padding=0, dilation=1) -> Window:
-    """The window of a pooling: an int stands for all axes, and the stride is by default the kernel.
-    """
+    """The window of a pooling: an int stands for all axes, the stride is by default the kernel."""
     kernel = (kernel,) * rank if isinstance(kernel, int) else tuple(kernel)
     return Window.of(kernel, stride or kernel, padding, dilation)
 
@@ -190,6 +244,9 @@ def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
     """The maximum over each window, per channel: (N, *S, C) -> (N, *P, C).
 
     `kernel` is a number or a tuple of length rank; `stride` defaults to it. Padding never wins.
+
+    >>> ts.ops.max_pool(np.arange(6.0).reshape(1, 6, 1), kernel=2).data.ravel()
+    array([1., 3., 5.])
     """
     window, size = _pooling(x.ndim - 2, kernel, stride, padding, dilation), x.shape[1:-1]
     y, winner = windows.maximum(x, window)
@@ -198,9 +255,11 @@ def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
 
 @op
 def avg_pool(x, *, kernel, stride=None, padding=0, dilation=1):
-    """The mean over each window, per channel: (N, *S, C) -> (N, *P, C).
+    """The mean over each window, per channel: (N, *S, C) -> (N, *P, C). Options as in max_pool.
+    Padding counts as zeros.
 
-    Options as in max_pool. Padding counts as zeros.
+    >>> ts.ops.avg_pool(np.arange(6.0).reshape(1, 6, 1), kernel=2).data.ravel()
+    array([0.5, 2.5, 4.5])
     """
     window = _pooling(x.ndim - 2, kernel, stride, padding, dilation)
     missing, edge = ((0, 0), *window.padding), (False, *window.edge)
@@ -222,7 +281,11 @@ def avg_pool(x, *, kernel, stride=None, padding=0, dilation=1):
 @op
 def pad(x, *, padding, padding_mode="zero"):
     """x extended along its spatial axes, as `conv` does it: (N, *S, C) -> (N, *(S + before +
-    after), C). A padding entry is an int or (before, after), a mode "zero" or "edge"."""
+    after), C). A padding entry is an int or (before, after), a mode "zero" or "edge".
+
+    >>> ts.ops.pad(np.array([[[3.0], [4.0]]]), padding=((1, 2),), padding_mode="edge").data.ravel()
+    array([3., 3., 4., 4., 4.])
+    """
     window = Window.of((1,) * (x.ndim - 2), padding=padding, padding_mode=padding_mode)
     missing, edge = ((0, 0), *window.padding), (False, *window.edge)
     return reference.pad(x, missing, edge), (lambda g: reference.pad_adjoint(g, missing, edge),)
@@ -241,6 +304,9 @@ def upsample(x: Tensor, size: tuple[int, ...], *, align_corners: bool) -> Tensor
     """Linear interpolation along each spatial axis to `size`: (N, *S, C) -> (N, *size, C).
 
     One small matrix product per axis (see `interpolation`), last axis first.
+
+    >>> ts.ops.upsample(np.array([[[0.0], [4.0]]]), (5,), align_corners=True).data.ravel()
+    array([0., 1., 2., 3., 4.])
     """
     return _upsample(x, size=tuple(size), align_corners=align_corners)
 

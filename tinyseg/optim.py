@@ -28,6 +28,13 @@ class Optimizer:
     groups, (parameters, factor), which move at the rate lr * factor (their `factors`, one for each
     parameter; 1 outside of groups). Every setting is a number from 0 to below its limit in LIMITS,
     whenever it is set. Raises ValueError for anything else.
+
+    >>> a, b = (ts.Tensor(np.zeros(1), requires_grad=True) for _ in range(2))
+    >>> optimizer = ts.optim.SGD([a, ([b], 0.1)], lr=2)
+    >>> (a + b).backward()
+    >>> optimizer.step()
+    >>> a.data, b.data
+    (array([-2.]), array([-0.2]))
     """
 
     slots: tuple[str, ...] = ()  # names of the running arrays, one per parameter each
@@ -138,7 +145,15 @@ def _setting(name: str, value: Any) -> Any:
 
 class SGD(Optimizer):
     """v <- momentum v + (g + weight_decay p);  p <- p - lr v, or with Nesterov's
-    momentum p - lr (g + weight_decay p + momentum v)  (Sutskever et al. 2013, PyTorch's form)."""
+    momentum p - lr (g + weight_decay p + momentum v)  (Sutskever et al. 2013, PyTorch's form).
+
+    >>> p = ts.Tensor(np.array([3.0]), requires_grad=True)
+    >>> optimizer = ts.optim.SGD([p], lr=0.25)
+    >>> (p * p).backward()
+    >>> optimizer.step()
+    >>> p.data  # 3 - 0.25 * 6
+    array([1.5])
+    """
 
     slots = ("velocity",)
 
@@ -165,6 +180,13 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2):
 
     p <- p - lr (weight_decay p + m̂ / (sqrt(v̂) + eps)),  m̂ = m / (1 - beta1^t), v̂ likewise.
+
+    >>> p = ts.Tensor(np.ones(2), requires_grad=True)
+    >>> optimizer = ts.optim.AdamW([p], lr=0.1, weight_decay=0)
+    >>> (p * np.array([3.0, -500.0])).sum().backward()
+    >>> optimizer.step()
+    >>> p.data  # a first step is as long as lr, whatever the gradient
+    array([0.9, 1.1])
     """
 
     slots = ("mean", "square")
@@ -198,18 +220,31 @@ class AdamW(Optimizer):
 
 
 def poly(step: int, total: int, power: float = 0.9) -> float:
-    """(1 - step / total)^power: nnU-Net's schedule, a factor of the base rate."""
-    return max(0.0, 1 - step / total) ** power
+    """(1 - step / total)^power: nnU-Net's schedule, a factor of the base rate.
+
+    >>> [ts.optim.poly(step, 4, power=2) for step in range(5)]
+    [1.0, 0.5625, 0.25, 0.0625, 0.0]
+    """
+    return max(0.0, 1 - step / max(1, total)) ** power
 
 
 def cosine(step: int, total: int) -> float:
-    """(1 + cos(pi x)) / 2, x = step / total (Loshchilov and Hutter 2017, without restarts)."""
+    """(1 + cos(pi x)) / 2, x = step / total (Loshchilov and Hutter 2017, without restarts).
+
+    >>> [round(ts.optim.cosine(step, 6), 6) for step in (0, 2, 3, 4, 6)]
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
     return (1 + cos(pi * min(1.0, step / max(1, total)))) / 2
 
 
 def warmup(steps: int, schedule: Schedule = poly) -> Schedule:
     """The schedule that rises to 1 in a straight line over `steps` steps, and then is `schedule`
-    over those that remain."""
+    over those that remain.
+
+    >>> schedule = ts.optim.warmup(4, ts.optim.cosine)
+    >>> [schedule(step, 10) for step in (0, 1, 2, 3, 4, 7, 10)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 0.5, 0.0]
+    """
     if steps < 0:
         raise ValueError(f"steps of the warm-up are {steps}; expected at least 0")
 

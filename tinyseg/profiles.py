@@ -17,6 +17,10 @@ class Profile:
     exact: whether the network begins equal to the 2D one on inputs constant along depth; volumes:
     and on every volume, at depth stride 1. structure: what kernels become, a name in
     `models.STRUCTURES`; alpha is then of what goes along depth. noise: in units of std(w2).
+
+    >>> way = ts.PROFILES["zero"]
+    >>> way.formula, way.alpha(3, 1).tolist(), way.volumes
+    ('1 at c, 0 elsewhere', [0.0, 1.0, 0.0], True)
     """
 
     alpha: Callable[[int, int], np.ndarray]
@@ -38,12 +42,22 @@ def _normalised(weights: np.ndarray) -> np.ndarray:
 
 def gaussian(sigma: float) -> Callable[[int], np.ndarray]:
     """exp(-(t - c)² / 2 sigma²) normalised, c = slots // 2; sigma in slots, from "zero" (0) to
-    "average" (infinity)."""
+    "average" (infinity).
+
+    >>> [ts.profiles.gaussian(sigma)(3).round(2).tolist() for sigma in (0.1, 100)]
+    [[0.0, 1.0, 0.0], [0.33, 0.33, 0.33]]
+    """
     return lambda slots: _normalised(np.exp(-(_offset(slots, slots // 2) / sigma) ** 2 / 2))
 
 
 def dirichlet(seed: int, concentration: float = 1.0) -> Callable[[int], np.ndarray]:
-    """Random positive numbers that sum to one, others for every layer: a Dirichlet draw a call."""
+    """Random positive numbers that sum to one, others for every layer: a Dirichlet draw a call.
+
+    >>> draw = ts.profiles.dirichlet(seed=0)
+    >>> first, second = draw(5), draw(5)
+    >>> np.allclose([first.sum(), second.sum()], 1), np.allclose(first, second)
+    (True, False)
+    """
     rng = np.random.default_rng(seed)
     return lambda slots: rng.dirichlet(np.full(slots, concentration))
 
@@ -106,6 +120,11 @@ def depth_profile(profile: str | Callable[[int], Array] | Array, slots: int,
     ("scaling"). slot: "center" (slots // 2), "first" or a number, for the names that have a c.
     Raises ValueError where the length is not `slots` or the sum is not one, and for another slot
     with numbers of your own, which have no c.
+
+    >>> ts.profiles.depth_profile("negative", 4).tolist()
+    [-0.25, -0.25, 1.75, -0.25]
+    >>> ts.profiles.depth_profile([0.25, 0.75], 2).tolist()
+    [0.25, 0.75]
     """
     if isinstance(profile, str):
         at = {"center": slots // 2, "first": 0}.get(slot, -1) if isinstance(slot, str) else slot

@@ -315,7 +315,12 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def score_lines(means: Mapping[str, Mapping[str, Mapping[str, float]]], measure: str) -> str:
-    """{model: {class: {measure: mean}}} as a small text table, one line a class."""
+    """{model: {class: {measure: mean}}} as a small text table, one line a class.
+
+    >>> print(ts.report.score_lines({"2d": {"liver": {"dice": 0.5}}}, "dice"))
+    mean dice        2d
+    liver         0.500
+    """
     classes = list(next(iter(means.values())))
     width = max(len(text) for text in (*classes, f"mean {measure}"))
     lines = [f"{'mean ' + measure:{width}}" + "".join(f"{model:>10}" for model in means)]

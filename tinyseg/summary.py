@@ -103,6 +103,12 @@ def summary(net: Module, shape: tuple[int, ...]) -> Summary:
     takes. What is seen follows from windows and interpolations, back along every path to the input
     (Araujo et al. 2019, "Computing receptive fields of convolutional neural networks"); statistics
     of normalisation do not count. ValueError where the network does not take the shape.
+
+    >>> net = ts.nn.Sequential(ts.nn.Conv(1, 4, (3, 3), padding=1, rng=0), ts.nn.MaxPool((2, 2)),
+    ...                        ts.nn.Conv(4, 2, (3, 3), padding=1, rng=0))
+    >>> told = ts.summary(net, (1, 8, 12, 1))
+    >>> [(layer.name, layer.shape, layer.sees) for layer in told.layers]
+    [('0', (1, 8, 12, 4), (3, 3)), ('1', (1, 4, 6, 4), (4, 4)), ('2', (1, 4, 6, 2), (8, 8))]
     """
     net, rank = net.copy().eval(), len(shape) - 2
     names = {id(module): name for name, module in [("", net), *net.named(Module)]}

@@ -34,7 +34,13 @@ _keeping: ContextVar[frozenset] = ContextVar("keeping", default=frozenset())
 
 
 def no_grad() -> AbstractContextManager:
-    """Operations inside this context record no graph."""
+    """Operations inside this context record no graph.
+
+    >>> x = ts.Tensor(np.ones(3), requires_grad=True)
+    >>> with ts.no_grad():
+    ...     (2 * x).requires_grad
+    False
+    """
     return within(_pauses)
 
 
@@ -50,6 +56,12 @@ def op(function: Callable) -> Callable:
 
     Inputs are tensors, arrays or numbers; a NumPy number beside a tensor of floats is taken as
     Python's, so that it does not widen it. TypeError says what else was found.
+
+    >>> @ts.op
+    ... def cube(x):
+    ...     return x**3, (lambda g: g * 3 * x**2,)
+    >>> ts.check_gradients(cube, np.array([1.0, -2.0])) < 1e-6
+    True
     """
     name = getattr(function, "__name__", type(function).__name__).lstrip("_")
     most = getattr(getattr(function, "__code__", None), "co_argcount", 0)
@@ -117,6 +129,12 @@ class Tensor:
 
     `np.asarray(t)` is the data. Comparisons give arrays of bool without a gradient; tensors are
     equal as keys only to themselves.
+
+    >>> x = ts.Tensor(np.array([1.0, 2.0, 3.0]), requires_grad=True)
+    >>> y = (x * x).sum()
+    >>> y.backward()
+    >>> y.item(), x.grad.tolist()
+    (14.0, [2.0, 4.0, 6.0])
     """
 
     __slots__ = ("data", "grad", "node", "_changes", "_requires_grad", "__weakref__")
@@ -168,6 +186,12 @@ class Tensor:
         `ready(leaf)` is called as soon as a leaf's gradient is complete, while the walk goes on.
         The graph is freed on the way: a second call needs a second forward pass. RuntimeError
         where it was freed, or where a tensor changed in place since an operation read it.
+
+        >>> x = ts.Tensor(np.array([3.0, 5.0]), requires_grad=True)
+        >>> (2 * x).backward(np.array([1.0, 10.0]))
+        >>> (2 * x).backward(np.array([1.0, 10.0]))
+        >>> x.grad.tolist()
+        [4.0, 40.0]
         """
         root = self._vertex()
         if root is None:
@@ -211,11 +235,21 @@ class Tensor:
                         "operations of tensors, or its array, t.data")
 
     def item(self) -> float:
-        """The number of a tensor that holds a single one; ValueError otherwise."""
+        """The number of a tensor that holds a single one; ValueError otherwise.
+
+        >>> ts.Tensor(np.array([[7.0]])).item()
+        7.0
+        """
         return self.data.item()
 
     def detach(self) -> Tensor:
-        """A tensor of the same array, outside the graph; a change of the one is one of both."""
+        """A tensor of the same array, outside the graph; a change of the one is one of both.
+
+        >>> x = ts.Tensor(np.ones(3), requires_grad=True)
+        >>> y = x.detach()
+        >>> y.data is x.data, y.requires_grad
+        (True, False)
+        """
         other = Tensor(self.data)
         other._changes = self._changes
         return other

@@ -19,6 +19,12 @@ def sample(image: np.ndarray, labels: np.ndarray, matrix: np.ndarray, origin: np
     voxels. The image is interpolated linearly, and goes on beyond its border as its edge does. A
     label is the class whose indicator, interpolated so, is largest (ties go to the smaller one, as
     in `ct.resample_labels`), and `outside` is a class that fills what is beyond the border.
+
+    >>> image, labels = np.array([[0.0], [10.0], [20.0], [30.0]]), np.array([0, 0, 1, 1])
+    >>> half, from_one = np.array([[0.5]]), np.array([1.0])  # at 1, 1.5, 2 and 2.5
+    >>> values, classes = ts.data.affine.sample(image, labels, half, from_one, (4,), outside=255)
+    >>> values.ravel(), classes.tolist()
+    (array([10., 15., 20., 25.], dtype=float32), [0, 0, 1, 1])
     """
     shape = np.array(labels.shape)
     reach = matrix * (np.array(size) - 1)

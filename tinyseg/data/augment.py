@@ -27,6 +27,12 @@ def flip(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, axes: 
 
     Negative axes count over the spatial ones: -1 is left-right in a slice and in a volume. `pairs`
     of labels (uint8) change places with it: in the mirror a left kidney is a right one.
+
+    >>> image, labels = np.array([[[1.0], [2.0], [3.0]]]), np.array([[1, 0, 0]], "uint8")
+    >>> rng = np.random.default_rng(2)  # its first draw is below 1/2
+    >>> image, labels = ts.data.augment.flip(image, labels, rng, axes=[-1], pairs=[(1, 2)])
+    >>> image.ravel(), labels.tolist()
+    (array([3., 2., 1.]), [[0, 0, 2]])
     """
     for axis in axes:
         if not -labels.ndim <= axis < labels.ndim:
@@ -40,7 +46,12 @@ def flip(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, axes: 
 
 def intensity(image: np.ndarray, rng: np.random.Generator, gain: float = 0.1,
               shift: float = 0.1) -> np.ndarray:
-    """Per channel a x + b, a in 1 +- gain, b in +- shift (in standard deviations), dtype kept."""
+    """Per channel a x + b, a in 1 +- gain, b in +- shift (in standard deviations), dtype kept.
+
+    >>> changed = ts.data.augment.intensity(np.ones((4, 5, 2)), np.random.default_rng(0), shift=0)
+    >>> bool(0.9 <= changed.min() <= changed.max() <= 1.1), np.ptp(changed, axis=(0, 1))
+    (True, array([0., 0.]))
+    """
     channels = image.shape[-1:]
     a = rng.uniform(1 - gain, 1 + gain, channels)
     b = rng.uniform(-shift, shift, channels)
@@ -55,6 +66,11 @@ def mild(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator,
     rotations and reflections cost about 20 points of Dice on NIH Pancreas-CT
     (github.com/HiLab-git/DTC, issue 10): the pancreas is found by where it lies. Left-right stays
     because the headers of some public scans are mirrored.
+
+    >>> image, labels = np.ones((4, 6, 1)), np.arange(24).reshape(4, 6)
+    >>> _, seen = ts.data.augment.mild(image, labels, np.random.default_rng(2))
+    >>> np.array_equal(seen, labels[:, ::-1])
+    True
     """
     if pairs is not None:
         image, labels = flip(image, labels, rng, (LEFT_RIGHT,), pairs)
@@ -63,7 +79,11 @@ def mild(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator,
 
 def blur(x: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
     """A channel (*S) through a Gaussian, one sigma in voxels per axis; beyond the edge, the
-    edge."""
+    edge.
+
+    >>> ts.data.augment.blur(np.array([0.0, 0.0, 1.0, 0.0, 0.0]), [1.0]).round(1)
+    array([0.1, 0.2, 0.4, 0.2, 0.1])
+    """
     from scipy.ndimage import gaussian_filter1d  # takes longer than all of tinyseg to import
 
     for axis, sigma in enumerate(sigmas):
@@ -72,20 +92,36 @@ def blur(x: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
 
 
 def contrast(x: np.ndarray, factor: float) -> np.ndarray:
-    """A channel's distance from its mean, times `factor`, cut off at the range that it had."""
+    """A channel's distance from its mean, times `factor`, cut off at the range that it had.
+
+    >>> ts.data.augment.contrast(np.array([0.0, 1.0, 2.0, 3.0, 4.0]), 2)
+    array([0., 0., 2., 4., 4.])
+    """
     mean = x.mean()
     return np.clip(mean + factor * (x - mean), x.min(), x.max())
 
 
 def low_resolution(x: np.ndarray, share: float, axes: Sequence[int]) -> np.ndarray:
     """A channel (*S) as a scan would have it that has a `share` of the voxels along each of the
-    axes: the nearest ones, interpolated linearly."""
+    axes: the nearest ones, interpolated linearly.
+
+    >>> ts.data.augment.low_resolution(np.array([0.0, 1.0, 2.0, 3.0]), 0.5, axes=[0])
+    array([1. , 1.5, 2.5, 3. ], dtype=float32)
+    """
     small = [max(1, round(n * share)) if axis in axes else n for axis, n in enumerate(x.shape)]
     return resample(resample(x, tuple(small), 0), x.shape, 1)
 
 
 def gamma(x: np.ndarray, exponent: float) -> np.ndarray:
-    """((x - min) / (max - min)) ** exponent, with the mean and the standard deviation of x."""
+    """((x - min) / (max - min)) ** exponent, with the mean and the standard deviation of x.
+
+    >>> x = np.array([0.0, 3.0, 4.0])
+    >>> y = ts.data.augment.gamma(x, 2)
+    >>> np.allclose([y.mean(), y.std()], [x.mean(), x.std()])
+    True
+    >>> round(float((y[1] - y[0]) / (y[2] - y[0])), 4)  # (3 / 4)**2
+    0.5625
+    """
     low, high = x.min(), x.max()
     if low == high:
         return x
@@ -95,7 +131,12 @@ def gamma(x: np.ndarray, exponent: float) -> np.ndarray:
 
 class Change(NamedTuple):
     """A change happens with a probability, by an amount between `low` and `high`, in each channel
-    with the probability `channels`."""
+    with the probability `channels`.
+
+    >>> change = ts.data.augment.Change(probability=0.5, low=0.5, high=3)
+    >>> 0.5 <= change.uniform(np.random.default_rng(0)) <= 3
+    True
+    """
 
     probability: float = 0.0
     low: float = 1.0
@@ -139,6 +180,11 @@ class Augmentation:
 
     `sampling.patch` takes `spatial` and resamples once, from the case; a call does the rest.
     Intensities are meant to be z-scores: noise and shift are in standard deviations.
+
+    >>> augment = ts.data.augment.Augmentation(shift=(1, 2, 2))  # always, by 2
+    >>> image, labels = np.zeros((1, 3, 1)), np.array([[0, 1, 1]])
+    >>> augment(image, labels, np.random.default_rng(0))[0].ravel()
+    array([2., 2., 2.])
     """
 
     rotation: Change = Change()  # degrees about each of three axes
@@ -180,6 +226,10 @@ class Augmentation:
         It turns and scales in millimetres: S^-1 (scale R) S with the spacing S. Axes of thick
         slices, whose spacing is over 3 times the finest (nnU-Net's rule, its "dummy 2D"), and axes
         of one voxel stay as they are.
+
+        >>> augment = ts.data.augment.Augmentation(scale=(1, 2, 2), spacing=(5, 1, 1))
+        >>> augment.spatial(np.random.default_rng(0), size=(4, 6, 8)).tolist()  # thick slices stay
+        [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]
         """
         spacing = np.array(self.spacing[-len(size):])
         axes = _fine(size, spacing)
@@ -258,7 +308,12 @@ PRESETS = {
 def preset(name: str, spacing: Sequence[float], pairs: Iterable[tuple[int, int]] | None = ()
            ) -> Augmentation:
     """One of `PRESETS` for cases of this spacing in mm, whose classes change places in the mirror
-    as `pairs` says. ValueError for another name."""
+    as `pairs` says. ValueError for another name.
+
+    >>> augment = ts.data.augment.preset("mild", spacing=(5, 1, 1), pairs=[(1, 2)])
+    >>> augment.mirror, augment.pairs, augment.rotation[:3]
+    ((-1,), ((1, 2),), (0.5, -15, 15))
+    """
     if name not in PRESETS:
         raise ValueError(f"found the augmentation {name!r}, expected one of {', '.join(PRESETS)}")
     return replace(PRESETS[name], spacing=tuple(spacing),

@@ -101,6 +101,9 @@ def load(folder: str | Path) -> Dataset:
     of cases, they are the label maps in labelsTr with scans of their names in imagesTr.
 
     Raises FileNotFoundError or ValueError that names the file and says what to do.
+
+    >>> ts.data.decathlon.load(ts.data.phantom.write("task", cases=2, shape=(4, 6, 8))).labels
+    {0: 'background', 1: 'pancreas', 2: 'cancer'}
     """
     folder = Path(folder)
     source = folder / "dataset.json"
@@ -325,6 +328,9 @@ def folds(ids: Iterable[str], k: int = 5, seed: int = 12345) -> list[tuple[list[
 
     scikit-learn's KFold(k, shuffle=True, random_state=seed) on the sorted ids: one Mersenne
     Twister shuffle, cut into k runs of which the first n mod k are longer by one.
+
+    >>> ts.data.decathlon.folds(["case1", "case2", "case3", "case4"], k=2)[0]
+    (['case2', 'case3'], ['case1', 'case4'])
     """
     names = np.array(sorted(ids), dtype=object)
     if len(set(names)) != len(names):

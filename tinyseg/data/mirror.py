@@ -25,6 +25,9 @@ def sides(names: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
     capital ("LeftParotid") or before all others ("leftkidney"); two names are a pair that differ in
     the sides alone, but for the heart's chambers. Names that one letter tells apart, l or r (lkid
     and rkid), may have a side: no partner is guessed.
+
+    >>> ts.data.augment.sides(["left kidney", "right kidney", "lung_R", "liver"])
+    ([('left kidney', 'right kidney')], ['lung_R'])
     """
     names = list(names)
     words = {name: tuple(word.lower() for word in WORDS.findall(name)) for name in names}
@@ -49,7 +52,12 @@ def sides(names: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 def numbered(pairs: Iterable[Sequence[str]], names: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs of class names as pairs of classes, their places in `names`; ValueError for another
-    name, and for one that is named twice."""
+    name, and for one that is named twice.
+
+    >>> names = ["background", "left kidney", "right kidney"]
+    >>> ts.data.augment.numbered([("left kidney", "right kidney")], names)
+    [(1, 2)]
+    """
     pairs = [tuple(pair) for pair in pairs]
     each = [name for pair in pairs for name in pair]
     if strange := [name for name in each if name not in names]:
@@ -62,7 +70,11 @@ def numbered(pairs: Iterable[Sequence[str]], names: Sequence[str]) -> list[tuple
 
 
 def permutation(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-    """(count,) the numbers from 0, those of each pair in each other's place."""
+    """(count,) the numbers from 0, those of each pair in each other's place.
+
+    >>> ts.data.augment.permutation(4, [(1, 2)]).tolist()
+    [0, 2, 1, 3]
+    """
     order = np.arange(count)
     for a, b in pairs:
         order[[a, b]] = b, a

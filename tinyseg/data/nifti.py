@@ -100,6 +100,13 @@ def read(path: str | Path, dtype: Any = "float32") -> Volume:
 
     Raises FileNotFoundError, or ValueError for a damaged, impossible or unusable file; naming it.
     Memory grows with what the file holds, not with what its header claims.
+
+    >>> import nibabel
+    >>> file = nibabel.Nifti1Image(np.zeros((8, 6, 4), "int16"), np.diag([1, 2, 5, 1]))  # (R, A, S)
+    >>> nibabel.save(file, "scan.nii.gz")
+    >>> scan = ts.data.nifti.read("scan.nii.gz")
+    >>> scan.array.shape, scan.spacing
+    ((4, 6, 8), (5.0, 2.0, 1.0))
     """
     from nibabel.orientations import apply_orientation
 
@@ -172,6 +179,13 @@ def join(volumes: Sequence[Volume]) -> Volume:
     """One volume, array (D, H, W, C), of the channels of several on the grid of the first.
 
     ValueError where they lie on different grids.
+
+    >>> import nibabel
+    >>> file = nibabel.Nifti1Image(np.zeros((8, 6, 4), "int16"), np.eye(4))
+    >>> nibabel.save(file, "scan.nii.gz")
+    >>> scan = ts.data.nifti.read("scan.nii.gz")
+    >>> ts.data.nifti.join([scan, scan, scan]).array.shape
+    (4, 6, 8, 3)
     """
     first, *others = volumes
     for other in others:
@@ -224,6 +238,14 @@ def write(path: str | Path, array: np.ndarray, like: Volume) -> None:
     only what describes the scan's values (type, scaling, display window, intent, channels) is
     replaced; extensions are left out. Voxels are the smallest unsigned type that holds the
     labels. The file appears whole or not at all. ValueError where shape or values do not fit.
+
+    >>> import nibabel
+    >>> file = nibabel.Nifti1Image(np.zeros((8, 6, 4), "int16"), np.diag([1, 2, 5, 1]))  # (R, A, S)
+    >>> nibabel.save(file, "scan.nii.gz")
+    >>> scan = ts.data.nifti.read("scan.nii.gz")
+    >>> ts.data.nifti.write("labels.nii.gz", np.ones((4, 6, 8), "uint8"), like=scan)
+    >>> nibabel.load("labels.nii.gz").shape
+    (8, 6, 4)
     """
     from nibabel.openers import ImageOpener
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform

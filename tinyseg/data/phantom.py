@@ -39,6 +39,10 @@ def volume(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE,
     """One scan (D, H, W) int16 in HU and its labels uint8 (1 pancreas, 2 cancer), (S, A, R) axes.
 
     Spacing in mm. The body fills the field of view: a smaller field holds a smaller body.
+
+    >>> scan, labels = ts.data.phantom.volume(np.random.default_rng(0), shape=(8, 24, 32))
+    >>> scan.shape, scan.dtype, np.unique(labels).tolist()
+    ((8, 24, 32), dtype('int16'), [0, 1, 2])
     """
     scale = float(np.min(np.multiply(shape, spacing) / FIELD))
     axes = [(np.arange(n) + 0.5 - n / 2) * s / scale for n, s in zip(shape, spacing, strict=True)]
@@ -106,7 +110,12 @@ def _waves(rng: np.random.Generator, grid: np.ndarray) -> np.ndarray:
 def write(folder: str | Path, cases: int = 8, seed: int = 0,
           shape: tuple[int, int, int] = SHAPE,
           spacing: tuple[float, float, float] = SPACING) -> Path:
-    """A Decathlon folder of phantoms, the same files for the same arguments. Returns the folder."""
+    """A Decathlon folder of phantoms, the same files for the same arguments. Returns the folder.
+
+    >>> folder = ts.data.phantom.write("task", cases=2, shape=(4, 6, 8))
+    >>> sorted(path.name for path in folder.glob("imagesTr/p*"))
+    ['phantom_000.nii.gz', 'phantom_001.nii.gz']
+    """
     import nibabel as nib
     from nibabel import orientations
 

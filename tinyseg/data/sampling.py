@@ -30,17 +30,31 @@ class Prepared:
 
     image (D, H, W, C) float16, label (D, H, W) uint8, foreground {class: (n, 3) int32 voxels}.
     float16 because z-scores of a few units keep three digits in it, finer than a scanner's noise,
-    at half the disk, memory and reading of float32.
+    at half the disk, memory and reading of float32. folder: where it is stored, if it is.
     """
 
     id: str
     image: np.ndarray
     label: np.ndarray
     foreground: dict[int, np.ndarray]
+    folder: Path | None = None
+
+    def __reduce__(self) -> tuple:
+        """A stored case goes to another process as its place: both map the same files."""
+        if self.folder:
+            return open, (self.folder, self.id)
+        return Prepared, (self.id, self.image, self.label, self.foreground)
 
 
 def prepare(case: Any, plan: Plan, seed: int) -> Prepared:
-    """Read a case, normalise and resample it, and draw the voxels that patches centre on."""
+    """Read a case, normalise and resample it, and draw the voxels that patches centre on.
+
+    >>> folder = ts.data.phantom.write("task", cases=1, shape=(4, 6, 8))  # 2.5 x 1.6 x 1.6 mm
+    >>> case = ts.data.decathlon.load(folder).cases[0]
+    >>> prepared = ts.data.sampling.prepare(case, ts.data.ct.Plan(spacing=(5, 1.6, 0.8)), seed=0)
+    >>> prepared.image.shape, prepared.label.shape
+    ((2, 6, 16, 1), (2, 6, 16))
+    """
     volume, label = case.read()
     image = plan.prepare(volume).astype(np.float16)
     classes = np.zeros(1 + max(case.labels), np.uint8)
@@ -59,6 +73,11 @@ def store(folder: str | Path, prepared: Prepared, source: dict | None = None) ->
     """Write the case as three .npy files, each of them whole or not at all, the image last.
 
     `source`, what it was made of (see `source`), goes before them to a JSON file.
+
+    >>> image, label = np.zeros((2, 3, 4, 1), "float16"), np.zeros((2, 3, 4), "uint8")
+    >>> ts.data.sampling.store("cases", ts.data.sampling.Prepared("one", image, label, {}))
+    >>> ts.data.sampling.open("cases", "one").image.shape
+    (2, 3, 4, 1)
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +156,7 @@ def open(folder: str | Path, id: str) -> Prepared:
     table = np.array(parts["foreground"])  # small, and looked up at random
     foreground = {int(number): table[table[:, 0] == number, 1:]
                   for number in np.unique(table[:, 0])}
-    return Prepared(id, parts["image"], parts["label"], foreground)
+    return Prepared(id, parts["image"], parts["label"], foreground, Path(folder).absolute())
 
 
 def pad(array: np.ndarray, size: Sequence[int],
@@ -145,6 +164,10 @@ def pad(array: np.ndarray, size: Sequence[int],
     """Centre (*S, ...) in at least `size` along the first len(size) axes, by its edge or `value`.
 
     The slices cut the original back out. Nothing to pad: the very same array comes back.
+
+    >>> padded, inside = ts.data.sampling.pad(np.array([7, 8]), (5,))
+    >>> padded.tolist(), inside
+    ([7, 7, 8, 8, 8], (slice(1, 3, None),))
     """
     missing = [max(want - n, 0) for n, want in zip(array.shape, size, strict=False)]
     slices = tuple(slice(m // 2, m // 2 + n) for n, m in zip(array.shape, missing, strict=False))
@@ -167,6 +190,13 @@ def patch(case: Prepared, size: Sequence[int], rng: np.random.Generator, foregro
     `spatial(rng, size)` may turn and scale it about its centre (`Augmentation.spatial`): it is
     resampled from the case, so no corner of it is lost, and what sticks out of the volume is padded
     likewise. The voxel that it was centred on stays in it, on its grid.
+
+    >>> label = np.zeros((4, 5, 6), "uint8")
+    >>> label[1, 2, 3] = 1
+    >>> case = ts.data.sampling.Prepared("one", label[..., None], label, {1: np.array([[1, 2, 3]])})
+    >>> image, labels = ts.data.sampling.patch(case, (1, 3, 5), np.random.default_rng(0), 1.0)
+    >>> image.shape, labels.tolist()
+    ((1, 3, 5, 1), [[[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]])
     """
     shape, voxel = case.label.shape, None
     room = np.maximum(np.subtract(shape, size), 0)
@@ -195,6 +225,9 @@ def centred(number: int, share: float) -> bool:
     """Whether patch `number` of a run, from 0, is one of those centred on foreground.
 
     Of the first n patches ceil(n share) are, spread evenly, however they are cut into batches.
+
+    >>> [ts.data.sampling.centred(number, 0.25) for number in range(5)]
+    [True, False, False, False, True]
     """
     return math.ceil((number + 1) * share - 1e-9) > math.ceil(number * share - 1e-9)
 
@@ -231,7 +264,14 @@ def patches(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.
 def batch(cases: Sequence[Prepared], size: Sequence[int], count: int, rng: np.random.Generator,
           foreground: float = 0.5, augment: Callable | None = None, *, first: int,
           only: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """`patches` as two arrays: images (N, *size, C) float32 and labels (N, *size) uint8."""
+    """`patches` as two arrays: images (N, *size, C) float32 and labels (N, *size) uint8.
+
+    >>> label, rng = np.ones((4, 5, 6), "uint8"), np.random.default_rng(0)
+    >>> case = ts.data.sampling.Prepared("one", label[..., None], label, {1: np.array([[1, 2, 3]])})
+    >>> images, labels = ts.data.sampling.batch([case], (3, 2), 7, rng, first=0)
+    >>> images.shape, labels.shape
+    ((7, 3, 2, 1), (7, 3, 2))
+    """
     drawn = patches(cases, size, count, rng, foreground, augment, first=first, only=only)
     _, images, labels = zip(*drawn, strict=True)
     return np.stack(images), np.stack(labels)

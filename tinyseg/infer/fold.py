@@ -52,6 +52,14 @@ def fold(net: Network) -> Network:
     down to the first module of another class: that may read any part of what it holds, and its
     batch-norms stay as they are. Answers differ by rounding; later changes of `net` do not reach
     the copy.
+
+    >>> net = ts.nn.Sequential(ts.nn.Conv(1, 2, (3, 3), rng=0), ts.nn.BatchNorm(2)).eval()
+    >>> net[1].running_var[...] = 4
+    >>> folded, x = ts.infer.fold(net), np.ones((1, 5, 6, 1))
+    >>> np.allclose(2 * folded[0].weight.data, net[0].weight.data, rtol=1e-4)
+    True
+    >>> np.allclose(folded(x).data, net(x).data, atol=1e-5)
+    True
     """
     net = net.copy().eval()
     uses = Counter(id(thing) for holder in net.modules() for _, thing in held(holder))

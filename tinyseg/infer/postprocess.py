@@ -11,6 +11,12 @@ def islands(labels: np.ndarray, *, largest: bool = False, smallest: float = 0) -
     An island is a connected component of one class; voxels that share a face, an edge or a corner
     are connected (26 neighbours in 3D, as in nnU-Net). `smallest` keeps those of at least so many
     voxels, `largest` the largest of each class only, the first among equals.
+
+    >>> labels = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [2, 0, 0, 0]])
+    >>> ts.infer.islands(labels, largest=True).tolist()
+    [[1, 1, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
+    >>> ts.infer.islands(labels, smallest=2).tolist()
+    [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     """
     if not largest and smallest <= 1:
         return labels

@@ -34,6 +34,10 @@ def resampled(parts: Iterable[np.ndarray], depth: int, shape: Sequence[int],
 
     parts (d, H', W', C) have `depth` rows in all; shape is (D, H, W); an order is 0, nearest, or
     1, linear. Both are tensor products, so the plane goes first, and depth needs two rows at hand.
+
+    >>> parts = np.zeros((1, 1, 1, 1)), np.ones((1, 1, 1, 1))
+    >>> [row.item() for row in ts.infer.resampled(parts, 2, (4, 1, 1))]
+    [0.0, 0.25, 0.75, 1.0]
     """
     rows = (resample(row, tuple(shape[1:]), order[1:]) for part in parts for row in part)
     pairs = enumerate(pairwise(chain(rows, [np.zeros(1, "float32")])))  # its share is zero
@@ -58,6 +62,14 @@ def segment(nets: Module | Sequence[Module], scan: Volume, *, each: bool = False
     alone, and last what all say together, in the time of that. `largest` and `smallest`, in ml, are
     those of `islands`, of label maps alone. The options plan, patch, overlap, mirror and progress,
     and what is refused, are those of `rows`.
+
+    >>> folder = ts.data.phantom.write("task", cases=1, shape=(4, 24, 32))
+    >>> scan, _ = ts.data.decathlon.load(folder).cases[0].read()
+    >>> net = ts.models.resnet_seg(rank=2, in_channels=1, classes=3, width=4)
+    >>> plan = ts.data.ct.Plan(spacing=(5, 2, 2))
+    >>> labels = ts.infer.segment(net, scan, plan=plan, patch=(16, 24))
+    >>> labels.shape, labels.dtype
+    ((4, 24, 32), dtype('uint8'))
     """
     if probabilities and (largest or smallest):
         raise ValueError("found largest or smallest with probabilities, expected them without; they"
@@ -192,6 +204,11 @@ def numbers(net: Module) -> dict[int, int]:
     Of a network that has more classes than numbers, as those with gaps between the numbers had
     before numbers were mapped, a class is its number, and those without a name are never answered.
     ValueError where neither fits.
+
+    >>> net = ts.models.resnet_seg(rank=2, in_channels=1, classes=3, width=4)
+    >>> net.metadata = {"labels": {"0": "background", "63": "liver", "252": "spleen"}}
+    >>> ts.infer.numbers(net)
+    {0: 0, 63: 1, 252: 2}
     """
     classes = net.config["classes"]
     known = sorted(map(int, _metadata(net).get("labels", {}))) or list(range(classes))

@@ -27,7 +27,11 @@ OVERLAP = 0.33
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
-    """Evenly spread first voxels of windows that cover an axis, `overlap` of a window shared."""
+    """Evenly spread first voxels of windows that cover an axis, `overlap` of a window shared.
+
+    >>> ts.infer.starts(length=10, window=4, overlap=0.5)
+    [0, 2, 4, 6]
+    """
     stride = max(1, int(window * (1 - overlap) + 1e-9))  # 20 * (1 - 0.8) is 3.999...
     count = ceil((length - window) / stride) + 1
     return [round(i * (length - window) / max(1, count - 1)) for i in range(count)]
@@ -37,6 +41,9 @@ def gaussian(size: tuple[int, ...], sigma: float = 1 / 8) -> np.ndarray:
     """Weights (*size) that fall off from a window's centre; sigma in window lengths, as nnU-Net's.
 
     The least weight is a thousandth of the largest, so that every voxel is divided by something.
+
+    >>> ts.infer.gaussian((5,)).round(2)
+    array([0.01, 0.28, 1.  , 0.28, 0.01], dtype=float32)
     """
     weights = np.ones(size, "float32")
     for axis, n in enumerate(size):
@@ -53,6 +60,10 @@ def slabs(net: Module | Callable, volume: Array, patch: tuple[int, ...], overlap
     They come in order along the first axis, each as soon as no later window reaches it. Two
     arrays of a window's depth, logits and weights, and the answers to a batch are all that is held
     between them.
+
+    >>> parts = ts.infer.slabs(lambda x: x, np.ones((8, 5, 6, 3)), (4, 5, 6), overlap=0.5)
+    >>> [part.shape for part in parts]
+    [(2, 5, 6, 3), (2, 5, 6, 3), (4, 5, 6, 3)]
     """
     flat = len(patch) == volume.ndim - 2
     size, rank = (1, *patch) if flat else tuple(patch), volume.ndim - 1
@@ -158,6 +169,10 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
 
     Raises ValueError where patch or mirror do not fit the volume's rank or overlap is not in
     [0, 1).
+
+    >>> volume = np.arange(7.0).reshape(7, 1)
+    >>> ts.infer.sliding_window(lambda x: 2 * x, volume, patch=(3,)).ravel().round(3)
+    array([ 0.,  2.,  4.,  6.,  8., 10., 12.], dtype=float32)
     """
     result, row = np.empty(0), 0
     for slab in slabs(net, volume, patch, overlap, batch=batch, mirror=mirror, pairs=pairs,

@@ -49,6 +49,11 @@ class Depth:
 
     Padding keeps the depth (divided by the stride, rounded up): the window's slot T // 2 stands
     on the position itself.
+
+    >>> plane = ts.windows.Window.of((3, 3), stride=2, padding=1)
+    >>> window = ts.models.Depth(depth=5, depth_stride=1).conv(plane, stem=False)
+    >>> window.kernel, window.stride, window.padding
+    ((5, 3, 3), (1, 2, 2), ((2, 2), (1, 1), (1, 1)))
     """
 
     depth: Any = "plane"
@@ -160,6 +165,10 @@ class Builder:
     """Makes convolutions and pools of one rank from one generator; the first wide is the stem.
 
     `stage` is written into what it makes: see `Depth`, which `inflate` asks again.
+
+    >>> build = ts.models.Builder(rank=3, depth=ts.models.Depth(), seed=0)
+    >>> build.conv(2, 4, 5).weight.shape
+    (5, 5, 5, 2, 4)
     """
 
     stage: int | None = None

@@ -31,7 +31,12 @@ def _check_classes(classes: Any) -> None:
 
 
 class Classifier(ResNet):
-    """Trunk, global average, `fc`: (N, *S, in_channels) -> (N, classes)."""
+    """Trunk, global average, `fc`: (N, *S, in_channels) -> (N, classes).
+
+    >>> net = ts.models.resnet(rank=2, in_channels=1, classes=5, width=4)
+    >>> type(net).__name__, net.channels, net.fc.weight.shape
+    ('Classifier', (4, 4, 8, 16, 32), (32, 5))
+    """
 
     head_names = ("fc",)
 
@@ -48,6 +53,10 @@ class Segmenter(ResNet):
     """Trunk, head, linear upsampling: (N, *S, in_channels) -> logits (N, *S, classes).
 
     `head` is one of HEADS, `options` what its maker takes.
+
+    >>> net = ts.models.resnet_seg(rank=2, in_channels=1, classes=3, head="unet", width=4)
+    >>> type(net).__name__, net.head_names
+    ('Segmenter', ('decoder', 'segmentation_head'))
     """
 
     def __init__(self, build: Builder, classes: int, head: str, align_corners: bool,
@@ -71,6 +80,11 @@ class Segmenter(ResNet):
         From a start where all are alike, a network first learns that each but the background is
         rare, by weights that it must unlearn then (Lin et al. 2017, section 3.3). Shares of less
         than RARE count as RARE. ValueError for another number of them, and for what is no share.
+
+        >>> net = ts.models.resnet_seg(rank=2, in_channels=1, classes=2, width=4)
+        >>> net.prior([0.75, 0.25])
+        >>> ts.ops.softmax(net.fc.bias).data
+        array([0.75, 0.25], dtype=float32)
         """
         bias, found = dict(self.named_parameters())[HEADS[self.head].last], np.asarray(shares)
         if found.shape != bias.shape or not (found >= 0).all() or not 0 < found.sum() < np.inf:
@@ -108,6 +122,10 @@ def resnet_seg(backbone: str = "resnet18", *, rank: int, in_channels: int, class
 
     width: the channels of the stem, to which all others of the trunk are in proportion; 64 is the
     published one, and with 8 a class can train one on a laptop.
+
+    >>> net = ts.models.resnet_seg("resnet18", rank=3, in_channels=1, classes=5, width=4)
+    >>> net.conv1.weight.shape, net(np.ones((2, 8, 16, 24, 1))).shape
+    ((7, 7, 7, 1, 4), (2, 8, 16, 24, 5))
     """
     along, unet = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth,
                         structure), {}
@@ -134,7 +152,12 @@ def resnet(backbone: str = "resnet18", *, rank: int, in_channels: int, classes: 
            width: int = 64, depth: Any = "plane", depth_stride: Any = "plane",
            depth_dilation: Any = "plane", depth_padding: str = "zero",
            pool_depth: int | None = None, structure: str = "full", seed: int = 0) -> Classifier:
-    """The classification network: (N, *S, in_channels) -> logits (N, classes)."""
+    """The classification network: (N, *S, in_channels) -> logits (N, classes).
+
+    >>> net = ts.models.resnet("resnet18", rank=2, in_channels=1, classes=5, width=4)
+    >>> net(np.ones((2, 32, 64, 1))).shape
+    (2, 5)
+    """
     along = Depth(depth, depth_stride, depth_dilation, depth_padding, pool_depth, structure)
     net = Classifier(Builder(rank, along, seed), classes, backbone=backbone,
                      in_channels=in_channels, output_stride=32, dilate_first_block=True,
@@ -156,6 +179,12 @@ def register(name: str, maker: Callable[..., Module]) -> None:
     text, numbers, and tuples and dicts of these, and never what is called. What `inflate` makes of
     the network is built too, where the maker takes `rank` and the arguments of `Depth`. Raises
     ValueError for a name that is taken by another maker, TypeError for a maker without a seed.
+
+    >>> def line(channels, seed=0):
+    ...     return ts.nn.Linear(channels, 2, rng=seed)
+    >>> ts.models.register("line", line)
+    >>> ts.models.build({"model": "line", "channels": 3}).weight.shape
+    (3, 2)
     """
     if MAKERS.get(name, maker) is not maker:
         raise ValueError(f"{name!r} is the name of another maker; expected a new one, beside "
@@ -169,7 +198,13 @@ def register(name: str, maker: Callable[..., Module]) -> None:
 
 def build(config: dict) -> Module:
     """The network that a `config` describes, with random weights: for that of an inflated network,
-    its twin with a random start. "seed" in it says which."""
+    its twin with a random start. "seed" in it says which.
+
+    >>> net = ts.models.resnet_seg(rank=2, in_channels=1, classes=3, width=4)
+    >>> twin = ts.models.build({**net.config, "seed": 1})
+    >>> twin.config == net.config, np.array_equal(twin.conv1.weight.data, net.conv1.weight.data)
+    (True, False)
+    """
     options = {key: plain(value) for key, value in config.items()}
     name = options.pop("model", None)
     if not isinstance(name, str) or name not in MAKERS:

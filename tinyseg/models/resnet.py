@@ -30,6 +30,11 @@ class Residual(Module):
     Basic: two 3x3 convolutions of `width` channels; bottleneck: 1x1, 3x3, 1x1 with 4 `width`
     channels out, the stride in the 3x3. The shortcut is a strided 1x1 convolution with
     batch-norm where the shape changes, x otherwise.
+
+    >>> build = ts.models.Builder(rank=2, depth=ts.models.Depth(), seed=0)
+    >>> block = ts.models.Residual(build, 3, width=4, stride=2, dilation=1, bottleneck=True)
+    >>> block(np.ones((1, 8, 12, 3))).shape
+    (1, 4, 6, 16)
     """
 
     def __init__(self, build: Builder, c_in: int, width: int, stride: int, dilation: int,
@@ -62,7 +67,14 @@ class Residual(Module):
 class ResNet(Module):
     """The residual trunk: (N, *S, in_channels) -> (N, *ceil(S / output_stride), channels[-1]).
 
-    `width` channels leave the stem, 64 in all published ones; every layer's are in proportion."""
+    `width` channels leave the stem, 64 in all published ones; every layer's are in proportion.
+
+    >>> build = ts.models.Builder(rank=2, depth=ts.models.Depth(), seed=0)
+    >>> trunk = ts.models.ResNet(build, "resnet18", in_channels=1, output_stride=8,
+    ...                          dilate_first_block=True, width=4)
+    >>> [y.shape for y in trunk.pyramid(ts.Tensor(np.ones((1, 32, 48, 1), "float32")))]
+    [(1, 16, 24, 4), (1, 8, 12, 4), (1, 4, 6, 8), (1, 4, 6, 16), (1, 4, 6, 32)]
+    """
 
     def __init__(self, build: Builder, backbone: str, in_channels: int, output_stride: int,
                  dilate_first_block: bool, width: int = 64):

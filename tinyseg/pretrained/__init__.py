@@ -51,6 +51,14 @@ def recalibrate(net: Module, batches: Iterable[Array]) -> None:
     become its running statistics, and gamma' = s sqrt(v + eps), beta' = b + s mu with the scale s
     and shift b = beta - s running_mean that the layer applied before. Needed where statistics are
     folded into gamma and beta, before batch-norm runs in train mode. ValueError without a batch.
+
+    >>> net = ts.nn.Sequential(ts.nn.BatchNorm(1)).eval()
+    >>> before = net(np.array([[7.0]])).item()
+    >>> ts.pretrained.recalibrate(net, [np.array([[3.0], [5.0]])])
+    >>> net[0].running_mean.item(), net[0].running_var.item()
+    (4.0, 1.0)
+    >>> round(before - net(np.array([[7.0]])).item(), 4)
+    0.0
     """
     layers = [module for module in net.modules() if isinstance(module, BatchNorm)]
     sums: dict[BatchNorm, tuple[int, Array, Array]] = {}

@@ -251,6 +251,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     Raises FileNotFoundError, or ValueError that names the file and what is wrong with it: other
     content than names with tensors, damage, sizes that the file does not hold. RuntimeError where
     a package for the format is not installed.
+
+    >>> np.savez("net.npz", **{"conv1.weight": np.ones((64, 3, 7, 7))})
+    >>> {name: array.shape for name, array in ts.pretrained.read("net.npz").items()}
+    {'conv1.weight': (64, 3, 7, 7)}
     """
     path = Path(path)
     if not path.is_file():

@@ -31,6 +31,10 @@ class Report:
     """What became of every tensor: lists of names; `reshaped` as (name, from, to).
 
     `prefix` is what the network's names begin with in the file.
+
+    >>> print(ts.pretrained.Report("net.pt", matched=["fc.bias"], missing=["fc.weight"]))
+    net.pt: 1 tensors matched, 0 reshaped, 1 missing, 0 not used
+      missing   fc.weight (left as it was)
     """
 
     source: str
@@ -107,6 +111,10 @@ def recognise(arrays: Mapping[str, np.ndarray], *, prefix: str | None = None,
     torchvision's FCN or DeepLabV3, with its dilation rule and corners; decoder.*: the Unet of
     segmentation_models_pytorch. The options are those of
     `load`. ValueError where no network of ours fits, or more than one.
+
+    >>> net = ts.models.resnet("resnet18", rank=2, in_channels=3, classes=10)
+    >>> ts.pretrained.recognise(ts.export.state_dict(net))
+    {'model': 'resnet', 'classes': 10, 'backbone': 'resnet18', 'rank': 2, 'in_channels': 3}
     """
     if TEXT in arrays:
         raise ValueError("a file of tinyseg already, with nothing to import: ts.load reads it, as "
@@ -298,6 +306,13 @@ def load(net: Module, path: str | Path | Mapping[str, np.ndarray], *, head: str 
     excepted), and where the network fits under several prefixes; nothing is written then. The
     report has whatever is not used. Warns where batch-norm statistics are folded (see
     `recalibrate`).
+
+    >>> other = ts.models.resnet(rank=2, in_channels=3, classes=10, width=4)
+    >>> file = {f"module.{name}": 2 * a for name, a in ts.export.state_dict(other).items()}
+    >>> net = ts.models.resnet_seg(rank=2, in_channels=1, classes=3, width=4)
+    >>> report = ts.pretrained.load(net, file, head="drop")
+    >>> report.prefix, report.unexpected, report.notes[-1]
+    ('module.', ['fc.weight', 'fc.bias'], 'RGB stem to 1 channels: sum')
     """
     if head not in ("keep", "drop", "fit"):
         raise ValueError(f'head is {head!r}; expected "keep", "drop" or "fit"')
