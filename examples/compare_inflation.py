@@ -29,16 +29,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from train_pancreas_3d import FAULTS, failed, slices, volumes
 
-from tinyseg import job, parallel, report
+from tinyseg import job, parallel, ranks, report
 from tinyseg.files import whole
 from tinyseg.job import pages, prepare, study
 
@@ -66,11 +65,12 @@ def work(trial: study.Trial, out: Path, first: study.Trial, asked: dict[str, Any
         run.evaluate({"2d": flat} if trial.network == "2d" else {"3d": volumes(run, flat)})
 
 
-def quietly(*what: Any) -> None:
-    """`work` in a process of its own, on one core; what it prints goes to a file beside its
+def quietly(threads: int | None, *what: Any) -> None:
+    """`work` in a process of its own, on as many cores; what it prints goes to a file beside its
     folder, of that name and .log."""
     trial, out, *_ = what
-    parallel.set_threads(1)
+    if threads:
+        parallel.set_threads(threads)
     folder = trial.folder(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.log", "a", encoding="utf-8") as log:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--reference", default=study.RANDOM, metavar="WAY", help="that others are compared with "
         "(random)")
     add("--jobs", type=int, default=1, metavar="N", help="runs side by side, a core each (1: one "
-        "on all)")
+        "on all); begun by mpiexec -n N, one in each process but the first, which deals them out")
     asked = vars(parser.parse_args(argv))
     out, ways, sources, seeds, parts, reference, jobs = (asked.pop(name) for name in (
         "out", "ways", "sources", "seeds", "parts", "reference", "jobs"))
@@ -117,7 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        found = compare(out, study.trials(ways, sources, seeds, parts), asked, reference, jobs)
+        with ranks.world() as world:
+            if not world.leads:
+                return 0
+            found = compare(out, study.trials(ways, sources, seeds, parts), asked, reference, jobs,
+                            world)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
@@ -128,20 +132,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(out: Path, trials: list[study.Trial], asked: dict[str, Any], reference: str,
-            jobs: int = 1) -> str:
+            jobs: int = 1, world: ranks.Alone | None = None) -> str:
     """Do all runs that are not done, write what they say, and return the table."""
     if not {"data", "images"} & asked.keys():  # one synthetic task for all of them
         prepare.scans(job.Settings(**asked), out / "phantom", None)
         asked = asked | {"data": out / "phantom"}
+    world = world or ranks.Alone()
     bar = tqdm(total=len(trials), desc="study", unit="run", position=0)
     with bar:
-        if jobs == 1:
+        if jobs == 1 and world.size == 1:
             for trial in trials:
                 tqdm.write(f"\n{trial}")
                 work(trial, out, trials[0], asked)
                 bar.update()
         else:
-            side_by_side(out, trials, asked, jobs, bar)
+            with world.pool(jobs) as pool:
+                side_by_side(out, trials, asked, pool, bar, 1 if world.size == 1 else None)
     rows = study.scores(trials, out)
     report.write_table(out / "scores.csv", rows)
     tried = study.curves(trials, out)
@@ -154,19 +160,18 @@ def compare(out: Path, trials: list[study.Trial], asked: dict[str, Any], referen
     return text
 
 
-def side_by_side(out: Path, trials: list[study.Trial], asked: dict[str, Any], jobs: int,
-                 bar: tqdm) -> None:
+def side_by_side(out: Path, trials: list[study.Trial], asked: dict[str, Any], pool: Executor,
+                 bar: tqdm, threads: int | None) -> None:
     """The runs in processes: the first of all, which makes the plan, then those that make the plan
     of a fold, then all other 2D networks, and then what is made of them."""
     first, flat = trials[0], [trial for trial in trials if trial.way == study.FLAT]
     planners = [trial for trial in flat if (trial.seed, trial.source) == (0, first.source)]
     groups = [[first], planners[1:], [trial for trial in flat if trial not in planners],
               [trial for trial in trials if trial.way != study.FLAT]]
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for group in groups:
-            for done in [pool.submit(quietly, trial, out, first, asked) for trial in group]:
-                done.result()
-                bar.update()
+    for group in groups:
+        for done in [pool.submit(quietly, threads, trial, out, first, asked) for trial in group]:
+            done.result()
+            bar.update()
 
 
 if __name__ == "__main__":

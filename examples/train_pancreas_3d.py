@@ -5,9 +5,8 @@ folders with the same names; without any, a synthetic one is written first and t
 Everything lands in --out:
 
   model_2d.npz, model_3d.npz   the networks with their preparation (tinyseg.load)
-  history.csv, progress.png    loss and Dice, step by step: on training patches centred on
-                               foreground, on those drawn anywhere, over the last 50 steps, and on
-                               patches of held-out cases
+  history.csv, progress.png    loss and Dice of each step, on patches centred on foreground, drawn
+                               anywhere (over the last 50 steps) and of held-out cases
   metrics.json                 Dice, IoU and distances per class and case, on whole volumes, and how
                                scored
   predictions/, overlay_*.png  label maps on the scans' own grids, and pictures of them; of the 2D
@@ -80,7 +79,7 @@ def volumes(run: job.Run, flat: ts.nn.Module) -> ts.nn.Module:
         return run.train("3d", deep, stop=stop)
 
 
-def begin(argv: list[str] | None) -> job.Run:
+def begin(argv: list[str] | None, ranks: ts.ranks.Alone) -> job.Run:
     """The run that a command line asks for; what is wrong exits with code 2."""
     parser = job.parser(description=__doc__, epilog=EXAMPLES,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,7 +90,8 @@ def begin(argv: list[str] | None) -> job.Run:
     asked = vars(parser.parse_args(argv))
     out, resume = asked.pop("out"), asked.pop("resume")
     try:
-        return job.Run.resume(out, **asked) if resume else job.Run(out, job.Settings(**asked))
+        return job.Run.resume(out, ranks, **asked) if resume else job.Run(
+            out, job.Settings(**asked), ranks=ranks)
     except job.SettingsError as error:
         parser.error(str(error))
 
@@ -124,8 +124,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job; returns its exit code."""
     report.spell_out()
     try:
-        with begin(argv) as run:
-            method(run)
+        with ts.ranks.world() as ranks:  # all that mpiexec has begun; the others work for the first
+            if ranks.leads:
+                with begin(argv, ranks) as run:
+                    method(run)
     except KeyboardInterrupt:
         print("\nstopped; go on with --resume and the same --out", file=sys.stderr)
         return 130

@@ -17,6 +17,7 @@ from . import (
     pictures,
     pretrained,
     profiles,
+    ranks,
     report,
     train,
     windows,
@@ -35,5 +36,5 @@ __version__ = "0.1.0"
 __all__ = ["PROFILES", "Tensor", "check_gradients", "checkpoint", "cuda", "data", "deflate",
            "device", "export", "infer", "inflate", "intervals", "load", "losses", "metrics",
            "models", "nn", "no_grad", "op", "ops", "optim", "page", "parallel", "pictures",
-           "pretrained", "profiles", "report", "save", "summary", "to_device", "to_numpy", "train",
-           "windows"]
+           "pretrained", "profiles", "ranks", "report", "save", "summary", "to_device",
+           "to_numpy", "train", "windows"]

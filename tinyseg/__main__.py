@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from math import inf, prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .export import write as write_exported
 from .infer.windows import OVERLAP
 from .job.evaluate import TOLERANCE, Scores
 from .job.plan import describe
+from .ranks import world
 
 
 def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
@@ -34,12 +36,12 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
     SCAN may be a folder of .nii and .nii.gz files: OUT is then one too, and names are kept. Where
     channels have files of their own, case_0000 and on, OUT goes by the case, and SCAN is the first.
     A file that fails is named and the others go on; the exit code is then 1. How scans are
-    prepared stands in MODEL.
+    prepared stands in MODEL. Begun by mpiexec, several processes share the files.
     """
     _refuse(scan, out)
-    nets = _agreeing([model, *others], device, mirror)
-    jobs = _jobs(scan, out, nets[0].config["in_channels"])
-    failed = []
+    ranks, failed = world(), []
+    nets = _agreeing([model, *others], ranks.device(device), mirror)
+    jobs = _jobs(scan, out, nets[0].config["in_channels"])[ranks.rank :: ranks.size]
     for number, ((source, *further), target) in enumerate(jobs, 1):
         try:
             with tqdm(desc=f"{number}/{len(jobs)} {source.name}", unit="window") as bar:
@@ -54,7 +56,7 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
             print(f"error: {named}", file=sys.stderr)
     if failed and len(jobs) > 1:
         print(f"{len(failed)} of {len(jobs)} scans failed: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+    return int(any(ranks.gather(failed)))
 
 
 def _predict(nets: Sequence[nn.Module], files: Sequence[Path], target: Path,
@@ -107,7 +109,7 @@ def _jobs(scan: Path, out: Path, channels: int) -> list[tuple[list[Path], Path]]
     return [(next((files for files in beside if files[0] == scan), [scan]), out)]
 
 
-def _agreeing(paths: Sequence[Path], device: str, mirror: bool) -> list[nn.Module]:
+def _agreeing(paths: Sequence[Path], device: ModuleType, mirror: bool) -> list[nn.Module]:
     """The networks in files of the main job, on a device; ValueError where classes differ, or a
     mirror image is asked of one that has never seen any."""
     nets = []
@@ -334,8 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--smallest is {options['smallest']}, expected millilitres")
     if command == "predict" and options["probabilities"] and (
             options["largest"] or options["smallest"]):
-        parser.error("--largest and --smallest clean a label map, which --probabilities does not "
-                     "write")
+        parser.error("--largest and --smallest clean a label map, not --probabilities")
     if command == "evaluate" and not 0 <= options["tolerance"] < inf:
         parser.error(f"--tolerance is {options['tolerance']}, expected millimetres")
     try:

@@ -2,7 +2,8 @@
 
 logits (N, *S, C) as a tensor of floats, labels (N, *S) as an integer array -> a single number.
 Voxels labelled `ignore` count nowhere, whatever their logits are (NaN too); a class may be masked
-by a logit of minus infinity. One operation serves all three: they share the softmax.
+by a logit of minus infinity. With `ranks` it is the loss of all ranks' samples together, as if they
+were one batch. One operation serves all three: they share the softmax.
 """
 
 from __future__ import annotations
@@ -11,38 +12,56 @@ import numpy as np
 
 from . import cuda, parallel
 from .backend import Array, array_module
+from .ranks import Alone
 from .tensor import Tensor, op
 
 
 def cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
-                  weight: Array | None = None) -> Tensor:
-    """Σ w_y (-log softmax(logits)_y) / Σ w_y over the voxels; `weight` is (C,), by default one."""
-    return _segmentation(logits, labels, entropy=True, ignore=ignore, weight=weight)
+                  weight: Array | None = None, *, ranks: Alone | None = None) -> Tensor:
+    """Σ w_y (-log softmax(logits)_y) / Σ w_y over the voxels; `weight` is (C,), by default one.
+
+    >>> logits = ts.Tensor(np.log([[[1 / 2, 1 / 2], [7 / 8, 1 / 8]]]))  # (1, 2, 2)
+    >>> loss = ts.losses.cross_entropy(logits, np.array([[0, 1]]))
+    >>> f"{loss.item() / np.log(2):.3f} bits"  # the mean of 1 and 3
+    '2.000 bits'
+    """
+    return _segmentation(logits, labels, entropy=True, ignore=ignore, weight=weight,
+                         ranks=ranks)
 
 
 def dice(logits: Tensor, labels: Array, ignore: int | None = None, *, smooth: float = 1e-5,
-         background: bool = False) -> Tensor:
+         background: bool = False, ranks: Alone | None = None) -> Tensor:
     """1 minus the mean over classes of the soft Dice of the softmax p and the labels t,
 
         (2 Σ p t + smooth) / (Σ p + Σ t + smooth)    (Milletari et al. 2016; nnU-Net's form),
 
     summed over batch and space; without the background (class 0) unless asked for.
+
+    >>> logits = ts.Tensor(np.zeros((1, 3, 2)))  # three voxels, p = 1/2
+    >>> ts.losses.dice(logits, np.array([[0, 1, 255]]), ignore=255, smooth=0).item()
+    0.5
     """
     return _segmentation(logits, labels, overlap=True, ignore=ignore, smooth=smooth,
-                         background=background)
+                         background=background, ranks=ranks)
 
 
 def dice_cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
                        weight: Array | None = None, *, smooth: float = 1e-5,
-                       background: bool = False) -> Tensor:
-    """`dice` + `cross_entropy`, one to one (nnU-Net's loss)."""
+                       background: bool = False, ranks: Alone | None = None) -> Tensor:
+    """`dice` + `cross_entropy`, one to one (nnU-Net's loss).
+
+    >>> logits = ts.Tensor(np.zeros((1, 2, 2)))  # p = 1/2
+    >>> loss = ts.losses.dice_cross_entropy(logits, np.array([[0, 1]]))
+    >>> f"{loss.item() - np.log(2):.3f}"  # the cross-entropy is log 2
+    '0.500'
+    """
     return _segmentation(logits, labels, entropy=True, overlap=True, ignore=ignore, weight=weight,
-                         smooth=smooth, background=background)
+                         smooth=smooth, background=background, ranks=ranks)
 
 
 @op
 def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, weight=None,
-                  smooth=1e-5, background=False):
+                  smooth=1e-5, background=False, ranks=None):
     library, classes = array_module(logits), logits.shape[-1]
     if logits.dtype.kind != "f":
         raise ValueError(f"logits are {logits.dtype}; expected floats")
@@ -55,7 +74,7 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"weight {weight.shape} does not fit {classes} classes")
     if overlap and classes == 1 and not background:
         raise ValueError("soft Dice without background needs at least two classes")
-    if cuda.serves(logits) and classes <= cuda.loss.MAX_CLASSES:
+    if ranks is None and cuda.serves(logits) and classes <= cuda.loss.MAX_CLASSES:
         value, pull = cuda.loss.segmentation(logits, labels, entropy=entropy, overlap=overlap,
                                              ignore=ignore, weight=weight, smooth=smooth,
                                              background=background)
@@ -106,10 +125,13 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
             areas[1, i] = p.sum(axis=1) + t.sum(axis=1)
 
     parallel.run(measure, range(len(slabs)))
-    weights, surprise = sums.sum(axis=1)
+    sums, areas = sums.sum(axis=1), areas.sum(axis=1)
+    if ranks is not None:
+        sums, areas = ranks.total(sums), ranks.total(areas)
+    weights, surprise = sums
     weights = weights + (weights == 0)  # nothing counts: the sum above it is zero too
     value, first = surprise / weights, 0 if background else 1
-    both, either = areas.sum(axis=1)
+    both, either = areas
     both, either = 2 * both + smooth, either + smooth
     if overlap:
         value = value + 1 - (both / either)[first:].mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod, sqrt
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from . import ops
 from .backend import array_module
 from .module import Module, Network, to_device
+from .ranks import Alone
 from .tensor import Tensor
 from .windows import Window
 
@@ -54,6 +56,10 @@ class Conv(Module):
     The kernel is drawn from N(0, std²), by default with std² = 2 / (C_out prod(kernel)) (He et
     al. 2015, fan-out); the bias is zero. `kernel` is a tuple of length rank; `rng` a generator or
     a seed of one.
+
+    >>> conv = ts.nn.Conv(2, 5, (3, 4), stride=(2, 1), rng=0)
+    >>> conv.weight.shape, conv(np.ones((1, 8, 9, 2))).shape
+    ((3, 4, 2, 5), (1, 3, 6, 5))
     """
 
     stage: int | None = None  # of a ResNet that it works in, see models.Depth
@@ -88,6 +94,9 @@ class Linear(Module):
     The weight is drawn from N(0, std²), by default with std² = 2 / C_in (He et al. 2015, eq. 10,
     fan-in: with ReLU between, layers of any widths keep the size of what passes through); the bias
     is zero. `rng` is a generator or a seed of one.
+
+    >>> ts.nn.Linear(3, 2, rng=0)(np.ones((4, 5, 3))).shape
+    (4, 5, 2)
     """
 
     def __init__(self, c_in: int, c_out: int, *, std: float | None = None,
@@ -104,8 +113,16 @@ class BatchNorm(Module):
 
     In train mode a forward pass also moves running_mean and running_var, in place, unless it is
     frozen. What follows it in a residual block, an addition and a ReLU, can be part of the same
-    pass.
+    pass. Where `ranks` is set, the batch is that of all of them.
+
+    >>> norm = ts.nn.BatchNorm(2)
+    >>> norm(np.array([[1.0, 50.0], [3.0, 70.0]])).data.round(2).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    >>> norm.running_mean  # a tenth of the way from 0 to 2 and to 60
+    array([0.2, 6. ], dtype=float32)
     """
+
+    ranks: Alone | None = None
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
         self.weight = Tensor(np.ones(channels, "float32"), requires_grad=True)
@@ -119,11 +136,30 @@ class BatchNorm(Module):
         return ops.batch_norm(x, self.weight, self.bias, residual, running_mean=self.running_mean,
                               running_var=self.running_var,
                               train=self.training and not self.frozen, momentum=self.momentum,
-                              eps=self.eps, relu=relu)
+                              eps=self.eps, relu=relu, ranks=self.ranks)
+
+
+@contextmanager
+def synchronised(net: Module, ranks: Alone | None) -> Iterator[None]:
+    """In the block, batch-norms of the network in train mode see the batches of all ranks as one
+    (synchronised batch normalisation); with None, each its own."""
+    norms = [layer for layer in net.modules() if isinstance(layer, BatchNorm)]
+    for layer in norms:
+        layer.ranks = ranks
+    try:
+        yield
+    finally:
+        for layer in norms:
+            del layer.ranks
 
 
 class GroupNorm(Module):
-    """Group normalisation, for batches of one or two; see ops.group_norm."""
+    """Group normalisation, for batches of one or two; see ops.group_norm.
+
+    >>> norm = ts.nn.GroupNorm(4, groups=2)
+    >>> norm(np.array([[[1.0, 3.0, 10.0, 20.0]]])).data.round(2).tolist()
+    [[[-1.0, 1.0, -1.0, 1.0]]]
+    """
 
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5):
         if not isinstance(groups, int | np.integer) or groups < 1 or channels % groups:
@@ -139,7 +175,11 @@ class GroupNorm(Module):
 
 
 class MaxPool(Module):
-    """Maximum over windows; see ops.max_pool. `kernel` is a tuple of length rank."""
+    """Maximum over windows; see ops.max_pool. `kernel` is a tuple of length rank.
+
+    >>> ts.nn.MaxPool((2, 3))(np.ones((1, 4, 9, 5))).shape
+    (1, 2, 3, 5)
+    """
 
     stage: int | None = None  # as a convolution's
 
@@ -154,21 +194,34 @@ class MaxPool(Module):
 
 
 class ReLU(Module):
-    """max(x, 0)."""
+    """max(x, 0).
+
+    >>> ts.nn.ReLU()(np.array([-1.0, 2.0])).data
+    array([0., 2.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.relu(x)
 
 
 class Identity(Module):
-    """x itself."""
+    """x itself.
+
+    >>> x = ts.Tensor(np.ones(3))
+    >>> ts.nn.Identity()(x) is x
+    True
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class GlobalAverage(Module):
-    """The mean over all positions: (N, *S, C) -> (N, C), or (N, *1, C) with keepdims."""
+    """The mean over all positions: (N, *S, C) -> (N, C), or (N, *1, C) with keepdims.
+
+    >>> ts.nn.GlobalAverage()(np.ones((2, 4, 5, 3))).shape
+    (2, 3)
+    """
 
     def __init__(self, keepdims: bool = False):
         self.keepdims = keepdims
@@ -178,7 +231,14 @@ class GlobalAverage(Module):
 
 
 class Sequential(Module):
-    """Modules one after the other, named by their number; a slice of them shares the modules."""
+    """Modules one after the other, named by their number; a slice of them shares the modules.
+
+    >>> net = ts.nn.Sequential(ts.nn.Linear(3, 4, rng=0), ts.nn.ReLU(), ts.nn.Linear(4, 2, rng=1))
+    >>> list(net.state())
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    >>> net[:2](np.ones((5, 3))).shape
+    (5, 4)
+    """
 
     def __init__(self, *layers: Module):
         vars(self).update({str(i): layer for i, layer in enumerate(layers)})

@@ -6,6 +6,7 @@ import numpy as np
 
 from . import cuda, parallel
 from .backend import array_module
+from .ranks import Alone
 from .tensor import op
 
 
@@ -17,31 +18,42 @@ def row_slabs(rows) -> list[slice]:
 
 
 def _moments(rows):
-    """Mean and biased variance of each column: (M, C) -> (C,), (C,); those of slabs, each in cache
-    for both, put together (Chan, Golub and LeVeque 1983)."""
+    """Mean and biased variance of each column: (M, C) -> (C,), (C,); of slabs, each in cache for
+    both."""
     slabs, library = row_slabs(rows), array_module(rows)
-    means, squares = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
+    means, variances = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
 
     def add(i):
         slab = rows[slabs[i]]
         ones = library.ones(len(slab), rows.dtype)
         means[i] = ones @ slab / len(slab)  # thrice as fast as slab.mean(axis=0)
         away = slab - means[i]
-        squares[i] = library.einsum("ij,ij->j", away, away)
+        variances[i] = library.einsum("ij,ij->j", away, away) / len(slab)
 
     parallel.run(add, range(len(slabs)))
-    share = library.asarray([[len(rows[slab]) / len(rows)] for slab in slabs], rows.dtype)
+    return _merged([len(rows[slab]) for slab in slabs], means, variances)
+
+
+def _merged(counts, means, variances):
+    """The moments of parts that hold `counts` rows, (parts, C) each, put together (Chan, Golub and
+    LeVeque 1983)."""
+    library, total = array_module(means), sum(counts)
+    share = library.asarray([[n / total] for n in counts], means.dtype)
     mean = (share * means).sum(axis=0)
-    return mean, squares.sum(axis=0) / len(rows) + (share * (means - mean) ** 2).sum(axis=0)
+    return mean, (share * (variances + (means - mean) ** 2)).sum(axis=0)
 
 
-def _statistics(rows, running_mean, running_var, momentum, eps):
+def _statistics(rows, running_mean, running_var, momentum, eps, ranks=None):
     """Mean and 1 / sqrt(variance + eps) of each column, (C,), towards which the running ones move:
-    by `momentum` of the way, to the variance without bias."""
-    (mean, var), n = _moments(rows), len(rows)
+    by `momentum` of the way, to the variance without bias. Of the rows of all ranks, if there are
+    any."""
+    library, (mean, var), n = array_module(rows), _moments(rows), len(rows)
+    if ranks is not None:
+        counts, *parts = zip(*ranks.gather((n, mean, var)), strict=True)
+        n, (mean, var) = sum(counts), _merged(counts, *map(library.stack, parts))
     running_mean += momentum * (mean - running_mean)
     running_var += momentum * (var * (n / (n - 1)) - running_var)
-    return mean, 1 / array_module(rows).sqrt(var + eps)
+    return mean, 1 / library.sqrt(var + eps)
 
 
 def _normalize(rows, mean, scale, gamma, beta, residual, relu):
@@ -63,8 +75,9 @@ def _normalize(rows, mean, scale, gamma, beta, residual, relu):
     return y
 
 
-def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual):
-    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on rows.
+def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual, ranks=None):
+    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on rows, of
+    all ranks, if there are any.
 
     A body may recompute y from beta where no residual was added; this one reads it.
     """
@@ -84,7 +97,10 @@ def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, res
     dbeta, dgamma = sums[0].sum(axis=0), sums[1].sum(axis=0) * scale
     dx, factor = library.empty_like(rows), gamma * scale
     if train:
-        constant, slope = dbeta / len(rows), dgamma * scale / -len(rows)
+        both, n = library.stack([dbeta, dgamma]), len(rows)
+        if ranks is not None:
+            both, n = ranks.total(both), sum(ranks.gather(n))
+        constant, slope = both[0] / n, both[1] * scale / -n
 
     def differentiate(slab):
         part = dx[slab]
@@ -111,15 +127,23 @@ def _check(name, x, **arrays) -> None:
 
 @op
 def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, train: bool = False,
-               momentum: float = 0.1, eps: float = 1e-5, relu: bool = False):
+               momentum: float = 0.1, eps: float = 1e-5, relu: bool = False,
+               ranks: Alone | None = None):
     """gamma (x - mean) / sqrt(var + eps) + beta per channel (Ioffe and Szegedy 2015).
 
     x (N, *S, C); gamma, beta, running_mean, running_var (C,). In train mode mean and biased
     variance are those of `x`, and the running arrays are updated in place: they move by
     `momentum` towards the mean and the unbiased variance. Otherwise the running arrays are used
     and left alone. What follows the normalisation in a residual block can be part of it, in the
-    same passes over memory: `residual`, in the shape of x, is added, and `relu` cuts at 0.
+    same passes over memory: `residual`, in the shape of x, is added, and `relu` cuts at 0. With
+    `ranks`, mean and variance in train mode are those of what all of them give together.
     Raises ValueError for a single value per channel in train mode.
+
+    >>> x, mean, var = np.array([[1.0], [3.0]]), np.zeros(1), np.ones(1)
+    >>> y = ts.ops.batch_norm(x, np.ones(1), np.zeros(1), running_mean=mean, running_var=var,
+    ...                       train=True, eps=0)
+    >>> y.data.ravel(), mean, var  # a tenth of the way to the mean 2, the unbiased variance 2
+    (array([-1.,  1.]), array([0.2]), array([1.1]))
     """
     _check("batch_norm", x, gamma=gamma, beta=beta, running_mean=running_mean,
            running_var=running_var)
@@ -128,23 +152,23 @@ def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, trai
         if residual.shape != shape:
             raise ValueError(f"batch_norm: residual {residual.shape} does not fit input {shape}")
         residual = residual.reshape(rows.shape)
-    added = residual is not None
+    added, together = residual is not None, {} if ranks is None or not train else {"ranks": ranks}
     statistics, normalize, adjoint = (
         (cuda.norm.statistics, cuda.norm.normalize, cuda.norm.normalize_adjoint)
-        if cuda.serves(x, gamma, beta, residual, running_mean, running_var)
+        if not together and cuda.serves(x, gamma, beta, residual, running_mean, running_var)
         else (_statistics, _normalize, _normalize_adjoint))
     if train:
-        if len(rows) < 2:
+        if len(rows) < 2 and not together:
             raise ValueError(f"batch_norm in train mode needs more than one value per channel, "
                              f"found input {shape}; use a larger batch or running statistics")
-        mean, scale = statistics(rows, running_mean, running_var, momentum, eps)
+        mean, scale = statistics(rows, running_mean, running_var, momentum, eps, **together)
     else:
         mean, scale = running_mean.copy(), 1 / array_module(x).sqrt(running_var + eps)
     y = normalize(rows, mean, scale, gamma, beta, residual, relu)
 
     def pull(g, wanted):
         dx, dgamma, dbeta, passed = adjoint(g.reshape(y.shape), rows, y, mean, scale, gamma, beta,
-                                            train=train, relu=relu, residual=added)
+                                            train=train, relu=relu, residual=added, **together)
         return dx.reshape(shape), dgamma, dbeta, passed.reshape(shape) if added else None
 
     return y.reshape(shape), pull
@@ -155,6 +179,10 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-5):
     """Like batch_norm, over the positions and channels of one group in one sample (Wu and He 2018).
 
     x (N, *S, C) with C divisible by `groups`; gamma, beta (C,).
+
+    >>> x = np.array([[[1.0, 3.0, 10.0, 20.0]]])  # (1, 1, 4), two groups of two channels
+    >>> ts.ops.group_norm(x, np.ones(4), np.zeros(4), groups=2, eps=0).data.ravel()
+    array([-1.,  1., -1.,  1.])
     """
     _check("group_norm", x, gamma=gamma, beta=beta)
     shape = x.shape

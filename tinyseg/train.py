@@ -18,6 +18,7 @@ from . import cuda, parallel
 from .backend import Array, array_module, to_library, to_numpy
 from .module import Module, evaluation, overwrite
 from .optim import Optimizer, Schedule, poly
+from .ranks import Alone
 from .tensor import Tensor
 
 
@@ -25,7 +26,12 @@ from .tensor import Tensor
 class Record:
     """What one step did. `overlap` of its patches is that of the network before the step. Of its
     `seconds` it `waited` some for its batch; validation comes on top. `validation` is what
-    `validate` said of the network after the step, where that was asked."""
+    `validate` said of the network after the step, where that was asked.
+
+    >>> record = ts.train.Record(step=0, loss=0.7, lr=0.01, overlap=np.array([[[6, 8]]]), seconds=1)
+    >>> record.patch_dice
+    {1: 0.75}
+    """
 
     step: int
     loss: float
@@ -53,6 +59,14 @@ class Average:
     updates: it soon forgets where it began (the warm-up of TensorFlow's ExponentialMovingAverage).
     The arrays stand beside the network's, and change in place; integers are the network's own.
     Raises ValueError for a decay outside [0, 1), and for a network that has changed its parts.
+
+    >>> net = ts.nn.Linear(1, 1, std=0, rng=0)
+    >>> average = ts.train.Average(net)
+    >>> net.weight.data += 10
+    >>> average.update()  # d = 1 / 10
+    >>> with average.applied():
+    ...     net.weight.data.item()
+    9.0
     """
 
     def __init__(self, net: Module, decay: float = 0.999):
@@ -116,7 +130,12 @@ def _kinds(arrays: Mapping[str, Array]) -> dict[str, tuple]:
 
 def overlap(logits: Array, labels: Array) -> np.ndarray:
     """(N, classes - 1, 2) integers: 2 |P and T| and |P| + |T| of the hard prediction P and the
-    labels T, for every patch and class but 0, over the voxels that are labelled with a class."""
+    labels T, for every patch and class but 0, over the voxels that are labelled with a class.
+
+    >>> logits = np.eye(2)[[[0, 1, 1, 1]]]  # a patch of four voxels: P has three, T two of them
+    >>> ts.train.overlap(logits, np.array([[0, 0, 1, 1]])).tolist()
+    [[[4, 5]]]
+    """
     library, n, classes = array_module(logits), len(labels), logits.shape[-1]
     # One count of all triples (patch, prediction, label); what is no class is one label more.
     known = library.where((labels >= 0) & (labels < classes), labels.astype("int64"), classes)
@@ -130,14 +149,24 @@ def overlap(logits: Array, labels: Array) -> np.ndarray:
 
 
 def dice(overlap: np.ndarray) -> dict[int, float]:
-    """{class: Σ 2 |P and T| / Σ (|P| + |T|)} over patches, classes that are in none left out."""
+    """{class: Σ 2 |P and T| / Σ (|P| + |T|)} over patches, classes that are in none left out.
+
+    >>> ts.train.dice(np.array([[[4, 5], [0, 0]], [[2, 3], [0, 0]]]))  # (2 patches, 2 classes, 2)
+    {1: 0.75}
+    """
     both, sizes = overlap.sum(axis=0).T
     return {c: float(b / n) for c, (b, n) in enumerate(zip(both, sizes, strict=True), 1) if n}
 
 
 def clip_norm(parameters: list[Tensor], limit: float) -> float:
     """Scale all gradients so that their joint Euclidean norm is at most `limit`; returns the norm
-    before. Gradients are replaced, not written into."""
+    before. Gradients are replaced, not written into.
+
+    >>> p = ts.Tensor(np.zeros(2), requires_grad=True)
+    >>> p.grad = np.array([3.0, 4.0])
+    >>> ts.train.clip_norm([p], limit=2.5), p.grad
+    (5.0, array([1.5, 2. ]))
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = (float(cuda.optim.norm(grads)) if cuda.serves(*grads)
             else sum(parallel.run(lambda g: float(g @ g), [
@@ -154,6 +183,9 @@ def prepared(batch: Callable[[int], Any], steps: Sequence[int], ahead: int
     """batch(step) of every step, in turn; while one is in use, one thread makes up to `ahead` more.
 
     What `batch` raises is raised at its step. However the iterator ends, so does the thread.
+
+    >>> list(ts.train.prepared(lambda step: step**2, range(3, 6), ahead=1))
+    [9, 16, 25]
     """
     if ahead < 0:
         raise ValueError(f"ahead is {ahead}; expected a number of steps from 0")
@@ -185,7 +217,11 @@ def _whole(optimizer: Optimizer, statistics: list[Array]) -> Iterator[None]:
 
 
 def stalled(scores: Sequence[float], patience: int | None) -> bool:
-    """Whether none of the last `patience` scores is above all before them."""
+    """Whether none of the last `patience` scores is above all before them.
+
+    >>> [ts.train.stalled(scores, patience=2) for scores in ([0.7, 0.6, 0.7], [0.7, 0.6, 0.8])]
+    [True, False]
+    """
     return (patience is not None and len(scores) > patience
             and max(scores[-patience:]) <= max(scores[:-patience]))
 
@@ -196,7 +232,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
         average: Average | None = None,
         validate: Callable[[Module], dict[Any, float]] | None = None, every: int = 50,
         patience: int | None = None, past: Sequence[float] = (), ahead: int = 1,
-        capture: bool = False) -> Iterator[Record]:
+        capture: bool = False, ranks: Alone | None = None) -> Iterator[Record]:
     """Train from step `start` to `steps`, yielding a `Record` after each.
 
     batch(step) -> (images (N, *S, C), labels (N, *S)) is a function of the step, so that a run
@@ -212,14 +248,26 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     `patience`, training ends once the mean Dice of that many validations in a row has not risen
     above the best before them; `past` are the means (`Record.score`) of those before `start`.
 
+    ranks: processes that train this network together, each calling this with its part of every
+    batch, and with the loss of all parts (`losses` take `ranks`). Gradients are summed over them,
+    and records have the overlap of all patches, in their order.
+
     capture: forward and backward passes of a network on the GPU run as one launch, with the same
-    results, from the third step on (`cuda.captured`): batches of one shape, no dropout.
+    results, from the third step on (`cuda.captured`): batches of one shape, no dropout, one rank.
 
     Raises ValueError for an optimiser of parameters that are not this network's, and
     FloatingPointError where the loss or the gradient is not finite. However a step ends
     (that, no memory, Ctrl-C), parameters and running statistics are those after the last good
     step, unless `optimizer.steps` has grown: then they, or the average, were being moved, or the
     step was complete and was being validated.
+
+    >>> net = ts.nn.Conv(1, 2, (1, 1), rng=0)
+    >>> images, labels = np.array([[[[-1.0], [1.0]]]], "float32"), np.array([[[0, 1]]])
+    >>> optimizer = ts.optim.SGD(net.parameters(), lr=1)
+    >>> first, *_, last = ts.train.fit(net, lambda step: (images, labels), ts.losses.cross_entropy,
+    ...                                optimizer, steps=20)
+    >>> last.step, last.loss < first.loss, last.patch_dice
+    (19, True, {1: 1.0})
     """
     base, parameters = optimizer.lr, net.parameters()
     statistics = net.statistics()
@@ -233,17 +281,19 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     if every < 1 or patience is not None and (validate is None or patience < 1):
         raise ValueError(f"every is {every} and patience {patience}; expected numbers from 1, and "
                          "patience with validate only")
-    library, scores = array_module(parameters[0].data), [*past]
+    library, scores, ranks = array_module(parameters[0].data), [*past], ranks or Alone()
 
     def passes(images: Array, labels: Array) -> tuple:
         optimizer.zero_grad()
         logits = net(images)
         value = loss(logits, labels)
-        value.backward()
+        with ranks.summing() as ready:
+            value.backward(ready=ready)
         return value.data, logits.data, [p.grad for p in optimizer.parameters]
 
-    if capture and library is np:
-        raise ValueError("capture is for networks on a GPU; this one is in host memory")
+    if capture and (library is np or ranks.size > 1):
+        raise ValueError("capture is for networks on a GPU and one rank; found "
+                         + ("one in host memory" if library is np else f"{ranks.size} ranks"))
     passes = cuda.captured(passes) if capture else passes
     try:
         with closing(prepared(batch, range(start, steps), ahead)) as batches:
@@ -256,7 +306,8 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
                 images, labels = to_library(images, library), to_library(labels, library)
                 with _whole(optimizer, statistics):
                     value, logits, gradients = passes(images, labels)
-                    number, counts = float(value), overlap(logits, labels)
+                    number = float(value)
+                    counts = np.concatenate(ranks.gather(overlap(logits, labels)))
                     for p, g in zip(optimizer.parameters, gradients, strict=True):
                         p.grad = g  # of a captured step: where they were made anew
                     norm = clip_norm(optimizer.parameters, clip)

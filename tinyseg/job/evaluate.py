@@ -13,7 +13,8 @@ from tqdm import tqdm
 from .. import infer, metrics, report
 from ..backend import Array
 from ..data import ct, decathlon, nifti
-from ..module import Module, evaluation
+from ..module import Module, evaluation, to_device
+from ..ranks import Alone
 from .prepare import during
 from .stages import patch_dice
 
@@ -40,6 +41,13 @@ class Scores:
         self.cases[case] = metrics.per_class(prediction, reference, self.classes, spacing,
                                              self.tolerance)
 
+    def join(self, parts: Sequence[Scores], order: Sequence[str]) -> None:
+        """Take what several have, cases in this order."""
+        for part in parts:
+            self.classes |= part.classes
+        found = {case: scores for part in parts for case, scores in part.cases.items()}
+        self.cases = {case: found[case] for case in order}
+
     def told(self) -> dict[str, Any]:
         """{"tolerance_mm", "cases", "mean", "counts"}, as metrics.json has them."""
         # A class may first be met in a late case: in the others it is absent.
@@ -51,21 +59,24 @@ class Scores:
                 "counts": metrics.counts(cases)}
 
 
-def evaluate(dataset: decathlon.Dataset, held_out: Sequence[str], nets: Mapping[str, Module],
-             out: Path, mirror: Sequence[int] = ()) -> dict[str, dict]:
+def evaluate(ranks: Alone, dataset: decathlon.Dataset, held_out: Sequence[str],
+             nets: Mapping[str, Module], out: Path, mirror: Sequence[int] = (),
+             device: str = "cpu") -> dict[str, dict]:
     """Predict every held-out case with every network and with all together, write the label maps,
-    score, draw.
+    score, draw; each rank some of the cases.
 
     `mirror`: answers are averaged with those to the mirror image. What an interrupted evaluation
     has written since the networks were, is scored as it lies there.
     """
     names = [*nets, ENSEMBLE] if len(nets) > 1 else [*nets]
+    nets = {name: to_device(net, ranks.device(device)) for name, net in nets.items()}
     scores = {name: Scores(dataset.labels) for name in names}
     folders = {name: predictions(out, name) for name in names}
     since = max((out / f"model_{name}.npz").stat().st_mtime_ns for name in nets)
     cases = [case for case in dataset.cases if case.id in held_out]
     shown = {case.id for case in cases[:: max(1, len(cases) // 3)][:3]}
-    for case in tqdm(cases, desc="evaluate", unit="case"):
+    for case in tqdm(cases[ranks.rank :: ranks.size], desc="evaluate", unit="case",
+                     disable=not ranks.leads):
         with during(f"evaluating case {case.id}"):
             scan, truth = case.read()
             targets = {name: folder / f"{case.id}.nii.gz" for name, folder in folders.items()}
@@ -87,7 +98,9 @@ def evaluate(dataset: decathlon.Dataset, held_out: Sequence[str], nets: Mapping[
                 report.drawn(report.overlay, out / f"overlay_{case.id}.png", image,
                              {"reference": truth, **maps}, dataset.labels, scan.spacing,
                              f"{dataset.name} {case.id}, held out")
-    return {name: found.told() for name, found in scores.items()}
+    for each in scores.values():
+        each.join(ranks.gather(each), [case.id for case in cases])
+    return {name: each.told() for name, each in scores.items()}
 
 
 def predictions(run: Path, name: str) -> Path:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from math import isfinite, prod
+from math import ceil, isfinite, prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -278,12 +278,13 @@ def varied(plan: Plan, fingerprint: Fingerprint) -> Plan:
 
 
 def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu",
-            progress: Progress = iter) -> dict[str, float]:
+            progress: Progress = iter, ranks: int = 1) -> dict[str, float]:
     """Seconds that a training step and the prediction of the median case take here, by rank:
     "step_2d", "step_3d", "scan_2d", "scan_3d".
 
     Networks of random weights see noise, a few steps each and a group of windows, of which the
-    fastest counts; a scan takes as many as cover the median case.
+    fastest counts; a scan takes as many as cover the median case. Of a step that several ranks
+    share, what one of them has of it.
     """
     seconds: dict[str, float] = {}
     shape = median_shape(fingerprint, plan.preprocessing)
@@ -292,7 +293,7 @@ def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu",
         along = plan.inflation | {"depth_padding": "edge"} if rank == 3 else {}
         net = models.resnet_seg(rank=rank, in_channels=len(fingerprint.modalities),
                                 classes=len(fingerprint.labels), **plan.architecture, **along)
-        step, window = _timed(to_device(net, device), patch, count)
+        step, window = _timed(to_device(net, device), patch, ceil(count / ranks))
         windows = prod(len(infer.starts(max(n, p), p, OVERLAP))
                        for n, p in zip(shape, (1, *patch)[-3:], strict=True))
         seconds |= {f"step_{rank}d": round(step, 4), f"scan_{rank}d": round(window * windows, 4)}

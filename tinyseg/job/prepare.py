@@ -86,8 +86,9 @@ def taken(asked: Settings) -> Plan | None:
 
 
 def decide(asked: Settings, training: decathlon.Dataset,
-           mirror: tuple[tuple[str, str], ...] | None) -> Plan:
-    """The plan that is asked for, or one for these cases; what else is asked for, in its place."""
+           mirror: tuple[tuple[str, str], ...] | None, ranks: int = 1) -> Plan:
+    """The plan that is asked for, or one for these cases; what else is asked for, in its place.
+    Minutes are those of a step that `ranks` share."""
     plan = taken(asked)
     if plan is None:
         wanted: dict[str, Any] = {
@@ -100,7 +101,7 @@ def decide(asked: Settings, training: decathlon.Dataset,
         if asked.minutes is not None:
             plan = adjusted(plan, asked, mirror)  # what is trained is what is timed
             seconds = measure(plan, found, asked.device,
-                              partial(tqdm, desc="measure", unit="network"))
+                              partial(tqdm, desc="measure", unit="network"), ranks)
             plan = within(plan, asked.minutes, seconds)
         plan = varied(adjusted(plan, asked, mirror), found)
         if plan.augmentation == "none" and not asked.augment and mirror is not None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from .. import checkpoint, files, pretrained, report
-from ..backend import Array, device
+from ..backend import Array
 from ..data import augment
 from ..infer.windows import OVERLAP
 from ..nn import Module, to_device
+from ..ranks import Alone
 from . import pages, prepare, stages
 from .evaluate import compare, evaluate
 from .plan import Plan
@@ -44,10 +45,13 @@ class Run:
     run.json holds what was asked for, plan.json what was decided, checkpoint.npz how far it is.
     """
 
-    def __init__(self, folder: str | Path, settings: Settings, kept: Mapping | None = None):
-        """A new run; kept: the run.json of one that goes on. Nothing is written before it is opened
-        (`with`). Raises SettingsError for a folder that holds a run, and for files not there."""
+    def __init__(self, folder: str | Path, settings: Settings, kept: Mapping | None = None,
+                 ranks: Alone | None = None):
+        """A new run; kept: the run.json of one that goes on; ranks: that this process leads, and
+        share its work. Nothing is written before it is opened (`with`). Raises SettingsError for a
+        folder that holds a run, and for files not there."""
         self.folder, self.settings, self.kept = Path(folder), settings, dict(kept or {})
+        self.ranks = ranks or Alone()
         if self.folder.exists() and not self.folder.is_dir():
             raise SettingsError(f"--out {folder} is a file; expected a folder, or a name for a new "
                                 "one")
@@ -63,7 +67,7 @@ class Run:
                                 "choose another --out")
 
     @classmethod
-    def resume(cls, folder: str | Path, **asked: Any) -> Self:
+    def resume(cls, folder: str | Path, ranks: Alone | None = None, **asked: Any) -> Self:
         """The run in a folder; `asked` are settings that may change: where things lie, more steps.
 
         Raises SettingsError where there is no run or another setting is asked for, ValueError
@@ -82,10 +86,10 @@ class Run:
             begun = Settings(**{key: kept[key] for key in keys})
         except SettingsError as error:
             raise SettingsError(f"{told}: {error}") from None
-        return cls(folder, begun.resumed(**asked), kept)
+        return cls(folder, begun.resumed(**asked), kept, ranks)
 
     def __enter__(self) -> Self:
-        self.device = device(self.settings.device)  # before any work is done
+        self.ranks.device(self.settings.device)  # before any work is done
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(files.held(self.folder))
@@ -203,16 +207,16 @@ class Run:
         """The plan, made at the first call or taken, and every case prepared by it."""
         asked, path = self.settings, self.folder / "plan.json"
         if self._plan is None:
-            training = tuple(case for case in self.dataset.cases if case.id in self.trained)
-            prepare.decide(asked, replace(self.dataset, cases=training), self.mirror).write(path)
+            mine = tuple(case for case in self.dataset.cases if case.id in self.trained)
+            known = replace(self.dataset, cases=mine)
+            prepare.decide(asked, known, self.mirror, self.ranks.size).write(path)
             self._plan = Plan.read(path)  # the same types now as after a resume
-        plan = self.plan
-        plane = 2 ** len(plan.depth_stride)
-        for wrong in starved(plan.patch_3d, (prod(plan.depth_stride), plane, plane), plan.batch_3d):
-            if plan.steps_3d:
-                raise ValueError(wrong)
-        made = prepare.cases(self.dataset, asked, plan, self.folder,
-                             [*self.trained, *self.held_out])
+        plan, plane = self.plan, 2 ** len(self.plan.depth_stride)
+        self.ranks.part(min(plan.batch_2d, plan.batch_3d))  # or it says that there are too many
+        strides = prod(plan.depth_stride), plane, plane
+        for wrong in starved(plan.patch_3d, strides, plan.batch_3d) if plan.steps_3d else ():
+            raise ValueError(wrong)
+        made = prepare.cases(self.dataset, asked, plan, self.folder, self.trained + self.held_out)
         self.prepared = {"training": [made[id] for id in self.trained],
                          "held out": [made[id] for id in self.held_out]}
         small = sum(any(n < p for n, p in zip(case.label.shape, plan.patch_3d, strict=True))
@@ -264,14 +268,12 @@ class Run:
         """
         stage, model = self.stages[name], self.folder / f"model_{name}.npz"
         if not self._finished(name):
-            to_device(net, self.device)
-            batch = stage.batches(self.prepared["training"], self.settings.seed, self._augment())
+            place = (self.step, self.arrays) if self.stage == name else None
             try:
-                stages.run(stage, net, batch, self.history, partial(self._save, name),
-                           place=(self.step, self.arrays) if self.stage == name else None,
-                           new=self._new(name, net),
-                           validate=partial(stages.patch_dice, patches=self._shown(name)),
-                           stop=stop)
+                self.ranks.everywhere(
+                    stages.run, stage, net, self.prepared["training"], self.settings,
+                    self._augment(), self._shown(name), place, self._new(name, net),
+                    history=self.history, save=partial(self._save, name), stop=stop)
             finally:
                 report.drawn(report.progress, self.folder / "progress.png", self.history.rows)
             self._write(name, net)
@@ -329,13 +331,11 @@ class Run:
         """Segment and score the held-out cases; writes label maps, overlays and metrics.json."""
         mirror = self.plan.preprocessing.mirror
         axes = [augment.LEFT_RIGHT] * (self.settings.score_mirrored and mirror is not None)
-        seconds = sum(self.plan.seconds.get(f"scan_{name}", 0) for name in nets)
-        if seconds:
+        if seconds := sum(self.plan.seconds.get(f"scan_{name}", 0) for name in nets):
             print(f"{len(self.held_out)} held-out cases to score, "
-                  + stages.about(seconds * len(self.held_out) * 2 ** len(axes)))
-        found = evaluate(self.dataset, self.held_out,
-                         {name: to_device(net, self.device) for name, net in nets.items()},
-                         self.folder, axes)
+                  + stages.about(seconds * len(self.held_out) * 2 ** len(axes) / self.ranks.size))
+        found = self.ranks.everywhere(evaluate, self.dataset, self.held_out, dict(nets),
+                                      self.folder, axes, self.settings.device)
         decided = asdict(self.plan)
         decided |= {"plan": decided.pop("preprocessing"), "patch": self.plan.patch_3d,
                     "batch": self.plan.batch_3d}

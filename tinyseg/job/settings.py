@@ -44,6 +44,14 @@ class Settings:
 
     Raises SettingsError, a ValueError that names the option, for what no run can be asked for.
     Settings(**settings.json()) == settings, also through JSON.
+
+    >>> from tinyseg.job import Settings
+    >>> asked = Settings(minutes=60, depth_stride=(1, 1, 2, 2, 2))
+    >>> Settings(**asked.json()) == asked
+    True
+    >>> Settings(profile="scale")
+    Traceback (most recent call last):
+    tinyseg.job.settings.SettingsError: --alpha goes with --profile scale, found None and scale
     """
 
     data: Path | None = option(
@@ -117,6 +125,8 @@ class Settings:
     fold: int = option(0, "the part held out, from 0", type=int, metavar="I")
     training_cases: int | None = option(None, "of the others, drawn by the seed, to learn from "
                                         "(default: all)", type=int, metavar="N")
+    local_norm: bool = option(False, "of several processes (mpiexec -n N) each normalises by its "
+                              "own patches (default: by those of all)")
     device: str = option("cpu", "where it computes", choices=["cpu", "cuda"], movable=True)
     seed: int = option(0, "of all that is random", type=int)
     score_mirrored: bool = option(False, "score the mean of the answers to a scan and to its "

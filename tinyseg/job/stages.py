@@ -14,7 +14,9 @@ from tqdm import tqdm
 from .. import losses, optim, train
 from ..backend import Array, array_module, to_library
 from ..data import sampling
-from ..module import Module, evaluation
+from ..module import Module, evaluation, to_device
+from ..nn import synchronised
+from ..ranks import Alone, Stopped
 from .plan import Plan
 from .settings import Settings
 
@@ -46,12 +48,13 @@ class Stage:
     faster: float
 
     def batches(self, cases: Sequence[sampling.Prepared], seed: int,
-                augment: Callable | None) -> Batch:
+                augment: Callable | None, only: slice = slice(None)) -> Batch:
         """What step i sees of the cases: a function of the seed, the salt and i, so that a run that
-        was interrupted goes on exactly as it would have."""
+        was interrupted goes on exactly as it would have, and `only` some of its patches are the
+        same as in the whole."""
         return lambda step, draw=sampling.batch: draw(
             cases, self.size, self.count, np.random.default_rng((seed, self.salt, step)),
-            FOREGROUND, augment, first=step * self.count)
+            FOREGROUND, augment, first=step * self.count, only=only)
 
 
 def stages(plan: Plan, settings: Settings) -> dict[str, Stage]:
@@ -97,19 +100,24 @@ class History:
             if scores[kind])
 
 
-def run(stage: Stage, net: Module, batch: Batch, history: History,
-        save: Callable[[int, dict[str, Array]], None], *,
-        place: tuple[int, dict[str, Array]] | None = None, new: Sequence[str] = (),
-        validate: Callable[[Module], dict[int, float]] | None = None,
-        stop: Callable[[], bool] = lambda: False) -> None:
-    """Train `net` through the stage, from the (step, arrays) of a checkpoint if it is given; it
-    then is the moving average of what it was.
+def run(ranks: Alone, stage: Stage, net: Module, cases: Sequence[sampling.Prepared],
+        settings: Settings, augment: Callable | None, patches: tuple[Array, Array],
+        place: tuple[int, dict[str, Array]] | None = None, new: Sequence[str] = (), *,
+        history: History | None = None, save: Callable[[int, dict[str, Array]], None] | None = None,
+        stop: Callable[[], bool] = lambda: False) -> Module:
+    """Train `net` through the stage, all ranks together, from the (step, arrays) of a checkpoint
+    if it is given; returns it, as the moving average of what it was.
 
-    save(step, arrays) keeps all that the rest of the stage depends on, every two minutes and
-    however it ends. No generator is part of it, see `Stage.batches`. new: top-level parts that
-    have the rate times stage.faster. validate: see `train.fit`. Where stop() is true after a step,
-    KeyboardInterrupt ends it.
+    patches: of held-out cases, that it is tried on. new: top-level parts that have the rate times
+    stage.faster. save(step, arrays) keeps all that the rest of the stage depends on, every two
+    minutes and however it ends; no generator is part of it, see `Stage.batches`. Where stop() is
+    true after a step, `Stopped`, a KeyboardInterrupt, ends it. History, save and stop are the
+    leader's.
     """
+    to_device(net, ranks.device(settings.device))
+    parts_of = partial(stage.batches, cases, settings.seed, augment)
+    batch, together = parts_of(ranks.part(stage.count)), ranks if ranks.size > 1 else None
+    history = history or History(list(map(str, range(net.config["classes"]))))
     fresh = [p for name, p in net.named_parameters() if name.split(".")[0] in new]
     others = [p for name, p in net.named_parameters() if name.split(".")[0] not in new]
     optimizer = optim.AdamW([(others, 1), (fresh, stage.faster)], stage.rate, weight_decay=1e-2)
@@ -122,32 +130,35 @@ def run(stage: Stage, net: Module, batch: Batch, history: History,
                              if key.startswith(prefix)})
 
     def keep() -> None:
-        save(step, {prefix + key: array for prefix, part in parts.items()
-                    for key, array in part.state().items()})
+        if save:
+            save(step, {prefix + key: array for prefix, part in parts.items()
+                        for key, array in part.state().items()})
 
-    loss = partial(losses.dice_cross_entropy, ignore=sampling.IGNORE)
+    loss = partial(losses.dice_cross_entropy, ignore=sampling.IGNORE, ranks=together)
     saved, seconds = monotonic(), []
-    bar = tqdm(total=stage.steps, initial=step, desc=f"train {stage.name}", unit="step")
+    bar = tqdm(total=stage.steps, initial=step, desc=f"train {stage.name}", unit="step",
+               disable=not ranks.leads)
     try:
-        for record in train.fit(net.train(), batch, loss, optimizer, stage.steps, start=step,
-                                schedule=optim.warmup(stage.steps // WARM),
-                                average=average, validate=validate,
-                                every=max(LEAST, stage.steps // VALIDATIONS)):
-            bar.set_postfix_str(history.add(stage.name, record))
-            bar.update()
-            step = record.step + 1
-            seconds.append(record.seconds)
-            if len(seconds) == TIMED:
-                left = (stage.steps - step) * float(np.median(seconds[1:]))
-                tqdm.write(f"{stage.name}: {stage.steps - step} more steps, {about(left)}")
-            if monotonic() - saved > SAVE_EVERY:
-                keep()
-                saved = monotonic()
-            if stop():
-                raise KeyboardInterrupt
+        with synchronised(net, None if settings.local_norm else together):
+            for record in train.fit(net.train(), batch, loss, optimizer, stage.steps, start=step,
+                                    schedule=optim.warmup(stage.steps // WARM), average=average,
+                                    validate=partial(patch_dice, patches=patches),
+                                    every=max(LEAST, stage.steps // VALIDATIONS), ranks=together):
+                bar.set_postfix_str(history.add(stage.name, record))
+                bar.update()
+                step = record.step + 1
+                seconds.append(record.seconds)
+                if len(seconds) == TIMED and ranks.leads:
+                    left = (stage.steps - step) * float(np.median(seconds[1:]))
+                    tqdm.write(f"{stage.name}: {stage.steps - step} more steps, {about(left)}")
+                if monotonic() - saved > SAVE_EVERY:
+                    keep()
+                    saved = monotonic()
+                if ranks.agreed(stop()):
+                    raise Stopped
     except FloatingPointError as error:
         error.add_note(f"in the {stage.name} stage, on patches of "
-                       + ", ".join(suspects(batch(step, sampling.patches))))
+                       + ", ".join(suspects(parts_of()(step, sampling.patches))))
         raise
     except MemoryError as error:
         error.add_note(f"at step {step} of the {stage.name} stage")
@@ -157,6 +168,7 @@ def run(stage: Stage, net: Module, batch: Batch, history: History,
         if optimizer.steps == average.steps == step:  # unless the step after it ended halfway
             keep()
     net.load_state(average.arrays)
+    return net
 
 
 def shares(batches: Iterable[tuple[Array, Array]], classes: int) -> Array:
