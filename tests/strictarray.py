@@ -204,7 +204,8 @@ def library(name, device=False):
         made.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
         made.cuda = SimpleNamespace(
             Device=lambda i=0: SimpleNamespace(
-                id=i, compute_capability="90", attributes={"MultiProcessorCount": 132}),
+                id=i, compute_capability="90", attributes={"MultiProcessorCount": 132},
+                use=lambda: None),
             Stream=Stream, get_current_stream=Stream, using_allocator=lambda _: nullcontext(),
             MemoryPool=lambda: SimpleNamespace(malloc=None),
             runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1))

@@ -4,6 +4,7 @@ What needs no MPI is tested on threads that meet at a barrier. The rest begins t
 `python test_ranks.py NAME ...` runs the program of that name.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +171,81 @@ def test_processes_that_do_not_know_of_each_other_are_refused(name, module, told
                            capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1 and "mpiexec began 3 processes" in found.stderr
     assert told in found.stderr
+
+
+class Comm:
+    """What a World needs of MPI for its sums, on threads."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+
+    def allgather(self, value):
+        return self.ranks.gather(value)
+
+    def Iallreduce(self, _, array):  # noqa: N802
+        def wait():
+            array[...] = sum(self.ranks.gather(array.copy()))
+        return SimpleNamespace(Test=lambda: False, Wait=wait)
+
+
+@pytest.mark.parametrize("way", ["nccl", "staged", "host"])
+def test_gradients_on_gpus_are_summed_by_nccl_or_by_way_of_the_host(way, cuda, monkeypatch):
+    """On the stand-in for CuPy: calls, their order and arguments are what it shows."""
+    monkeypatch.setattr(ts.ranks, "_mpi", lambda: SimpleNamespace(IN_PLACE=None))
+    monkeypatch.setattr(ts.ranks, "BUCKET", 100)
+    ranks, streams = {}, {}
+
+    class Nccl:
+        """Its communicator, which sums at once: one order in which a stream may run."""
+
+        def __init__(self, size, name, rank):
+            assert (size, name) == (2, "name")
+            self.rank = rank
+
+        def allReduce(self, source, target, count, kind, operation, stream):  # noqa: N802
+            assert source == target and operation == "sum"
+            assert streams[stream][-1] == "waits"  # until what it sums is computed
+            here = np.ctypeslib.as_array((kind * count).from_address(source))
+            here[...] = sum(ranks[self.rank].gather(here.copy()))
+
+    class Stream:
+        def __init__(self, non_blocking=False):
+            self.ptr = id(self)
+            streams[self.ptr] = self.done = []
+
+        def wait_event(self, event):
+            self.done.append("waits")
+
+        def record(self):
+            self.done.append("recorded")
+
+    current = Stream()
+    monkeypatch.setattr(cuda, "cuda", SimpleNamespace(
+        **vars(cuda.cuda) | {"Stream": Stream, "get_current_stream": lambda: current},
+        nccl=SimpleNamespace(
+            available=way == "nccl", NCCL_FLOAT32=ctypes.c_float, NCCL_FLOAT64=ctypes.c_double,
+            NCCL_SUM="sum", get_unique_id=lambda: "name", NcclCommunicator=Nccl)))
+    library = np if way == "host" else cuda
+
+    def part(mine):
+        ranks[mine.rank] = mine
+        world = ts.ranks.World.__new__(ts.ranks.World)
+        world.comm, world.rank, world.size = Comm(mine), mine.rank, mine.size
+        leaves = [ts.Tensor(library.asarray(np.full(shape, 1.0 + mine.rank, kind)))
+                  for shape, kind in (((3, 4), "float32"), ((5, 7), "float32"), ((2,), "float64"),
+                                      ((6,), "float32"))]
+        with world.summing() as ready:
+            for i, leaf in enumerate(leaves):
+                leaf.grad = leaf.data * (i + 1.0)
+                ready(leaf)
+        return [ts.to_numpy(leaf.grad) for leaf in leaves]
+
+    for grads in on_threads(2, part):
+        for i, grad in enumerate(grads):
+            np.testing.assert_array_equal(grad, np.full(grad.shape, 3.0 * (i + 1)))
+    others = [done for ptr, done in streams.items() if ptr != current.ptr]
+    assert others == [["waits", "recorded"] * 4] * 2 * (way == "nccl")
+    assert current.done.count("waits") == 8 * (way == "nccl")  # for each sum, before it is used
 
 
 # Programs, each begun on several ranks.

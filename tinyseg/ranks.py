@@ -164,35 +164,37 @@ class World(Alone):
 
     def _end(self) -> None:
         """End all ranks, and tell why."""
-        print(f"\nrank {self.rank} of {self.size} failed, which ends all:\n{traceback.format_exc()}",
-              file=sys.stderr, flush=True)
+        told = f"rank {self.rank} of {self.size} failed, which ends all:"
+        print(f"\n{told}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         time.sleep(TOLD)
         self.comm.Abort(1)
 
     @contextmanager
     def summing(self) -> Iterator[Callable[[Any], None]]:
-        waiting: list = []  # leaves
-        going: list = []  # (leaves, their gradients in one piece, the sum of it that was begun)
+        waiting: list = []  # small leaves, which go together
+        going: list = []  # (leaves that were copied, to what, the sum of it that was begun)
 
-        def begin() -> None:
-            library = array_module(waiting[0].grad)
-            flat = library.concatenate([leaf.grad.reshape(-1) for leaf in waiting])
-            going.append((waiting[:], flat, self._begin(flat)))
-            waiting.clear()
+        def begin(leaves: list) -> None:
+            flat = array_module(leaves[0].grad).concatenate([a.grad.reshape(-1) for a in leaves])
+            going.append((leaves[:], flat, self._begin(flat)))
+            leaves.clear()
 
         def ready(leaf: Any) -> None:
-            if waiting and waiting[0].grad.dtype != leaf.grad.dtype:
-                begin()
-            waiting.append(leaf)
-            if sum(each.grad.nbytes for each in waiting) >= BUCKET:
-                begin()
+            if leaf.grad.nbytes >= BUCKET and leaf.grad.flags.c_contiguous:
+                going.append(([], None, self._begin(leaf.grad)))
+            else:
+                if waiting and waiting[0].grad.dtype != leaf.grad.dtype:
+                    begin(waiting)
+                waiting.append(leaf)
+                if sum(each.grad.nbytes for each in waiting) >= BUCKET:
+                    begin(waiting)
             for *_, each in going:
                 each.advance()
 
         yield ready
         if waiting:
-            begin()
+            begin(waiting)
         for leaves, flat, each in going:
             each.finish()
             first = 0
@@ -200,17 +202,19 @@ class World(Alone):
                 leaf.grad[...] = flat[first : first + leaf.grad.size].reshape(leaf.grad.shape)
                 first += leaf.grad.size
 
-    def _begin(self, flat: Array) -> Any:
-        if isinstance(flat, np.ndarray):
-            return _InMemory(self.comm, flat)
-        nccl = getattr(array_module(flat).cuda, "nccl", None)
+    def _begin(self, array: Array) -> Any:
+        """Begin the sum of an array over ranks, in its place."""
+        if isinstance(array, np.ndarray):
+            return _InMemory(self.comm, array)
+        cuda = array_module(array).cuda
+        nccl = getattr(cuda, "nccl", None)
         if nccl is None or not getattr(nccl, "available", False):
-            return _Staged(self.comm, flat)
+            return _Staged(self.comm, array)
         if not hasattr(self, "_nccl"):
             name = self.agreed(nccl.get_unique_id() if self.leads else None)
             self._nccl = nccl.NcclCommunicator(self.size, name, self.rank)
-            self._stream = array_module(flat).cuda.Stream(non_blocking=True)
-        return _OnGpus(self._nccl, self._stream, flat)
+            self._stream = cuda.Stream(non_blocking=True)
+        return _OnGpus(self._nccl, self._stream, array)
 
     @contextmanager
     def pool(self, jobs: int) -> Iterator[Executor]:
