@@ -121,8 +121,8 @@ def test_models_are_an_inflated_pair(done):
 
 
 @pytest.mark.parametrize("stage, step", [("2d", 2), ("3d", 0), ("3d", 2)])
-def test_interrupted_and_resumed_equals_uninterrupted(done, data, tmp_path, monkeypatch, stage,
-                                                      step):
+def test_interrupted_and_resumed_equals_uninterrupted(undrawn, done, data, tmp_path, monkeypatch,
+                                                      stage, step):
     fit = ts.train.fit
 
     def interrupted(net, *args, **options):

@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinyseg as ts
-from tinyseg import checkpoint, files, losses, ops, train
+from tinyseg import checkpoint, files, losses, ops, report, train
 from tinyseg.data import phantom, sampling
-from tinyseg.job import stages
+from tinyseg.job import pages, stages
 from tinyseg.ranks import BUCKET, Alone, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -344,9 +344,12 @@ def _die(ranks):
 
 
 def small(script, *words):
-    """The main job, the study, or a command, with one block a layer, as in test_main_job; on one
-    thread, as the bits depend on how work is cut."""
+    """The main job, the study, or a command, with one block a layer and empty figures, as in
+    test_main_job; on one thread, as the bits depend on how work is cut."""
     ts.parallel.set_threads(1)
+    for figure in ("progress", "overlay"):
+        setattr(report, figure, lambda path, *content: report.write_json(path, []))
+    pages.of_run = pages.of_study = lambda *content: None
     sys.path.insert(0, str(ROOT / "examples"))
     ts.models.BACKBONES["resnet18"] = ((1, 1, 1, 1), False)
     return importlib.import_module(script).main(list(words))

@@ -246,7 +246,7 @@ def seconds():
 fast = seconds()
 with windows.without("tiles"):
     print(windows.explain(x.shape, w.shape, window).splitlines()[0].removeprefix("y  "))
-    print(f"takes {seconds() / fast:.1f} times as long, of {1728 / 216:.0f} times the products")
+    print(f"takes {seconds() / fast:.1f} times as long, for {1728 / 216:.0f} times the products")
 
 # %% [markdown]
 # And where the taps of a kernel stand far apart (*dilation*: 2 means every other voxel) and the
