@@ -35,7 +35,7 @@ import tinyseg as ts
 
 SIZE = (64, 96, 96)
 APART = "2, apart"
-NORMS = 20  # batch-norms of ResNet-18, each with two sums a step
+NORMS, MOMENTS = 20, 2048  # batch-norms of ResNet-18, gathering twice a step so many bytes a rank
 BACKWARD = 2 / 3  # of a step, during which sums of the gradients behind it travel
 LINKS = {  # nominal: bytes a second each way, seconds of a message
     "Ethernet, 25 Gb/s": (3.1e9, 30e-6),
@@ -58,11 +58,11 @@ def efficiency(ranks: int, step: float, size: float, bandwidth: float, latency: 
     """The share of N times one rank's patches a second that N ranks reach, each with as many.
 
     Buckets that travel in the backward pass cost nothing; the last one has nothing to hide behind,
-    and batch-norms wait for two small sums each, log2 N messages deep.
+    and batch-norms wait for what all ranks gather, log2 N messages deep.
     """
     last = reduction(ranks, ts.ranks.BUCKET, bandwidth, latency)
     late = max(size / ts.ranks.BUCKET * last - BACKWARD * step, 0)
-    norms = 2 * NORMS * log2(ranks) * latency
+    norms = 2 * NORMS * (log2(ranks) * latency + ranks * MOMENTS / bandwidth)
     return step / (step + max(late, last) + norms)
 
 

@@ -148,7 +148,7 @@ def test_no_environment_switches():
         told = {"os.environ", "os.environ.get"} if name(path) == "ranks.py" else set()
         assert not (used - told) | taken & {"environ", "getenv", "putenv"}, name(path)
     # There it is how mpiexec says how many processes it has begun, and no switch of ours.
-    assert tinyseg.ranks.BEGUN == ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+    assert tinyseg.ranks.BEGUN == ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def test_only_the_backend_names_cupy():

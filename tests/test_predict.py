@@ -138,7 +138,7 @@ def test_outputs_are_whole_or_not_there(models, one, tmp_path, monkeypatch, caps
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.infer, "segment", stop)
+    monkeypatch.setattr(ts.infer, "segment", stop)
     with pytest.raises(KeyboardInterrupt):
         predict(models / "a.npz", one, out)
     assert out.read_bytes() == b"what was there before" and sorted(tmp_path.iterdir()) == before
@@ -203,7 +203,7 @@ def test_probabilities_are_written_as_a_fourth_axis(models, one, tmp_path, capsy
 
 @pytest.mark.parametrize("name", ["out.nii.gz", "out.nii"])
 def test_probabilities_are_whole_or_not_there(models, one, tmp_path, monkeypatch, capsys, name):
-    out, rows = tmp_path / name, commands.infer.rows
+    out, rows = tmp_path / name, ts.infer.rows
     out.write_bytes(b"what was there before")
     before = sorted(tmp_path.iterdir())
 
@@ -216,10 +216,10 @@ def test_probabilities_are_whole_or_not_there(models, one, tmp_path, monkeypatch
 
         return numbers, some()
 
-    monkeypatch.setattr(commands.infer, "rows", broken)
+    monkeypatch.setattr(ts.infer, "rows", broken)
     with pytest.raises(KeyboardInterrupt):
         predict(models / "a.npz", one, out, "--probabilities")
-    monkeypatch.setattr(commands.infer, "rows", lambda *_, **__: ([0, 1, 2], iter(
+    monkeypatch.setattr(ts.infer, "rows", lambda *_, **__: ([0, 1, 2], iter(
         [np.zeros((4, 18, 3))])))
     assert predict(models / "a.npz", one, out, "--probabilities") == 1
     assert "found a row of shape (4, 18, 3), expected (21, 18, 3)" in capsys.readouterr().err

@@ -140,9 +140,11 @@ def test_one_value_of_a_channel_on_each_rank_is_enough_together():
         norm = ts.nn.BatchNorm(2)
         with ts.nn.synchronised(norm, ranks):
             y = norm(x[ranks.rank : ranks.rank + 1]).data
-        with pytest.raises(ValueError, match="more than one value per channel"):
+        with pytest.raises(ValueError, match="more than one value"):
             norm(x[:1])
         assert norm.ranks is None
+        with ts.nn.synchronised(norm, Alone()), pytest.raises(ValueError, match="more than one value"):
+            norm(x[:1])
         return y
 
     np.testing.assert_allclose(np.concatenate(on_threads(2, part)), [[-1, -1], [1, 1]], atol=1e-4)
@@ -310,6 +312,8 @@ def _sums(ranks, out):
         for leaf in leaves:
             leaf.grad = np.asarray(leaf.data * 2)
             ready(leaf)
+        with pytest.raises(RuntimeError, match="ready twice"):
+            ready(leaves[1])
         assert [len(each) for each in ranks.gather(leaves)] == [5] * ranks.size  # on the way
     for i, leaf in enumerate(leaves):
         right = sum(np.asarray(each[i]) * 2.0 for each in ranks.gather([x.data for x in leaves]))
@@ -367,6 +371,21 @@ def slow(folder, *words):
     sampling.batch = late
     Path(folder, f"pid_{os.environ['PMI_RANK']}").write_text(str(os.getpid()))
     return small("train_pancreas_3d", *words)
+
+
+def broken(fault, *words):
+    """A command in which one rank fails, the leader by Ctrl-C and another by anything else."""
+    from tinyseg.job import predict
+
+    one = predict._one
+
+    def fails(*args, **options):
+        if (os.environ["PMI_RANK"] == "0") == (fault == "KeyboardInterrupt"):
+            raise KeyboardInterrupt if fault == "KeyboardInterrupt" else AssertionError
+        return one(*args, **options)
+
+    predict._one = fails
+    return small("tinyseg.__main__", *words)
 
 
 def begin(size, *words, **options):
@@ -508,6 +527,23 @@ def test_more_ranks_than_patches_are_refused(data, tmp_path):
     _, told = run(2, "small", "train_pancreas_3d", "--data", data, "--out", tmp_path / "run",
                   *words, code=1)
     assert "found 1 patches a step for 2 ranks" in told and "Traceback" not in told
+    assert not list((tmp_path / "run").glob("run.json"))  # so that it can be asked for again
+    words[words.index("--batch") : words.index("--batch") + 2] = []
+    words[words.index("--steps-3d") + 1] = "0"
+    told, _ = run(3, "small", "train_pancreas_3d", "--data", data, "--out", tmp_path / "run",
+                  *words)
+    assert "a patch for each of 3 ranks" in told
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["batch_3d"] == 3
+
+
+@mpi
+@pytest.mark.parametrize("fault, code, told", [
+    ("AssertionError", 1, "rank 1 of 2 failed"), ("KeyboardInterrupt", 130, "stopped; the same")])
+def test_what_ends_a_rank_ends_predicting_and_is_told(fault, code, told, data, alone, tmp_path):
+    """No rank waits for one that is gone; Ctrl-C, which the leader gets, is no fault."""
+    _, found = run(2, "broken", fault, "predict", alone / "model_3d.npz", data / "imagesTr",
+                   tmp_path / "maps", code=code)
+    assert told in found and ("Traceback" in found) == (code == 1)
 
 
 @mpi
@@ -541,4 +577,4 @@ def test_a_study_spread_over_ranks_is_that_of_one_process(data, tmp_path):
 
 if __name__ == "__main__":
     sys.exit({each.__name__: each for each in (
-        together, sums, faults, small, slow)}[sys.argv[1]](*sys.argv[2:]))
+        together, sums, faults, small, slow, broken)}[sys.argv[1]](*sys.argv[2:]))

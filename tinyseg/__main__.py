@@ -7,133 +7,24 @@ import argparse
 import json
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf, prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoint, infer, nn, pretrained, report
+from . import checkpoint, pretrained, report
 from .data import decathlon, nifti
-from .data.augment import LEFT_RIGHT
 from .export import write as write_exported
 from .infer.windows import OVERLAP
 from .job.evaluate import TOLERANCE, Scores
-from .job.plan import describe
-from .ranks import world
-
-
-def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
-            device: str = "cpu", overlap: float = OVERLAP, mirror: bool = False,
-            largest: bool = False, smallest: float = 0, probabilities: bool = False) -> int:
-    """Segment SCAN with MODEL and write the label map to OUT, on the scan's own grid.
-
-    SCAN may be a folder of .nii and .nii.gz files: OUT is then one too, and names are kept. Where
-    channels have files of their own, case_0000 and on, OUT goes by the case, and SCAN is the first.
-    A file that fails is named and the others go on; the exit code is then 1. How scans are
-    prepared stands in MODEL. Begun by mpiexec, several processes share the files.
-    """
-    _refuse(scan, out)
-    ranks, failed = world(), []
-    nets = _agreeing([model, *others], ranks.device(device), mirror)
-    jobs = _jobs(scan, out, nets[0].config["in_channels"])[ranks.rank :: ranks.size]
-    for number, ((source, *further), target) in enumerate(jobs, 1):
-        try:
-            with tqdm(desc=f"{number}/{len(jobs)} {source.name}", unit="window") as bar:
-                told = _predict(nets, [source, *further], target, overlap=overlap,
-                                mirror=[LEFT_RIGHT] * mirror, progress=partial(_advance, bar),
-                                **({"probabilities": True} if probabilities else
-                                   {"largest": largest, "smallest": smallest}))
-            print(f"{source.name}: {told}")
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            failed.append(source.name)
-            named = str(error) if str(source) in str(error) else f"{source}: {error}"
-            print(f"error: {named}", file=sys.stderr)
-    if failed and len(jobs) > 1:
-        print(f"{len(failed)} of {len(jobs)} scans failed: {', '.join(failed)}", file=sys.stderr)
-    return int(any(ranks.gather(failed)))
-
-
-def _predict(nets: Sequence[nn.Module], files: Sequence[Path], target: Path,
-             probabilities: bool = False, **options: Any) -> str:
-    """Segment one scan; returns how much of each class was found."""
-    scan = nifti.join([nifti.read(path) for path in files])
-    names, voxel = nets[0].metadata.get("labels", {}), prod(scan.spacing) / 1000
-    if probabilities:
-        numbers, rows = infer.rows(nets, scan, **options)
-        sums = np.zeros(len(numbers))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        nifti.write_maps(target, _added(rows, sums), len(numbers), scan)
-        return ", ".join(f"{names.get(str(number), number)} {n * voxel:.1f} ml expected"
-                         for number, n in zip(numbers, sums, strict=True) if number)
-    labels = infer.segment(nets, scan, **options)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    nifti.write(target, labels, scan)
-    counts = {names.get(str(number), number): np.count_nonzero(labels == number)
-              for number in infer.numbers(nets[0]) if number}
-    return ", ".join(f"{name} {n * voxel:.1f} ml ({n} voxels)" for name, n in counts.items())
-
-
-def _added(rows: Iterator[np.ndarray], sums: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows (H, W, classes) as they are; their sum for each class is added to `sums`."""
-    for row in rows:
-        sums += row.sum(axis=(0, 1), dtype="float64")
-        yield row
-
-
-def _refuse(scan: Path, out: Path) -> None:
-    """ValueError or FileNotFoundError for what would fail at the end."""
-    if not scan.exists():
-        raise FileNotFoundError(f"{scan}: no such file or folder")
-    if scan.is_dir() and out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a folder, as {scan} is one")
-    if not scan.is_dir() and (not out.name.endswith(nifti.ENDINGS) or out.is_dir()):
-        raise ValueError(f"{out}: expected a file name that ends in .nii or .nii.gz")
-    for source, target in ([(path, out / path.name) for path in _volumes(scan)]
-                           if scan.is_dir() else [(scan, out)]):
-        if target.exists() and target.samefile(source):
-            raise ValueError(f"{target}: is the scan itself, expected another place for labels")
-
-
-def _jobs(scan: Path, out: Path, channels: int) -> list[tuple[list[Path], Path]]:
-    """(files of a scan, its label map) of one scan or all in a folder."""
-    if scan.is_dir():
-        return [(files, out / (id + (".nii.gz" if files[0].suffix == ".gz" else ".nii")))
-                for id, files in decathlon.scans(_volumes(scan), channels).items()]
-    beside = decathlon.scans(_volumes(scan.parent), channels).values() if channels > 1 else ()
-    return [(next((files for files in beside if files[0] == scan), [scan]), out)]
-
-
-def _agreeing(paths: Sequence[Path], device: ModuleType, mirror: bool) -> list[nn.Module]:
-    """The networks in files of the main job, on a device; ValueError where classes differ, or a
-    mirror image is asked of one that has never seen any."""
-    nets = []
-    for path in paths:
-        net = checkpoint.load(path)
-        if not {"plan", "patch"} <= net.metadata.keys():
-            raise ValueError(f"{path}: holds no preparation; train it with the main job first")
-        if mirror and net.metadata["plan"].get("mirror", ()) is None:
-            raise ValueError(f"{path}: was trained without left-right reflections, and cannot"
-                             " answer them; predict without --mirror")
-        nets.append(nn.to_device(net, device))
-        told = [(n.config["classes"], n.metadata.get("labels")) for n in (nets[0], net)]
-        if told[0] != told[1]:
-            raise ValueError(f"{path}: found {told[1][0]} classes {told[1][1]}, expected"
-                             f" {told[0][0]} classes {told[0][1]} as in {paths[0]}")
-    return nets
-
-
-def _advance(bar: tqdm, groups: Sequence[Sequence]) -> Iterator[Sequence]:
-    """Groups of windows, one after the other, on a bar that several networks may share."""
-    bar.total = (bar.total or 0) + sum(map(len, groups))
-    for group in groups:
-        yield group
-        bar.update(len(group))
+from .job.fingerprint import fingerprint
+from .job.plan import measure, propose, varied, within
+from .job.predict import predict, volumes
 
 
 def evaluate(predictions: Path, labels: Path, *, tolerance: float = TOLERANCE,
@@ -145,7 +36,7 @@ def evaluate(predictions: Path, labels: Path, *, tolerance: float = TOLERANCE,
     named as in a dataset.json beside the folder LABELS. References without a prediction are named;
     the exit code is then 1, but for --missing ignore.
     """
-    found, references = ({path.name for path in _volumes(folder)}
+    found, references = ({path.name for path in volumes(folder)}
                          for folder in (predictions, labels))
     if lost := sorted(found - references):
         raise FileNotFoundError(f"{labels}: holds no file for {len(lost)} of {len(found)}"
@@ -175,20 +66,6 @@ def evaluate(predictions: Path, labels: Path, *, tolerance: float = TOLERANCE,
                       error.filename) from None
     print(f"every case stands in {out / 'metrics.csv'} and metrics.json")
     return int(bool(absent) and missing == "fail")
-
-
-def _volumes(folder: Path) -> list[Path]:
-    """The .nii and .nii.gz files in a folder, sorted; those of file managers begin with a dot."""
-    if not folder.is_dir():
-        told = "is a file, expected the folder it lies in" if folder.exists() else "no such folder"
-        raise ValueError(f"{folder}: {told}")
-    found = [path for path in sorted(folder.iterdir())
-             if path.name.endswith(nifti.ENDINGS) and path.name[0] != "." and path.is_file()]
-    if not found:
-        inner = [path.name for path in sorted(folder.glob("*.nii*")) if path.is_dir()]
-        told = f"; {inner[0]} is a folder, give that or move its files here" if inner else ""
-        raise ValueError(f"{folder}: holds no .nii or .nii.gz file{told}")
-    return found
 
 
 def _label_map(path: Path) -> nifti.Volume:
@@ -242,17 +119,39 @@ def inspect(model: Path) -> None:
 
 
 def plan(folder: Path | None, *, images: Path | None, label_maps: Path | None, modality: str,
-         out: Path, **options: Any) -> int:
+         out: Path, minutes: float | None, memory: float | None, device: str) -> int:
     """Read all cases in FOLDER, a Decathlon or nnU-Net task, and propose how to train on them.
 
     What they are like and the plan are printed; plan.json and plan.png, a picture of three cases,
     go to OUT. A training step and a prediction are timed here for it. Cases that cannot be read are
     told and left out; the exit code is then 1.
     """
+    if (out / "run.json").exists():
+        raise ValueError(f"{out}: holds a run, and its plan; choose another folder")
     bar = partial(tqdm, desc="labels")
     dataset = decathlon.load(folder) if folder else decathlon.pair(
         images or "", label_maps or "", modality, progress=bar)
-    return int(bool(describe(dataset, out, **options).broken))
+    out.mkdir(parents=True, exist_ok=True)
+    found = fingerprint(dataset, partial(tqdm, desc="read", unit="case"))
+    print(found)
+    made = propose(found, memory=memory, device=device)
+    seconds = measure(made, found, device, partial(tqdm, desc="measure", unit="network"))
+    made = replace(made, seconds=seconds) if minutes is None else varied(
+        within(made, minutes, seconds), found)
+    print(f"\nplan\n{made}")
+    made.write(out / "plan.json")
+    by_size = sorted(found.digests, key=lambda each: sum(list(each.voxels.values())[1:]))
+    ids = {by_size[at].id: None for at in (0, len(by_size) // 2, -1)}
+    cases = {case.id: case for case in dataset.cases}
+    shown = []
+    for id in ids:
+        scan, label = cases[id].read()
+        image = np.clip(scan.array[..., 0], *made.preprocessing.window)
+        shown.append((id, image, label, scan.spacing))
+    print(f"\nwritten to {out / 'plan.json'}, and three cases to {out / 'plan.png'}")
+    report.drawn(report.examples, out / "plan.png", shown, dataset.labels,
+                 f"{dataset.name}: cases of least, median and most foreground")
+    return int(bool(found.broken))
 
 
 def main(argv: list[str] | None = None) -> int:

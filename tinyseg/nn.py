@@ -150,7 +150,7 @@ def synchronised(net: Module, ranks: Alone | None) -> Iterator[None]:
         yield
     finally:
         for layer in norms:
-            del layer.ranks
+            vars(layer).pop("ranks", None)
 
 
 class GroupNorm(Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from . import cuda, parallel
@@ -18,42 +20,52 @@ def row_slabs(rows) -> list[slice]:
 
 
 def _moments(rows):
-    """Mean and biased variance of each column: (M, C) -> (C,), (C,); of slabs, each in cache for
-    both."""
+    """(M, C) -> how many rows slabs have, each in cache, the means of their columns and the sums of
+    squares about those, (slabs, C)."""
     slabs, library = row_slabs(rows), array_module(rows)
-    means, variances = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
+    means, squares = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
 
     def add(i):
         slab = rows[slabs[i]]
         ones = library.ones(len(slab), rows.dtype)
         means[i] = ones @ slab / len(slab)  # thrice as fast as slab.mean(axis=0)
         away = slab - means[i]
-        variances[i] = library.einsum("ij,ij->j", away, away) / len(slab)
+        squares[i] = library.einsum("ij,ij->j", away, away)
 
     parallel.run(add, range(len(slabs)))
-    return _merged([len(rows[slab]) for slab in slabs], means, variances)
+    return [len(rows[slab]) for slab in slabs], means, squares
 
 
-def _merged(counts, means, variances):
-    """The moments of parts that hold `counts` rows, (parts, C) each, put together (Chan, Golub and
-    LeVeque 1983)."""
+def _merged(counts, means, squares):
+    """Mean and biased variance of all rows, of which parts hold `counts`, each (parts, C) (Chan,
+    Golub and LeVeque 1983)."""
     library, total = array_module(means), sum(counts)
     share = library.asarray([[n / total] for n in counts], means.dtype)
     mean = (share * means).sum(axis=0)
-    return mean, (share * (variances + (means - mean) ** 2)).sum(axis=0)
+    return mean, squares.sum(axis=0) / total + (share * (means - mean) ** 2).sum(axis=0)
 
 
 def _statistics(rows, running_mean, running_var, momentum, eps, ranks=None):
-    """Mean and 1 / sqrt(variance + eps) of each column, (C,), towards which the running ones move:
-    by `momentum` of the way, to the variance without bias. Of the rows of all ranks, if there are
-    any."""
-    library, (mean, var), n = array_module(rows), _moments(rows), len(rows)
+    """Mean and 1 / sqrt(variance + eps) of each column, (C,), and of how many rows: those of all
+    ranks, if there are any. Towards them the running ones move: by `momentum` of the way, to the
+    variance without bias."""
+    library, parts = array_module(rows), _moments(rows)
     if ranks is not None:
-        counts, *parts = zip(*ranks.gather((n, mean, var)), strict=True)
-        n, (mean, var) = sum(counts), _merged(counts, *map(library.stack, parts))
+        n, (mean, var) = len(rows), _merged(*parts)
+        counts, *parts = zip(*ranks.gather((n, mean, n * var)), strict=True)
+        parts = counts, *map(library.stack, parts)
+    n, (mean, var) = sum(parts[0]), _merged(*parts)
+    _expect_several(n)
     running_mean += momentum * (mean - running_mean)
     running_var += momentum * (var * (n / (n - 1)) - running_var)
-    return mean, 1 / library.sqrt(var + eps)
+    return mean, 1 / library.sqrt(var + eps), n
+
+
+def _expect_several(n: int) -> None:
+    """ValueError unless n values have a variance."""
+    if n < 2:
+        raise ValueError(f"batch_norm in train mode needs more than one value per channel, found {n}"
+                         "; use a larger batch or running statistics")
 
 
 def _normalize(rows, mean, scale, gamma, beta, residual, relu):
@@ -75,9 +87,10 @@ def _normalize(rows, mean, scale, gamma, beta, residual, relu):
     return y
 
 
-def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual, ranks=None):
-    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on rows, of
-    all ranks, if there are any.
+def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual, n=0,
+                       ranks=None):
+    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on n rows,
+    those of all ranks, if there are any.
 
     A body may recompute y from beta where no residual was added; this one reads it.
     """
@@ -97,10 +110,9 @@ def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, res
     dbeta, dgamma = sums[0].sum(axis=0), sums[1].sum(axis=0) * scale
     dx, factor = library.empty_like(rows), gamma * scale
     if train:
-        both, n = library.stack([dbeta, dgamma]), len(rows)
-        if ranks is not None:
-            both, n = ranks.total(both), sum(ranks.gather(n))
-        constant, slope = both[0] / n, both[1] * scale / -n
+        both = library.stack([dbeta, dgamma])
+        all_beta, all_gamma = both if ranks is None else ranks.total(both)
+        constant, slope = all_beta / n, all_gamma * scale / -n
 
     def differentiate(slab):
         part = dx[slab]
@@ -152,23 +164,23 @@ def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, trai
         if residual.shape != shape:
             raise ValueError(f"batch_norm: residual {residual.shape} does not fit input {shape}")
         residual = residual.reshape(rows.shape)
-    added, together = residual is not None, {} if ranks is None or not train else {"ranks": ranks}
-    statistics, normalize, adjoint = (
-        (cuda.norm.statistics, cuda.norm.normalize, cuda.norm.normalize_adjoint)
-        if not together and cuda.serves(x, gamma, beta, residual, running_mean, running_var)
-        else (_statistics, _normalize, _normalize_adjoint))
-    if train:
-        if len(rows) < 2 and not together:
-            raise ValueError(f"batch_norm in train mode needs more than one value per channel, "
-                             f"found input {shape}; use a larger batch or running statistics")
-        mean, scale = statistics(rows, running_mean, running_var, momentum, eps, **together)
-    else:
+    n, added, ranks = len(rows), residual is not None, ranks if train else None
+    fused = ranks is None and cuda.serves(x, gamma, beta, residual, running_mean, running_var)
+    if not train:
         mean, scale = running_mean.copy(), 1 / array_module(x).sqrt(running_var + eps)
+    elif fused:
+        _expect_several(n)
+        mean, scale = cuda.norm.statistics(rows, running_mean, running_var, momentum, eps)
+    else:
+        mean, scale, n = _statistics(rows, running_mean, running_var, momentum, eps, ranks)
+    normalize, adjoint = (
+        (cuda.norm.normalize, cuda.norm.normalize_adjoint) if fused else
+        (_normalize, partial(_normalize_adjoint, n=n, ranks=ranks)))
     y = normalize(rows, mean, scale, gamma, beta, residual, relu)
 
     def pull(g, wanted):
         dx, dgamma, dbeta, passed = adjoint(g.reshape(y.shape), rows, y, mean, scale, gamma, beta,
-                                            train=train, relu=relu, residual=added, **together)
+                                            train=train, relu=relu, residual=added)
         return dx.reshape(shape), dgamma, dbeta, passed.reshape(shape) if added else None
 
     return y.reshape(shape), pull

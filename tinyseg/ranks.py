@@ -30,7 +30,8 @@ import numpy as np
 from . import backend, parallel
 from .backend import Array, array_module
 
-BEGUN = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # what mpiexec tells: MPICH's and its kin, Open MPI's
+# How many processes were begun, as MPICH's mpiexec and its kin, Open MPI's, and srun tell it.
+BEGUN = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 BUCKET = 4 * 2**20  # bytes of gradients that travel together, at least
 NAP = 0.01  # seconds between looks for work: MPI itself would keep a core busy
 TOLD = 0.5  # seconds in which mpiexec passes on what a rank says at its end
@@ -83,8 +84,8 @@ class Alone:
         return self.gather(value)[0]
 
     def summing(self) -> AbstractContextManager[Callable[[Any], None] | None]:
-        """A context that gives `ready` for `Tensor.backward`: at its end the gradients of all
-        leaves are sums over ranks. They are on their way while others are computed."""
+        """A context that gives `ready` for one `Tensor.backward`, of leaves without a gradient: at
+        its end theirs are sums over ranks. They are on their way while others are computed."""
         return nullcontext()
 
     def everywhere(self, function: Callable, *arguments: Any, **own: Any) -> Any:
@@ -107,7 +108,8 @@ class World(Alone):
     own the others do what `everywhere` sends them, until the leader has left its block.
 
     What all raise alike, AGREED, is raised where it would be in one process. Any other error in one
-    of them ends all, with its traceback: the others wait for sums that will not come.
+    of them, while they work together, ends all: the others wait for sums that will not come. It is
+    told with its traceback, and the exit code is 1, or 130 for Ctrl-C.
     """
 
     AGREED = (FloatingPointError, Stopped)
@@ -117,8 +119,10 @@ class World(Alone):
         self.torn = False
         here = comm.Split_type(_mpi().COMM_TYPE_SHARED)  # those of this machine
         self.local, self.neighbours = here.rank, here.size
-        if parallel.threads() == os.cpu_count():  # no cores were dealt out to each
-            parallel.set_threads(max(1, parallel.threads() // here.size))
+        cores = here.allgather(sorted(os.sched_getaffinity(0))
+                               if hasattr(os, "sched_getaffinity") else [])
+        sharing = cores.count(cores[self.local])  # these have the same cores
+        parallel.set_threads(max(1, parallel.threads() // sharing))
 
     def __enter__(self) -> Self:
         if not self.leads:
@@ -151,27 +155,29 @@ class World(Alone):
         while True:
             while not self.comm.Iprobe(0):
                 time.sleep(NAP)
-            work = self.comm.recv(source=0)
-            if work is None:
+            if (work := self.comm.recv(source=0)) is None:
                 return
-            function, arguments = work
             try:
-                function(self, *arguments)
+                work[0](self, *work[1])
             except self.AGREED:
-                continue  # the leader has the same to tell
+                pass  # the leader has the same to tell
             except BaseException:
                 self._end()
+            del work  # or its files would stay open until there is more
 
     def _end(self) -> None:
         """End all ranks, and tell why."""
-        told = f"rank {self.rank} of {self.size} failed, which ends all:"
-        print(f"\n{told}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        stopped = issubclass(sys.exc_info()[0] or Exception, KeyboardInterrupt)
+        told = "stopped; the same again goes on" if stopped else (
+            f"rank {self.rank} of {self.size} failed, which ends all:\n{traceback.format_exc()}")
+        print(f"\n{told}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         time.sleep(TOLD)
-        self.comm.Abort(1)
+        self.comm.Abort(130 if stopped else 1)
 
     @contextmanager
     def summing(self) -> Iterator[Callable[[Any], None]]:
+        seen: set[int] = set()
         waiting: list = []  # small leaves, which go together
         going: list = []  # (leaves that were copied, to what, the sum of it that was begun)
 
@@ -181,6 +187,10 @@ class World(Alone):
             leaves.clear()
 
         def ready(leaf: Any) -> None:
+            if id(leaf) in seen:
+                raise RuntimeError("a gradient is ready twice, and was summed over ranks before; "
+                                   "expected one backward pass in a block of `summing`")
+            seen.add(id(leaf))
             if leaf.grad.nbytes >= BUCKET and leaf.grad.flags.c_contiguous:
                 going.append(([], None, self._begin(leaf.grad)))
             else:
@@ -219,12 +229,21 @@ class World(Alone):
     @contextmanager
     def pool(self, jobs: int) -> Iterator[Executor]:
         with self.everywhere(_pooled) as pool:
-            yield pool
+            try:
+                yield pool
+            except KeyboardInterrupt:
+                self._end()  # now, and not when all that was handed out is done
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def device(self, name: str) -> ModuleType:
         library = backend.device(name)
         if library is not np:
-            library.cuda.Device(self.local % library.cuda.runtime.getDeviceCount()).use()
+            if (count := library.cuda.runtime.getDeviceCount()) < self.neighbours:
+                raise RuntimeError(f"found {self.neighbours} ranks for {count} GPUs of a machine, "
+                                   "expected one for each at most")
+            library.cuda.Device(self.local).use()
         return library
 
 

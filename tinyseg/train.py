@@ -298,7 +298,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     try:
         with closing(prepared(batch, range(start, steps), ahead)) as batches:
             for step in range(start, steps):
-                if stalled(scores, patience):
+                if patience is not None and ranks.agreed(stalled(scores, patience)):
                     return
                 began = perf_counter()
                 images, labels = next(batches)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from math import ceil, isfinite, prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from .. import infer, losses, models, optim, report, train
+from .. import infer, losses, models, optim, train
 from ..data import ct
-from ..data.decathlon import Dataset
 from ..files import read_json, whole
 from ..infer.windows import OVERLAP, Progress
 from ..nn import to_device
 from . import rules
-from .fingerprint import Fingerprint, fingerprint
-from .settings import BACKBONE, HEAD
+from .fingerprint import Fingerprint
+from .settings import BACKBONE, HEAD, starved
 
 VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
 FIXED = 2**30  # bytes that training takes for weights, gradients, moments and libraries
@@ -112,6 +109,12 @@ class Plan:
         """The arguments of `models.resnet_seg` that a network of either rank takes."""
         return {"backbone": self.backbone, "head": self.head} | (
             {"decoder": self.decoder} if self.decoder else {})
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Voxels of a patch for each of the coarsest features, along (D, H, W)."""
+        plane = 2 ** len(self.depth_stride)
+        return prod(self.depth_stride), plane, plane
 
     @property
     def inflation(self) -> dict[str, Any]:
@@ -293,7 +296,9 @@ def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu",
         along = plan.inflation | {"depth_padding": "edge"} if rank == 3 else {}
         net = models.resnet_seg(rank=rank, in_channels=len(fingerprint.modalities),
                                 classes=len(fingerprint.labels), **plan.architecture, **along)
-        step, window = _timed(to_device(net, device), patch, ceil(count / ranks))
+        part = ceil(count / ranks)  # of a single value per channel there is no variance
+        part += any(starved(patch, plan.strides[-rank:], part))
+        step, window = _timed(to_device(net, device), patch, part)
         windows = prod(len(infer.starts(max(n, p), p, OVERLAP))
                        for n, p in zip(shape, (1, *patch)[-3:], strict=True))
         seconds |= {f"step_{rank}d": round(step, 4), f"scan_{rank}d": round(window * windows, 4)}
@@ -315,33 +320,3 @@ def _timed(net: models.Segmenter, patch: tuple[int, ...], count: int) -> tuple[f
         infer.sliding_window(net, volume, patch, batch=8, labels=True)
         times.append(perf_counter() - began)
     return step, min(times) / (len(volume) if len(patch) == 2 else 1)
-
-
-def describe(dataset: Dataset, out: Path, *, minutes: float | None = None,
-             memory: float | None = None, device: str = "cpu") -> Fingerprint:
-    """Print the fingerprint of a dataset and the plan for it, and write plan.json and plan.png, a
-    picture of three cases, to the folder `out`. Arguments and errors are those of `propose`, and
-    ValueError where `out` holds a run, whose plan would be replaced."""
-    if (out / "run.json").exists():
-        raise ValueError(f"{out}: holds a run, and its plan; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    found = fingerprint(dataset, partial(tqdm, desc="read", unit="case"))
-    print(found)
-    plan = propose(found, memory=memory, device=device)
-    seconds = measure(plan, found, device, partial(tqdm, desc="measure", unit="network"))
-    plan = replace(plan, seconds=seconds) if minutes is None else varied(
-        within(plan, minutes, seconds), found)
-    print(f"\nplan\n{plan}")
-    plan.write(out / "plan.json")
-    by_size = sorted(found.digests, key=lambda each: sum(list(each.voxels.values())[1:]))
-    ids = {by_size[at].id: None for at in (0, len(by_size) // 2, -1)}
-    cases = {case.id: case for case in dataset.cases}
-    shown = []
-    for id in ids:
-        scan, label = cases[id].read()
-        image = np.clip(scan.array[..., 0], *plan.preprocessing.window)
-        shown.append((id, image, label, scan.spacing))
-    print(f"\nwritten to {out / 'plan.json'}, and three cases to {out / 'plan.png'}")
-    report.drawn(report.examples, out / "plan.png", shown, dataset.labels,
-                 f"{dataset.name}: cases of least, median and most foreground")
-    return found

@@ -87,8 +87,8 @@ def taken(asked: Settings) -> Plan | None:
 
 def decide(asked: Settings, training: decathlon.Dataset,
            mirror: tuple[tuple[str, str], ...] | None, ranks: int = 1) -> Plan:
-    """The plan that is asked for, or one for these cases; what else is asked for, in its place.
-    Minutes are those of a step that `ranks` share."""
+    """The plan that is asked for, or one for these cases; what else is asked for, in its place. One
+    that is made has a patch at least for each of the ranks, which share the minutes of a step."""
     plan = taken(asked)
     if plan is None:
         wanted: dict[str, Any] = {
@@ -98,6 +98,9 @@ def decide(asked: Settings, training: decathlon.Dataset,
         if found.broken:
             raise ValueError("; ".join(found.broken.values()))
         plan = propose(found, device=asked.device, **_given(wanted))
+        if asked.batch is None and plan.batch_3d < ranks:
+            print(f"a patch for each of {ranks} ranks: --batch {ranks}")
+            asked = replace(asked, batch=ranks)
         if asked.minutes is not None:
             plan = adjusted(plan, asked, mirror)  # what is trained is what is timed
             seconds = measure(plan, found, asked.device,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,6 +103,7 @@ class Run:
     def _begin(self) -> None:
         """Find the scans, and what of the run is there; write run.json."""
         asked, labels = self.settings, self.kept.get("labels", {})
+        self.ranks.part(asked.batch or self.ranks.size)  # or it says that there are too many
         if not (asked.data or asked.images or self.kept):
             report.write_json(self.folder / "run.json", asked.json())
         try:
@@ -127,6 +127,7 @@ class Run:
         self.mirror = prepare.reflection(asked, self.dataset.labels, plan)
         if plan and self.fresh:
             plan = prepare.adjusted(plan, asked, self.mirror)
+        self.ranks.part(min(plan.batch_2d, plan.batch_3d) if plan else self.ranks.size)
         trial = prepare.outline(asked, plan, self.channels, len(self.labels))
         if asked.pretrained and self.fresh:
             prepare.imported(trial, asked.pretrained)
@@ -211,11 +212,10 @@ class Run:
             known = replace(self.dataset, cases=mine)
             prepare.decide(asked, known, self.mirror, self.ranks.size).write(path)
             self._plan = Plan.read(path)  # the same types now as after a resume
-        plan, plane = self.plan, 2 ** len(self.plan.depth_stride)
-        self.ranks.part(min(plan.batch_2d, plan.batch_3d))  # or it says that there are too many
-        strides = prod(plan.depth_stride), plane, plane
-        for wrong in starved(plan.patch_3d, strides, plan.batch_3d) if plan.steps_3d else ():
-            raise ValueError(wrong)
+        plan, apart = self.plan, self.ranks.size if asked.local_norm else 1
+        for wrong in starved(plan.patch_3d, plan.strides, plan.batch_3d // apart):
+            if plan.steps_3d:
+                raise ValueError(wrong)
         made = prepare.cases(self.dataset, asked, plan, self.folder, self.trained + self.held_out)
         self.prepared = {"training": [made[id] for id in self.trained],
                          "held out": [made[id] for id in self.held_out]}
