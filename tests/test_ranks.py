@@ -143,8 +143,9 @@ def test_one_value_of_a_channel_on_each_rank_is_enough_together():
         with pytest.raises(ValueError, match="more than one value"):
             norm(x[:1])
         assert norm.ranks is None
-        with ts.nn.synchronised(norm, Alone()), pytest.raises(ValueError, match="more than one value"):
-            norm(x[:1])
+        with ts.nn.synchronised(norm, Alone()):
+            with pytest.raises(ValueError, match="more than one value"):
+                norm(x[:1])
         return y
 
     np.testing.assert_allclose(np.concatenate(on_threads(2, part)), [[-1, -1], [1, 1]], atol=1e-4)

@@ -64,8 +64,8 @@ def _statistics(rows, running_mean, running_var, momentum, eps, ranks=None):
 def _expect_several(n: int) -> None:
     """ValueError unless n values have a variance."""
     if n < 2:
-        raise ValueError(f"batch_norm in train mode needs more than one value per channel, found {n}"
-                         "; use a larger batch or running statistics")
+        raise ValueError("batch_norm in train mode needs more than one value per channel, found "
+                         f"{n}; use a larger batch or running statistics")
 
 
 def _normalize(rows, mean, scale, gamma, beta, residual, relu):
