@@ -3,7 +3,7 @@
   steps        forward, cross-entropy, backward, AdamW of whole networks, and memory
   inference    a volume of 96x256x256 in windows of 64x96x96, ResNet-18, also as a U-Net; also
                beside OpenVINO, ONNX Runtime and JAX, where they are installed (float32, the network
-               as `tinyseg export` writes it)
+               as `tinyseg export` writes it); --quick: one such window
   growth       one step against depth, batch and cores
   layers       each distinct convolution of ResNet-18 and -50, output stride 8, at rank 3 on
                1x64x96x96 and at rank 2 on 8x256x256: forward, gradient in x, gradient in w. Beside
@@ -454,12 +454,13 @@ def main() -> None:
             print(row(f"{name} {'x'.join(map(str, shape))}",
                       side_by_side((*case[:3], size, case[4]), shape, args.threads, turns)),
                   flush=True)
-    if "inference" in args.parts and not args.quick:
+    if "inference" in args.parts:
         print(f"\ninference\n{HEAD}")
         for name in ("ResNet-18 3D", "ResNet-18 3D, U-Net"):
-            print(row(f"{name}, 96x256x256", side_by_side(
-                STEPS[name], (1, 96, 256, 256), args.threads, max(1, turns // 2), train=False)),
-                flush=True)
+            shape, often = ((1, 96, 256, 256), max(1, turns // 2)) if not args.quick else (
+                (1, *STEPS[name][3]), 9)
+            print(row(f"{name}, {'x'.join(map(str, shape[1:]))}", side_by_side(
+                STEPS[name], shape, args.threads, often, train=False)), flush=True)
     if "growth" in args.parts and not args.quick:
         print(f"\ngrowth of a step of ResNet-18 3D\n{HEAD}")
         for batch, depth, threads in ((1, 16, args.threads), (1, 32, args.threads),

@@ -66,6 +66,7 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"depth_stride": [1, 1, 2]}, "5 numbers"),
     ({"depth_stride": [2] * 5, "head": "fcn"}, "3 numbers"), ({"depth_stride": [3]}, "--depth"),
      ({"depth_stride": ["plane", 1]}, "--depth-stride"),
+    ({"memory": 5, "patch": (9, 32, 48)}, "--memory chooses a patch"),
     ({"plan": "a", "minutes": 5}, "--minutes"), ({"from_2d": "a", "memory": 5}, "--memory"),
     ({"minutes": 0}, "minutes"), ({"lr_new": 0}, "--lr-new is 0"), ({"lr": (1e-3,)}, "--lr"),
     ({"training_cases": 0}, "--training-cases is 0"), ({"folds": 2, "fold": 2}, "--fold"),

@@ -40,11 +40,12 @@ def task(source, tmp_path):
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    monkeypatch.setattr(plans, "measure", lambda *_, **__: dict(SECONDS))
+    for module in (plans, commands):
+        monkeypatch.setattr(module, "measure", lambda *_, **__: dict(SECONDS))
 
 
 def proposed(folder, **options):
-    return plans.propose(plans.fingerprint(decathlon.load(folder)), **options)
+    return plans.propose(fingerprint.fingerprint(decathlon.load(folder)), **options)
 
 
 def truncate(path):
@@ -63,7 +64,7 @@ def test_one_reading_of_every_file_serves_the_fingerprint_and_the_plan(source, m
     whole = nifti.read
     monkeypatch.setattr(nifti, "read", lambda path, *a: read.append(path) or whole(path, *a))
     seen = []
-    found = plans.fingerprint(dataset, lambda cases: (seen.append(c) or c for c in cases))
+    found = fingerprint.fingerprint(dataset, lambda cases: (seen.append(c) or c for c in cases))
     made = plans.propose(found)
     files = [path for case in dataset.cases for path in case.files]
     assert sorted(read) == sorted(files) and seen == list(dataset.cases)
@@ -74,7 +75,7 @@ def test_one_reading_of_every_file_serves_the_fingerprint_and_the_plan(source, m
 
 def test_the_fingerprint_counts_what_the_arrays_hold(source):
     dataset = decathlon.load(source)
-    found = plans.fingerprint(dataset)
+    found = fingerprint.fingerprint(dataset)
     assert [digest.id for digest in found.digests] == [case.id for case in dataset.cases]
     np.testing.assert_allclose(found.spacings, [SPACING] * 5, rtol=1e-5)
     np.testing.assert_allclose(found.extents, [np.multiply(SHAPE, SPACING)] * 5, rtol=1e-5)
@@ -105,7 +106,7 @@ def test_a_class_that_a_case_lacks_is_not_in_it(task):
     case = decathlon.load(task).cases[2]
     image = nib.load(case.label)
     nib.save(nib.Nifti1Image(np.minimum(np.asarray(image.dataobj), 1), image.affine), case.label)
-    found = plans.fingerprint(decathlon.load(task))
+    found = fingerprint.fingerprint(decathlon.load(task))
     assert found.digests[2].voxels[2] == 0 < found.digests[1].voxels[2]
     row = next(line for line in str(found).splitlines() if line.startswith("cancer"))
     sizes = [digest.voxels[2] * digest.volume for digest in found.digests]
@@ -115,10 +116,10 @@ def test_a_class_that_a_case_lacks_is_not_in_it(task):
 
 def test_percentiles_of_long_scans_are_those_of_evenly_drawn_voxels(source, monkeypatch):
     case = decathlon.load(source).cases[0]
-    every = plans.fingerprint(decathlon.load(source)).digests[0].intensities
+    every = fingerprint.fingerprint(decathlon.load(source)).digests[0].intensities
     monkeypatch.setattr(ct, "SAMPLES", 50)
     monkeypatch.setattr(fingerprint, "DRAWN", 3000)
-    found = plans.fingerprint(decathlon.load(source)).digests[0]
+    found = fingerprint.fingerprint(decathlon.load(source)).digests[0]
     assert len(found.sample.foreground[0]) == 50
     voxels = case.read()[0].array[..., 0].ravel()
     drawn = voxels[:: 1 + voxels.size // 3000]
@@ -131,7 +132,7 @@ def test_broken_cases_are_told_by_name_and_the_others_make_the_plan(task):
     cases = decathlon.load(task).cases
     truncate(cases[1].image)
     reshape(cases[3].label)
-    found = plans.fingerprint(decathlon.load(task))
+    found = fingerprint.fingerprint(decathlon.load(task))
     assert list(found.broken) == [cases[1].id, cases[3].id]
     assert str(cases[1].image) in found.broken[cases[1].id]
     assert str(cases[3].label) in found.broken[cases[3].id]
@@ -149,9 +150,9 @@ def test_a_fault_that_names_no_file_is_told_with_the_scans(source, monkeypatch):
     monkeypatch.setattr(decathlon.Case, "read", fail)
     dataset = decathlon.load(source)
     with pytest.raises(ValueError, match="no case of 5 that can be read.*phantom_000.*: no room"):
-        plans.fingerprint(dataset)
+        fingerprint.fingerprint(dataset)
     with pytest.raises(ValueError, match="no case of 0 that can be read.*there are none"):
-        plans.fingerprint(dataclasses.replace(dataset, cases=()))
+        fingerprint.fingerprint(dataclasses.replace(dataset, cases=()))
 
 
 def test_sides_of_names_decide_what_is_mirrored(source):
@@ -163,7 +164,7 @@ def test_sides_of_names_decide_what_is_mirrored(source):
             (("pancreas", "cancer"), (), "no class has a side")):
         labels = dict(enumerate(("background", *names)))
         cases = tuple(dataclasses.replace(case, labels=labels) for case in dataset.cases[:2])
-        found = plans.fingerprint(dataclasses.replace(dataset, labels=labels, cases=cases))
+        found = fingerprint.fingerprint(dataclasses.replace(dataset, labels=labels, cases=cases))
         assert plans.propose(found).preprocessing.mirror == mirror and told in str(found)
 
 
@@ -343,7 +344,7 @@ def test_less_memory_makes_smaller_patches(source):
 
 
 def test_a_case_that_fills_a_batch_is_seen_whole(source, monkeypatch):
-    shape = plans.median_shape(plans.fingerprint(decathlon.load(source)),
+    shape = plans.median_shape(fingerprint.fingerprint(decathlon.load(source)),
                                proposed(source).preprocessing)
     for voxels, batch in ((32 * 64 * 56, 2), (32 * 64 * 56 - 1, 1), (32 * 64 * 28, 1),
                           (32 * 64 * 20, 2)):
@@ -376,7 +377,7 @@ def test_steps_fill_the_minutes_in_their_shares(minutes, flat, deep):
 
 
 def test_patches_are_varied_where_training_sees_the_same_voxels_often(source):
-    found = plans.fingerprint(decathlon.load(source))
+    found = fingerprint.fingerprint(decathlon.load(source))
     made = plans.propose(found)
     often = rules.SEEN * 5 * prod(plans.median_shape(found, made.preprocessing))
     deep, flat = 2 * prod(made.patch_3d), 16 * prod(made.patch_2d)
@@ -405,7 +406,7 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
         return Pointwise(rank, in_channels, classes)
 
     monkeypatch.setattr(models, "resnet_seg", resnet_seg)
-    found = plans.fingerprint(decathlon.load(source))
+    found = fingerprint.fingerprint(decathlon.load(source))
     made = plans.propose(found, minutes=1)
     along = {"depth": made.depth, "depth_stride": made.depth_stride, "depth_padding": "edge"}
     network = {"head": "unet", "decoder": made.decoder}
@@ -546,7 +547,7 @@ def test_the_command_tells_the_plan_and_draws_three_cases(source, tmp_path, caps
     assert run(source, "--out", tmp_path / "new" / "out", "--minutes", 2) == 0
     out = tmp_path / "new" / "out"
     made = plans.Plan.read(out / "plan.json")
-    found = plans.fingerprint(decathlon.load(source))
+    found = fingerprint.fingerprint(decathlon.load(source))
     assert made == plans.varied(plans.within(proposed(source), 2, SECONDS), found)
     assert (made.steps_2d, made.steps_3d) == (144, 24)
     assert {path.name for path in out.iterdir()} == {"plan.json", "plan.png"}

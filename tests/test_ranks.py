@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 import tinyseg as ts
 from tinyseg import checkpoint, files, losses, ops, report, train
-from tinyseg.data import phantom, sampling
-from tinyseg.job import pages, stages
+from tinyseg.data import decathlon, phantom, sampling
+from tinyseg.job import Settings, pages, prepare, stages
 from tinyseg.ranks import BUCKET, Alone, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -529,12 +529,13 @@ def test_more_ranks_than_patches_are_refused(data, tmp_path):
                   *words, code=1)
     assert "found 1 patches a step for 2 ranks" in told and "Traceback" not in told
     assert not list((tmp_path / "run").glob("run.json"))  # so that it can be asked for again
-    words[words.index("--batch") : words.index("--batch") + 2] = []
-    words[words.index("--steps-3d") + 1] = "0"
-    told, _ = run(3, "small", "train_pancreas_3d", "--data", data, "--out", tmp_path / "run",
-                  *words)
-    assert "a patch for each of 3 ranks" in told
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["batch_3d"] == 3
+
+
+def test_a_plan_that_is_made_has_a_patch_for_each_rank(data, capsys):
+    asked = Settings(data=data, patch=(8, 16, 16), head="linear")
+    for ranks, batch in ((1, 2), (2, 2), (5, 5)):
+        assert prepare.decide(asked, decathlon.load(data), (), ranks).batch_3d == batch
+        assert ("a patch for each of 5 ranks: --batch 5" in capsys.readouterr().out) == (ranks == 5)
 
 
 @mpi

@@ -173,7 +173,8 @@ class World(Alone):
         print(f"\n{told}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         time.sleep(TOLD)
-        self.comm.Abort(130 if stopped else 1)
+        self.comm.Abort(code := 130 if stopped else 1)
+        os._exit(code)  # Abort may return before the process is ended, and more would be told
 
     @contextmanager
     def summing(self) -> Iterator[Callable[[Any], None]]:

@@ -181,6 +181,8 @@ class Settings:
         if self._taken and (self.minutes or self.memory):
             yield ("--minutes and --memory are for a plan that is made here; one that is taken has "
                    "steps and patches: ask for others by --steps-2d, --steps-3d and --patch")
+        if self.memory and self.patch:
+            yield "--memory chooses a patch that fits it; --patch is one already: give either"
         if (self.alpha is None) != (self.profile != "scale"):
             yield f"--alpha goes with --profile scale, found {self.alpha} and {self.profile}"
         elif self.alpha and not abs(sum(self.alpha) - 1) < 1e-6:
