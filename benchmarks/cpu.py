@@ -424,8 +424,8 @@ def row(name: str, sides: dict) -> str:
             f"{gib / their_gib:7.2f}")
     for engine in [name for name in ENGINES if name in sides]:
         other, other_gib = sides[engine]
-        line += (f"\n{engine:>43}{other:11.2f}{other / ours:7.2f}{other_gib:23.2f}"
-                 f"{gib / other_gib:7.2f}")
+        line += f"\n{engine:>43}{other:11.2f}{other / ours:7.2f}{other_gib:23.2f}"
+        line += f"{gib / other_gib:7.2f}" if other_gib else ""  # less than making it has taken
     return line
 
 
