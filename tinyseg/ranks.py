@@ -15,6 +15,7 @@ the same step of the same summed gradient.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -133,15 +134,19 @@ class World(Alone):
         if self.torn:
             self._end()
         if self.leads:
-            for rank in range(1, self.size):
-                self.comm.send(None, rank)
+            self._wake(False)
+
+    def _wake(self, more: bool) -> None:
+        """Tell the others whether there is more to do."""
+        for rank in range(1, self.size):
+            self.comm.send(more, rank)
 
     def gather(self, value: Any) -> list:
         return self.comm.allgather(value)
 
     def everywhere(self, function: Callable, *arguments: Any, **own: Any) -> Any:
-        for rank in range(1, self.size):
-            self.comm.send((function, arguments), rank)
+        self._wake(True)
+        self.comm.bcast((function, arguments))
         try:
             return function(self, *arguments, **own)
         except BaseException as error:
@@ -149,14 +154,13 @@ class World(Alone):
             raise
 
     def _serve(self) -> None:
-        import signal
-
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader says when to stop
         while True:
             while not self.comm.Iprobe(0):
                 time.sleep(NAP)
-            if (work := self.comm.recv(source=0)) is None:
+            if not self.comm.recv(source=0):
                 return
+            work = self.comm.bcast(None)
             try:
                 work[0](self, *work[1])
             except self.AGREED:
