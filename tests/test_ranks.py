@@ -21,12 +21,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import draw_nothing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinyseg as ts
-from tinyseg import checkpoint, files, losses, ops, report, train
-from tinyseg.data import decathlon, phantom, sampling
+from tinyseg import checkpoint, files, losses, ops, train
+from tinyseg.data import decathlon, sampling
 from tinyseg.job import Settings, pages, prepare, stages
 from tinyseg.ranks import BUCKET, Alone, Stopped
 
@@ -350,14 +351,14 @@ def _die(ranks):
 
 
 def small(script, *words):
-    """The main job, the study, or a command, with two blocks and empty figures, as in
+    """The main job, the study, or a command, with two blocks and no figures, as in
     test_faults; on one thread, as the bits depend on how work is cut."""
     ts.parallel.set_threads(1)
-    for figure in ("progress", "overlay"):
-        setattr(report, figure, lambda path, *content: report.write_json(path, []))
-    pages.of_run = pages.of_study = lambda *content: None
+    change = pytest.MonkeyPatch()
+    draw_nothing(change)
+    change.setattr(pages, "of_study", lambda *content: None)
     sys.path.insert(0, str(ROOT / "examples"))
-    ts.models.BACKBONES["resnet18"] = ((1, 1, 0, 0), False)
+    change.setitem(ts.models.BACKBONES, "resnet18", ((1, 1, 0, 0), False))
     return importlib.import_module(script).main(list(words))
 
 
@@ -443,14 +444,9 @@ def test_a_fault_of_one_rank_ends_all_and_is_told(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return phantom.write(tmp_path_factory.mktemp("task"), 4, 1, (14, 30, 34), (5, 6, 6))
-
-
-@pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(tiny_task, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
-    run(1, "small", "train_pancreas_3d", "--data", data, "--out", out, *SMALL)
+    run(1, "small", "train_pancreas_3d", "--data", tiny_task, "--out", out, *SMALL)
     return out
 
 
@@ -465,7 +461,7 @@ def results(out):
 
 
 @mpi
-def test_scores_and_predictions_do_not_depend_on_who_makes_them(data, alone, tmp_path):
+def test_scores_and_predictions_do_not_depend_on_who_makes_them(tiny_task, alone, tmp_path):
     """The networks of one process, scored by three ranks, and predicted by two."""
     out = tmp_path / "run"
     shutil.copytree(alone, out)
@@ -475,7 +471,7 @@ def test_scores_and_predictions_do_not_depend_on_who_makes_them(data, alone, tmp
     (_, theirs, found), (_, metrics, maps) = results(out), results(alone)
     assert theirs["models"] == metrics["models"] and found == maps and len(maps) == 6
     scans = tmp_path / "scans"
-    shutil.copytree(data / "imagesTr", scans)
+    shutil.copytree(tiny_task / "imagesTr", scans)
     (scans / "phantom_001.nii.gz").write_bytes(b"no scan")
     _, told = run(2, "small", "tinyseg.__main__", "predict", out / "model_3d.npz", scans,
                   tmp_path / "maps", code=1)
@@ -485,11 +481,11 @@ def test_scores_and_predictions_do_not_depend_on_who_makes_them(data, alone, tmp
 
 @mpi
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_rank_that_is_killed_ends_all_and_others_go_on(victim, data, alone, tmp_path):
+def test_a_rank_that_is_killed_ends_all_and_others_go_on(victim, tiny_task, alone, tmp_path):
     """In the second stage; another number of ranks ends the run. It leaves the same files as one
     process does, and in float32 the same losses but for rounding."""
     out = tmp_path / "run"
-    process = begin(2, "slow", tmp_path, "--data", data, "--out", out, *SMALL)
+    process = begin(2, "slow", tmp_path, "--data", tiny_task, "--out", out, *SMALL)
     while process.poll() is None:
         time.sleep(0.02)
         with suppress(OSError):
@@ -515,35 +511,36 @@ def test_a_rank_that_is_killed_ends_all_and_others_go_on(victim, data, alone, tm
 
 
 @mpi
-def test_more_ranks_than_patches_are_refused(data, tmp_path):
+def test_more_ranks_than_patches_are_refused(tiny_task, tmp_path):
     words = [*SMALL[:SMALL.index("--batch")], "--batch", "1", *SMALL[SMALL.index("--folds"):]]
-    _, told = run(2, "small", "train_pancreas_3d", "--data", data, "--out", tmp_path / "run",
+    _, told = run(2, "small", "train_pancreas_3d", "--data", tiny_task, "--out", tmp_path / "run",
                   *words, code=1)
     assert "found 1 patches a step for 2 ranks" in told and "Traceback" not in told
     assert not list((tmp_path / "run").glob("run.json"))  # so that it can be asked for again
 
 
-def test_a_plan_that_is_made_has_a_patch_for_each_rank(data, capsys):
-    asked = Settings(data=data, patch=(8, 16, 16), head="linear")
+def test_a_plan_that_is_made_has_a_patch_for_each_rank(tiny_task, capsys):
+    asked = Settings(data=tiny_task, patch=(8, 16, 16), head="linear")
     for ranks, batch in ((1, 2), (2, 2), (5, 5)):
-        assert prepare.decide(asked, decathlon.load(data), (), ranks).batch_3d == batch
+        assert prepare.decide(asked, decathlon.load(tiny_task), (), ranks).batch_3d == batch
         assert ("a patch for each of 5 ranks: --batch 5" in capsys.readouterr().out) == (ranks == 5)
 
 
 @mpi
 @pytest.mark.parametrize("fault, code, told", [
     ("AssertionError", 1, "rank 1 of 2 failed"), ("KeyboardInterrupt", 130, "stopped; the same")])
-def test_what_ends_a_rank_ends_predicting_and_is_told(fault, code, told, data, alone, tmp_path):
+def test_what_ends_a_rank_ends_predicting_and_is_told(fault, code, told, tiny_task, alone,
+                                                      tmp_path):
     """No rank waits for one that is gone; Ctrl-C, which the leader gets, is no fault."""
-    _, found = run(2, "broken", fault, "predict", alone / "model_3d.npz", data / "imagesTr",
+    _, found = run(2, "broken", fault, "predict", alone / "model_3d.npz", tiny_task / "imagesTr",
                    tmp_path / "maps", code=code)
     assert told in found and ("Traceback" in found) == (code == 1)
 
 
 @mpi
-def test_ctrl_c_stops_after_a_step_and_the_run_goes_on(data, tmp_path):
+def test_ctrl_c_stops_after_a_step_and_the_run_goes_on(tiny_task, tmp_path):
     out = tmp_path / "run"
-    process = begin(2, "slow", tmp_path, "--data", data, "--out", out, *SMALL)
+    process = begin(2, "slow", tmp_path, "--data", tiny_task, "--out", out, *SMALL)
     while not (out / "checkpoint.npz").exists():
         time.sleep(0.05)
         assert process.poll() is None
@@ -556,11 +553,11 @@ def test_ctrl_c_stops_after_a_step_and_the_run_goes_on(data, tmp_path):
 
 
 @mpi
-def test_a_study_spread_over_ranks_is_that_of_one_process(data, tmp_path):
+def test_a_study_spread_over_ranks_is_that_of_one_process(tiny_task, tmp_path):
     """Runs are independent: the same bits."""
-    words = ["--data", data, "--ways", "random", "zero", "--folds", "2", "--patch", "8", "16", "16",
-             "--steps-2d", "1", "--steps-3d", "1", "--batch", "1", "--head", "linear", "--spacing",
-             "5", "6", "6", "--augment", "mild"]
+    words = ["--data", tiny_task, "--ways", "random", "zero", "--folds", "2", "--patch", "8", "16",
+             "16", "--steps-2d", "1", "--steps-3d", "1", "--batch", "1", "--head", "linear",
+             "--spacing", "5", "6", "6", "--augment", "mild"]
     for size in (1, 3):
         run(size, "small", "compare_inflation", *words, "--out", tmp_path / str(size))
     one, three = ((tmp_path / str(size) / "scores.csv").read_text() for size in (1, 3))
