@@ -132,12 +132,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(out: Path, trials: list[study.Trial], asked: dict[str, Any], reference: str,
-            jobs: int = 1, world: ranks.Alone | None = None) -> str:
+            jobs: int = 1, world: ranks.Alone = ranks.ALONE) -> str:
     """Do all runs that are not done, write what they say, and return the table."""
     if not {"data", "images"} & asked.keys():  # one synthetic task for all of them
         prepare.scans(job.Settings(**asked), out / "phantom", None)
         asked = asked | {"data": out / "phantom"}
-    world = world or ranks.Alone()
     bar = tqdm(total=len(trials), desc="study", unit="run", position=0)
     with bar:
         if jobs == 1 and world.size == 1:

@@ -29,7 +29,7 @@ import tinyseg as ts
 from tinyseg import checkpoint, files, losses, ops, train
 from tinyseg.data import decathlon, sampling
 from tinyseg.job import Settings, pages, prepare, stages
-from tinyseg.ranks import BUCKET, Alone, Stopped
+from tinyseg.ranks import ALONE, BUCKET, Alone, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent),
@@ -91,7 +91,7 @@ def test_the_loss_of_parts_is_that_of_the_whole(sizes, loss, weighted, seed):
     logits = np.concatenate([logits[..., :4]])
     more = {"weight": rng.random(4)} if weighted and loss is not losses.dice else {}
 
-    def part(ranks=None, mine=slice(None)):
+    def part(ranks=ALONE, mine=slice(None)):
         x = ts.Tensor(logits[mine], requires_grad=True)
         value = loss(x, labels[mine], ignore=255, ranks=ranks, **more)
         value.backward(np.asarray(1.7))
@@ -114,7 +114,7 @@ def test_batch_norm_of_parts_is_that_of_the_whole(sizes, relu, added, seed):
     x, g, more = rng.standard_normal((3, n, 2, 3, 4)) * 3 + 5
     gamma, beta = rng.standard_normal((2, 4))
 
-    def part(arrays, ranks=None):
+    def part(arrays, ranks=ALONE):
         leaves = [ts.Tensor(a, requires_grad=True) for a in (arrays[0], gamma, beta, arrays[2])]
         mean, var = np.zeros(4), np.ones(4)
         y = ops.batch_norm(*leaves[: 3 + added], running_mean=mean, running_var=var, train=True,
@@ -144,8 +144,8 @@ def test_one_value_of_a_channel_on_each_rank_is_enough_together():
             y = norm(x[ranks.rank : ranks.rank + 1]).data
         with pytest.raises(ValueError, match="more than one value"):
             norm(x[:1])
-        assert norm.ranks is None
-        with ts.nn.synchronised(norm, Alone()):
+        assert norm.ranks is ALONE
+        with ts.nn.synchronised(norm, ALONE):
             with pytest.raises(ValueError, match="more than one value"):
                 norm(x[:1])
         return y
@@ -154,7 +154,7 @@ def test_one_value_of_a_channel_on_each_rank_is_enough_together():
 
 
 def test_alone_there_is_nothing_to_do():
-    ranks, x = Alone(), np.arange(3.0)
+    ranks, x = ALONE, np.arange(3.0)
     with ranks, ranks.summing() as ready:
         assert ready is None
     assert ranks.leads and ranks.total(x) is x and ranks.agreed("a") == "a"
@@ -276,13 +276,12 @@ def batch(count, only=slice(None)):
 
 def learn(ranks, net, out, count, steps, local):
     """Every rank writes what it ends with."""
-    shared = ranks if ranks.size > 1 else None
     optimizer = ts.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    with ts.nn.synchronised(net, None if local else shared):
+    with ts.nn.synchronised(net, ALONE if local else ranks):
         found = [(record.loss, record.overlap) for record in train.fit(
             net, batch(count, ranks.part(count)),
-            lambda x, y: losses.dice_cross_entropy(x, y, ranks=shared), optimizer, steps,
-            ranks=shared)]
+            lambda x, y: losses.dice_cross_entropy(x, y, ranks=ranks), optimizer, steps,
+            ranks=ranks)]
     files = {name.replace(".", "/"): a for name, a in net.state().items()}
     np.savez(f"{out}_{ranks.size}_{ranks.rank}.npz", loss=[x for x, _ in found],
              overlap=[x for _, x in found], **files)
@@ -408,7 +407,7 @@ def run(size, *words, code=0):
 @pytest.mark.parametrize("size", [2, 4])
 def test_training_on_ranks_is_training_on_one(size, tmp_path):
     """Five patches a step: parts are uneven. All ranks end with the same bits."""
-    learn(Alone(), network(), tmp_path / "x", 5, 4, False)
+    learn(ALONE, network(), tmp_path / "x", 5, 4, False)
     run(size, "together", tmp_path / "x", "all")
     one, *others = (read(tmp_path / f"x_{n}_{rank}.npz")
                     for n, rank in [(1, 0), *((size, rank) for rank in range(size))])
@@ -422,7 +421,7 @@ def test_training_on_ranks_is_training_on_one(size, tmp_path):
 @mpi
 def test_local_batch_norm_is_another_training_with_the_same_weights_everywhere(tmp_path):
     run(2, "together", tmp_path / "x", "local")
-    learn(Alone(), network(), tmp_path / "x", 5, 4, False)
+    learn(ALONE, network(), tmp_path / "x", 5, 4, False)
     one, two = (read(tmp_path / f"x_2_{rank}.npz") for rank in range(2))
     apart = {name for name in one if not np.array_equal(one[name], two[name])}
     assert apart and all("running" in name for name in apart)

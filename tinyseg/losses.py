@@ -12,12 +12,12 @@ import numpy as np
 
 from . import cuda, parallel
 from .backend import Array, array_module
-from .ranks import Alone
+from .ranks import ALONE, Alone
 from .tensor import Tensor, op
 
 
 def cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
-                  weight: Array | None = None, *, ranks: Alone | None = None) -> Tensor:
+                  weight: Array | None = None, *, ranks: Alone = ALONE) -> Tensor:
     """Σ w_y (-log softmax(logits)_y) / Σ w_y over the voxels; `weight` is (C,), by default one.
 
     >>> logits = ts.Tensor(np.log([[[1 / 2, 1 / 2], [7 / 8, 1 / 8]]]))  # (1, 2, 2)
@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
 
 
 def dice(logits: Tensor, labels: Array, ignore: int | None = None, *, smooth: float = 1e-5,
-         background: bool = False, ranks: Alone | None = None) -> Tensor:
+         background: bool = False, ranks: Alone = ALONE) -> Tensor:
     """1 minus the mean over classes of the soft Dice of the softmax p and the labels t,
 
         (2 Σ p t + smooth) / (Σ p + Σ t + smooth)    (Milletari et al. 2016; nnU-Net's form),
@@ -47,7 +47,7 @@ def dice(logits: Tensor, labels: Array, ignore: int | None = None, *, smooth: fl
 
 def dice_cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
                        weight: Array | None = None, *, smooth: float = 1e-5,
-                       background: bool = False, ranks: Alone | None = None) -> Tensor:
+                       background: bool = False, ranks: Alone = ALONE) -> Tensor:
     """`dice` + `cross_entropy`, one to one (nnU-Net's loss).
 
     >>> logits = ts.Tensor(np.zeros((1, 2, 2)))  # p = 1/2
@@ -61,7 +61,7 @@ def dice_cross_entropy(logits: Tensor, labels: Array, ignore: int | None = None,
 
 @op
 def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, weight=None,
-                  smooth=1e-5, background=False, ranks=None):
+                  smooth=1e-5, background=False, ranks=ALONE):
     library, classes = array_module(logits), logits.shape[-1]
     if logits.dtype.kind != "f":
         raise ValueError(f"logits are {logits.dtype}; expected floats")
@@ -74,7 +74,7 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"weight {weight.shape} does not fit {classes} classes")
     if overlap and classes == 1 and not background:
         raise ValueError("soft Dice without background needs at least two classes")
-    if ranks is None and cuda.serves(logits) and classes <= cuda.loss.MAX_CLASSES:
+    if ranks.size == 1 and cuda.serves(logits) and classes <= cuda.loss.MAX_CLASSES:
         value, pull = cuda.loss.segmentation(logits, labels, entropy=entropy, overlap=overlap,
                                              ignore=ignore, weight=weight, smooth=smooth,
                                              background=background)
@@ -125,9 +125,7 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
             areas[1, i] = p.sum(axis=1) + t.sum(axis=1)
 
     parallel.run(measure, range(len(slabs)))
-    sums, areas = sums.sum(axis=1), areas.sum(axis=1)
-    if ranks is not None:
-        sums, areas = ranks.total(sums), ranks.total(areas)
+    sums, areas = ranks.total(sums.sum(axis=1)), ranks.total(areas.sum(axis=1))
     weights, surprise = sums
     weights = weights + (weights == 0)  # nothing counts: the sum above it is zero too
     value, first = surprise / weights, 0 if background else 1

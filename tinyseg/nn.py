@@ -12,7 +12,7 @@ import numpy as np
 from . import ops
 from .backend import array_module
 from .module import Module, Network, to_device
-from .ranks import Alone
+from .ranks import ALONE, Alone
 from .tensor import Tensor
 from .windows import Window
 
@@ -113,7 +113,7 @@ class BatchNorm(Module):
 
     In train mode a forward pass also moves running_mean and running_var, in place, unless it is
     frozen. What follows it in a residual block, an addition and a ReLU, can be part of the same
-    pass. Where `ranks` is set, the batch is that of all of them.
+    pass. The batch is that of all `ranks`.
 
     >>> norm = ts.nn.BatchNorm(2)
     >>> norm(np.array([[1.0, 50.0], [3.0, 70.0]])).data.round(2).tolist()
@@ -122,7 +122,7 @@ class BatchNorm(Module):
     array([0.2, 6. ], dtype=float32)
     """
 
-    ranks: Alone | None = None
+    ranks: Alone = ALONE
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
         self.weight = Tensor(np.ones(channels, "float32"), requires_grad=True)
@@ -140,9 +140,9 @@ class BatchNorm(Module):
 
 
 @contextmanager
-def synchronised(net: Module, ranks: Alone | None) -> Iterator[None]:
+def synchronised(net: Module, ranks: Alone) -> Iterator[None]:
     """In the block, batch-norms of the network in train mode see the batches of all ranks as one
-    (synchronised batch normalisation); with None, each its own."""
+    (synchronised batch normalisation); with `ALONE`, each its own."""
     norms = [layer for layer in net.modules() if isinstance(layer, BatchNorm)]
     for layer in norms:
         layer.ranks = ranks

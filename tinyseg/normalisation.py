@@ -8,7 +8,7 @@ import numpy as np
 
 from . import cuda, parallel
 from .backend import array_module
-from .ranks import Alone
+from .ranks import ALONE, Alone
 from .tensor import op
 
 
@@ -45,12 +45,12 @@ def _merged(counts, means, squares):
     return mean, squares.sum(axis=0) / total + (share * (means - mean) ** 2).sum(axis=0)
 
 
-def _statistics(rows, running_mean, running_var, momentum, eps, ranks=None):
+def _statistics(rows, running_mean, running_var, momentum, eps, ranks=ALONE):
     """Mean and 1 / sqrt(variance + eps) of each column, (C,), and of how many rows: those of all
-    ranks, if there are any. Towards them the running ones move: by `momentum` of the way, to the
-    variance without bias."""
+    ranks. Towards them the running ones move: by `momentum` of the way, to the variance without
+    bias."""
     library, parts = array_module(rows), _moments(rows)
-    if ranks is not None:
+    if ranks.size > 1:  # merging what is one part would round anew
         n, (mean, var) = len(rows), _merged(*parts)
         counts, *parts = zip(*ranks.gather((n, mean, n * var)), strict=True)
         parts = counts, *map(library.stack, parts)
@@ -88,9 +88,9 @@ def _normalize(rows, mean, scale, gamma, beta, residual, relu):
 
 
 def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual, n=0,
-                       ranks=None):
-    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on n rows,
-    those of all ranks, if there are any.
+                       ranks=ALONE):
+    """Gradients in rows, gamma, beta and residual; in train mode mean and scale depend on the
+    n rows of all ranks.
 
     A body may recompute y from beta where no residual was added; this one reads it.
     """
@@ -110,8 +110,7 @@ def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, res
     dbeta, dgamma = sums[0].sum(axis=0), sums[1].sum(axis=0) * scale
     dx, factor = library.empty_like(rows), gamma * scale
     if train:
-        both = library.stack([dbeta, dgamma])
-        all_beta, all_gamma = both if ranks is None else ranks.total(both)
+        all_beta, all_gamma = ranks.total(library.stack([dbeta, dgamma]))
         constant, slope = all_beta / n, all_gamma * scale / -n
 
     def differentiate(slab):
@@ -140,7 +139,7 @@ def _check(name, x, **arrays) -> None:
 @op
 def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, train: bool = False,
                momentum: float = 0.1, eps: float = 1e-5, relu: bool = False,
-               ranks: Alone | None = None):
+               ranks: Alone = ALONE):
     """gamma (x - mean) / sqrt(var + eps) + beta per channel (Ioffe and Szegedy 2015).
 
     x (N, *S, C); gamma, beta, running_mean, running_var (C,). In train mode mean and biased
@@ -164,8 +163,8 @@ def batch_norm(x, gamma, beta, residual=None, *, running_mean, running_var, trai
         if residual.shape != shape:
             raise ValueError(f"batch_norm: residual {residual.shape} does not fit input {shape}")
         residual = residual.reshape(rows.shape)
-    n, added, ranks = len(rows), residual is not None, ranks if train else None
-    fused = ranks is None and cuda.serves(x, gamma, beta, residual, running_mean, running_var)
+    n, added, ranks = len(rows), residual is not None, ranks if train else ALONE
+    fused = ranks.size == 1 and cuda.serves(x, gamma, beta, residual, running_mean, running_var)
     if not train:
         mean, scale = running_mean.copy(), 1 / array_module(x).sqrt(running_var + eps)
     elif fused:

@@ -104,6 +104,9 @@ class Alone:
         return backend.device(name)
 
 
+ALONE = Alone()
+
+
 class World(Alone):
     """All processes of an MPI communicator, the first of which leads. In a `with` block of their
     own the others do what `everywhere` sends them, until the leader has left its block.
@@ -323,7 +326,7 @@ def world() -> Alone:
     """
     begun = max(int(os.environ.get(name, 1)) for name in BEGUN)
     if begun == 1:
-        return Alone()
+        return ALONE
     try:
         comm = _mpi().COMM_WORLD
     except (ImportError, RuntimeError) as error:

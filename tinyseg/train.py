@@ -18,7 +18,7 @@ from . import cuda, parallel
 from .backend import Array, array_module, to_library, to_numpy
 from .module import Module, evaluation, overwrite
 from .optim import Optimizer, Schedule, poly
-from .ranks import Alone
+from .ranks import ALONE, Alone
 from .tensor import Tensor
 
 
@@ -232,7 +232,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
         average: Average | None = None,
         validate: Callable[[Module], dict[Any, float]] | None = None, every: int = 50,
         patience: int | None = None, past: Sequence[float] = (), ahead: int = 1,
-        capture: bool = False, ranks: Alone | None = None) -> Iterator[Record]:
+        capture: bool = False, ranks: Alone = ALONE) -> Iterator[Record]:
     """Train from step `start` to `steps`, yielding a `Record` after each.
 
     batch(step) -> (images (N, *S, C), labels (N, *S)) is a function of the step, so that a run
@@ -281,7 +281,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     if every < 1 or patience is not None and (validate is None or patience < 1):
         raise ValueError(f"every is {every} and patience {patience}; expected numbers from 1, and "
                          "patience with validate only")
-    library, scores, ranks = array_module(parameters[0].data), [*past], ranks or Alone()
+    library, scores = array_module(parameters[0].data), [*past]
 
     def passes(images: Array, labels: Array) -> tuple:
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from ..backend import Array
 from ..data import augment
 from ..infer.windows import OVERLAP
 from ..nn import Module, to_device
-from ..ranks import Alone
+from ..ranks import ALONE, Alone
 from . import pages, prepare, stages
 from .evaluate import compare, evaluate
 from .plan import Plan
@@ -45,12 +45,12 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, settings: Settings, kept: Mapping | None = None,
-                 ranks: Alone | None = None):
+                 ranks: Alone = ALONE):
         """A new run; kept: the run.json of one that goes on; ranks: that this process leads, and
         share its work. Nothing is written before it is opened (`with`). Raises SettingsError for a
         folder that holds a run, and for files not there."""
         self.folder, self.settings, self.kept = Path(folder), settings, dict(kept or {})
-        self.ranks = ranks or Alone()
+        self.ranks = ranks
         if self.folder.exists() and not self.folder.is_dir():
             raise SettingsError(f"--out {folder} is a file; expected a folder, or a name for a new "
                                 "one")
@@ -66,7 +66,7 @@ class Run:
                                 "choose another --out")
 
     @classmethod
-    def resume(cls, folder: str | Path, ranks: Alone | None = None, **asked: Any) -> Self:
+    def resume(cls, folder: str | Path, ranks: Alone = ALONE, **asked: Any) -> Self:
         """The run in a folder; `asked` are settings that may change: where things lie, more steps.
 
         Raises SettingsError where there is no run or another setting is asked for, ValueError

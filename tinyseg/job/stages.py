@@ -16,7 +16,7 @@ from ..backend import Array, array_module, to_library
 from ..data import sampling
 from ..module import Module, evaluation, to_device
 from ..nn import synchronised
-from ..ranks import Alone, Stopped
+from ..ranks import ALONE, Alone, Stopped
 from .plan import Plan
 from .settings import Settings
 
@@ -116,7 +116,7 @@ def run(ranks: Alone, stage: Stage, net: Module, cases: Sequence[sampling.Prepar
     """
     to_device(net, ranks.device(settings.device))
     parts_of = partial(stage.batches, cases, settings.seed, augment)
-    batch, together = parts_of(ranks.part(stage.count)), ranks if ranks.size > 1 else None
+    batch = parts_of(ranks.part(stage.count))
     history = history or History(list(map(str, range(net.config["classes"]))))
     fresh = [p for name, p in net.named_parameters() if name.split(".")[0] in new]
     others = [p for name, p in net.named_parameters() if name.split(".")[0] not in new]
@@ -134,16 +134,16 @@ def run(ranks: Alone, stage: Stage, net: Module, cases: Sequence[sampling.Prepar
             save(step, {prefix + key: array for prefix, part in parts.items()
                         for key, array in part.state().items()})
 
-    loss = partial(losses.dice_cross_entropy, ignore=sampling.IGNORE, ranks=together)
+    loss = partial(losses.dice_cross_entropy, ignore=sampling.IGNORE, ranks=ranks)
     saved, seconds = monotonic(), []
     bar = tqdm(total=stage.steps, initial=step, desc=f"train {stage.name}", unit="step",
                disable=not ranks.leads)
     try:
-        with synchronised(net, None if settings.local_norm else together):
+        with synchronised(net, ALONE if settings.local_norm else ranks):
             for record in train.fit(net.train(), batch, loss, optimizer, stage.steps, start=step,
                                     schedule=optim.warmup(stage.steps // WARM), average=average,
                                     validate=partial(patch_dice, patches=patches),
-                                    every=max(LEAST, stage.steps // VALIDATIONS), ranks=together):
+                                    every=max(LEAST, stage.steps // VALIDATIONS), ranks=ranks):
                 bar.set_postfix_str(history.add(stage.name, record))
                 bar.update()
                 step = record.step + 1
