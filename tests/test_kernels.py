@@ -4,9 +4,8 @@ What each kernel computes is tested beside the function that specifies it; here 
 them share.
 """
 
-import ctypes
-import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import emulator
@@ -15,11 +14,17 @@ import pytest
 from emulator import Fault, mutated
 
 from tinyseg.cuda import launch, loader, serves, signatures, source
+from tinyseg.windows.kernels import ROWS, TERMS
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_instructions  # noqa: E402
+from gpu_instructions import compiled, nvrtc  # noqa: E402
 
 FILES = sorted(path.stem for path in loader.FOLDER.glob("*.cu"))
 VARIANTS = {  # {file: [constants of each way that the library compiles it]}; otherwise [{}]
-    "conv_mma": [{"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "CHUNK": chunk, "SWAPPED": s}
-                 for columns in (64, 128) for chunk, s in ((1, 0), (4, 0), (4, 1))],
+    "conv_mma": gpu_instructions.BODIES,
     "slices": [{}, {"VECTOR": 1}],
     "norm": [{}, {"VECTOR": 1}],
     "pool": [{}, {"VECTOR": 1}],
@@ -436,31 +441,6 @@ def test_memory_of_the_stand_in(cuda):
 # NVIDIA's compiler
 
 
-def nvrtc():
-    """Where the runtime compiler of PyPI is, which needs neither a GPU nor a driver; or None."""
-    spec = importlib.util.find_spec("nvidia")
-    return next((p for place in (spec.submodule_search_locations if spec else ())
-                 for p in sorted(Path(place).glob("*/lib/libnvrtc.so.*"))), None)
-
-
-def compiled(code, *options):
-    """The log of a compilation with what CuPy adds to the options; AssertionError if it fails."""
-    library = ctypes.CDLL(str(nvrtc()))
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None,
-                                      None) == 0
-    options = ["-std=c++17", "-ftz=true", "--device-as-default-execution-space",
-               "--ptxas-options=-v", *options]
-    failed = library.nvrtcCompileProgram(
-        program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
-    library.nvrtcDestroyProgram(ctypes.byref(program))
-    assert not failed, log.value.decode()
-    return log.value.decode()
-
-
 needs_nvrtc = pytest.mark.skipif(not nvrtc(), reason="needs the package nvidia-cuda-nvrtc")
 
 
@@ -470,12 +450,30 @@ needs_nvrtc = pytest.mark.skipif(not nvrtc(), reason="needs the package nvidia-c
     pytest.param(f, c, id="-".join([f, *(f"{k}={v}" for k, v in c.items())]))
     for f in FILES for c in VARIANTS.get(f, [{}])])
 def test_nvidia_compiles(file, constants, arch):
-    log = compiled(source(file), f"-arch={arch}", *(f"-D{k}={v}" for k, v in constants.items()))
+    log, _ = compiled(source(file), f"-arch={arch}", *(f"-D{k}={v}" for k, v in constants.items()))
     kernels = re.findall(r"Compiling entry function '(\w+)' for", log)
     assert sorted(kernels) == sorted(signatures(file))
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) >= len(kernels) and set(spills) == {("0", "0")}, log
     assert not re.search(r"kernel\.cu\(\d+\): warning", log), log
+
+
+@pytest.mark.skipif(not (nvrtc() and gpu_instructions.nvdisasm()),
+                    reason="needs the packages nvidia-cuda-nvrtc and nvidia-cuda-nvdisasm")
+def test_all_products_of_a_kernel_are_in_one_loop():
+    """As many as a warp, of four, has of the tile; and what is kept tells of every body."""
+    constants = gpu_instructions.BODIES[-1]
+    log, binary = compiled(source("conv_mma"), "-arch=sm_90",
+                           *(f"-D{k}={v}" for k, v in constants.items()))
+    found = gpu_instructions.bodies(binary)
+    assert found.keys() == signatures("conv_mma").keys() == gpu_instructions.registers(log).keys()
+    for body in found.values():
+        assert body.mma == TERMS // 8 * ROWS // 16 * constants["COLUMNS"] // 8 // 4
+        assert body.loop > body.mma and min(body.before, body.behind) > 0
+    kept = (ROOT / "benchmarks/results/gpu/instructions.md").read_text("utf-8")
+    rows = [line.split("|")[1:-1] for line in kept.splitlines() if line.startswith("| correlate")]
+    assert len(rows) == 2 * (2 * len(gpu_instructions.BODIES) - 2)  # w is transposed in one only
+    assert all(int(row[8]) == int(row[1]) for row in rows)
 
 
 @needs_nvrtc
