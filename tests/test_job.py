@@ -314,7 +314,7 @@ def test_minutes_are_filled_by_steps_of_what_is_trained(data, tmp_path, monkeypa
     with job.Run(tmp_path / "run", asked) as run:
         plan = run.decide()
     ours, = timed
-    assert (ours.batch_2d, ours.batch_3d, ours.depth_stride) == (24, 3, (2, 2, 2))
+    assert (ours.batch_2d, ours.batch_3d, ours.patch_3d) == (24, 3, (24, 96, 96))
     assert plan == plans.within(ours, 2, measure(ours)) and plan.steps_3d > 0
 
 

@@ -14,9 +14,10 @@ from .. import models
 from ..profiles import PROFILES
 
 # What --quick asks for, where nothing else is. A decoder from a random start has learned nothing
-# after so few steps: the Dice of training patches was still 0 after 40.
-QUICK: dict[str, Any] = {"steps_2d": 40, "steps_3d": 22, "batch": 1, "head": "linear",
-                         "depth_stride": ("plane",)}
+# after so few steps: the Dice of training patches was still 0 after 40. They are too few for varied
+# patches to pay, and volumes are as wide as slices: in smaller ones the 2D network finds nothing.
+QUICK: dict[str, Any] = {"steps_2d": 40, "steps_3d": 16, "batch": 1, "head": "linear",
+                         "patch": (24, 96, 96), "augment": "none"}
 QUICK_SLICES = 8  # a step, for every volume
 BACKBONE, HEAD = "resnet18", "unet"  # of a plan, where nothing else is asked for
 
@@ -101,17 +102,17 @@ class Settings:
     order: int | None = option(None, "how scans are interpolated: 1 linear, 3 cubic (default: the "
                                "plan's)", type=int, choices=[1, 3])
     patch: tuple[int, ...] | None = option(
-        None, "voxels the 3D network sees at a time (default: the plan's)", type=int, nargs=3,
-        metavar=("D", "H", "W"))
-    augment: str | None = option(None, "how training patches are varied (default: the plan's)",
-                                 choices=["none", "mild", "nnunet"])
+        None, "voxels the 3D network sees at a time (default: the plan's; quick 24 96 96)",
+        type=int, nargs=3, metavar=("D", "H", "W"))
+    augment: str | None = option(None, "how training patches are varied (default: the plan's; "
+                                 "quick none)", choices=["none", "mild", "nnunet"])
     mirror: tuple[str, ...] = option(
         ("auto",), "classes that change places when a patch is mirrored left-right, by name or "
         "number; none: nothing is mirrored; auto: by the sides in their names, and nothing where "
         "one has no partner", nargs="+", metavar="A=B")
     steps_2d: int | None = option(None, "steps on slices (default: the plan's; quick 40)", type=int,
                                   metavar="N", grows=True)
-    steps_3d: int | None = option(None, "steps on volumes (default: the plan's; quick 22)",
+    steps_3d: int | None = option(None, "steps on volumes (default: the plan's; quick 16)",
                                   type=int, metavar="N", grows=True)
     batch: int | None = option(None, "volumes a step, and slices in proportion (default: the "
                                "plan's; quick 1)", type=int, metavar="N")
@@ -136,8 +137,8 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, _value(each, getattr(self, each.name)))
-        decided = {"head", "depth_stride"} if self._taken else set()
-        decided |= {"steps_2d", "steps_3d"} if self.minutes is not None else set()
+        decided = {"head", "patch"} if self._taken else {"patch"} if self.memory else set()
+        decided |= {"steps_2d", "steps_3d", "augment"} if self.minutes is not None else set()
         for name in QUICK.keys() - decided if self.quick else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, QUICK[name])
