@@ -42,8 +42,7 @@ from tinyseg.files import whole
 from tinyseg.job import pages, prepare, study
 
 WAYS = ["2d-longer", "random", "zero", "average"]
-QUICK = {"quick": True, "spacing": (3.5, 2.2, 2.2), "patch": (24, 64, 64), "steps_2d": 40,
-         "steps_3d": 20}
+QUICK = {"quick": True, "spacing": (3.5, 2.2, 2.2), "patch": (24, 64, 64)}
 EXAMPLES = """\
 examples:
   python examples/compare_inflation.py --quick --out runs/quick

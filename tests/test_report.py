@@ -15,14 +15,14 @@ RNG = np.random.default_rng
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved, drawn."""
-    kept, save = [], report._save
+    kept, save = [], report.write_figure
 
     def keep(figure, path):
         save(figure, path)
         figure.canvas.draw()
         kept.append(figure)
 
-    monkeypatch.setattr(report, "_save", keep)
+    monkeypatch.setattr(report, "write_figure", keep)
     return kept
 
 

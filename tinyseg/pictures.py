@@ -12,7 +12,7 @@ import numpy as np
 
 from .backend import to_numpy
 from .graph import Node
-from .report import COLOURS, _figure, _save
+from .report import COLOURS, new_figure, write_figure
 from .tensor import Tensor
 
 
@@ -71,7 +71,8 @@ def graph(path: str | Path, root: Tensor, names: Mapping[str, Tensor] | None = N
     place = {vertex: (x, i - (len(column) - 1) / 2) for x, column in columns.items()
              for i, vertex in enumerate(column)}
     most = max((abs(size) for *_, size in edges), default=1.0) or 1.0
-    figure = _figure(1.6 + 1.5 * len(columns), 1 + 0.9 * max(map(len, columns.values()), default=1))
+    figure = new_figure(1.6 + 1.5 * len(columns),
+                        1 + 0.9 * max(map(len, columns.values()), default=1))
     panel = figure.subplots()
     panel.set_axis_off()
     bends: dict[tuple, int] = {}
@@ -97,14 +98,14 @@ def graph(path: str | Path, root: Tensor, names: Mapping[str, Tensor] | None = N
     panel.set_xlim(-0.6, max(columns, default=0) + 0.6)
     heights = [y for _, y in place.values()] or [0.0]
     panel.set_ylim(max(heights) + 0.6, min(heights) - 0.6)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def field(path: str | Path, share: np.ndarray, points: np.ndarray, which: np.ndarray,
           extent: tuple[float, float, float, float]) -> None:
     """What a network says of a plane, share (H, W) of the second class from 0 to 1, over `extent`
     (left, right, bottom, top), and points (N, 2) of two classes, `which` (N,) 0 or 1."""
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     panel = figure.subplots()
     panel.imshow(share, origin="lower", extent=extent, cmap="cividis", vmin=0, vmax=1,
                  aspect="auto")
@@ -112,7 +113,7 @@ def field(path: str | Path, share: np.ndarray, points: np.ndarray, which: np.nda
     for number, (colour, marker) in enumerate(((COLOURS[0], "o"), (COLOURS[6], "^"))):
         panel.scatter(*points[which == number].T, s=18, color=colour, marker=marker,
                       edgecolors="black", linewidths=0.5)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def columns(path: str | Path, x: np.ndarray, w: np.ndarray, at: tuple[int, ...]) -> None:
@@ -125,7 +126,7 @@ def columns(path: str | Path, x: np.ndarray, w: np.ndarray, at: tuple[int, ...])
     answer, row = rows @ w.ravel(), int(np.ravel_multi_index(at, positions))
     slices = [x] if rank == 2 else [x[at[0] + t] for t in range(kernel[0])]
     widths = [1.0] * len(slices) + [1.4, 0.35, 1.0]
-    figure = _figure(2.3 * sum(widths) / 1.2, 3.4)
+    figure = new_figure(2.3 * sum(widths) / 1.2, 3.4)
     panels = figure.subplots(1, len(widths), width_ratios=widths)
     for t, (panel, image) in enumerate(zip(panels, slices, strict=False)):
         _framed(panel, image, (at[-2], at[-1], *kernel[-2:]))
@@ -139,7 +140,7 @@ def columns(path: str | Path, x: np.ndarray, w: np.ndarray, at: tuple[int, ...])
     shown = answer.reshape(positions) if rank == 2 else answer.reshape(positions)[at[0]]
     _framed(product, shown, (at[-2], at[-1], 1, 1))
     product.set_title(f"the answer, {answer[row]:.2f} here", fontsize="small")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _framed(panel: Any, numbers: np.ndarray, frame: tuple[int, ...]) -> None:
@@ -157,7 +158,7 @@ def _framed(panel: Any, numbers: np.ndarray, frame: tuple[int, ...]) -> None:
 def table(path: str | Path, rows: Mapping[str, Sequence[float]], what: str = "") -> None:
     """Numbers from 0 as colours and as text, a row of them after each name; `what` they count."""
     numbers = np.array(list(rows.values()))
-    figure = _figure(2 + 0.75 * numbers.shape[1], 0.9 + 0.42 * len(numbers))
+    figure = new_figure(2 + 0.75 * numbers.shape[1], 0.9 + 0.42 * len(numbers))
     panel = figure.subplots()
     panel.imshow(numbers, cmap="Greys", vmin=0, vmax=1.6 * numbers.max() or 1.0, aspect="auto")
     for (i, j), number in np.ndenumerate(numbers):
@@ -166,16 +167,16 @@ def table(path: str | Path, rows: Mapping[str, Sequence[float]], what: str = "")
     panel.set_xticks(range(numbers.shape[1]))
     panel.set_xlabel(what)
     panel.tick_params(length=0)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def maps(path: str | Path, named: Mapping[str, np.ndarray]) -> None:
     """Maps (H, W) of numbers from 0 side by side, each from its least to its largest: feature maps,
     influences, probabilities."""
-    figure = _figure(2.6 * len(named), 2.9)
+    figure = new_figure(2.6 * len(named), 2.9)
     panels = figure.subplots(1, len(named), squeeze=False)[0]
     for panel, (name, numbers) in zip(panels, named.items(), strict=True):
         panel.imshow(np.sqrt(numbers - numbers.min()), cmap="cividis")  # small ones show too
         panel.set_title(name, fontsize="small")
         panel.set(xticks=[], yticks=[])
-    _save(figure, path)
+    write_figure(figure, path)

@@ -73,7 +73,7 @@ def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
     stages = list(dict.fromkeys(row["stage"] for row in history))
     if not stages:
         return
-    figure = _figure(6 * len(stages), 8)
+    figure = new_figure(6 * len(stages), 8)
     panels = figure.subplots(3, len(stages), squeeze=False, sharex="col", sharey="row")
     for column, stage in enumerate(stages):
         rows = [row for row in history if row["stage"] == stage]
@@ -89,16 +89,14 @@ def progress(path: str | Path, history: Sequence[Mapping[str, Any]]) -> None:
         panels[1, column].set_ylim(0, 1)
         _curves(panels[2, column], rows, ["lr"], "learning rate", average=False)
         panels[2, column].set_xlabel("step")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, in inches, that needs no screen."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _curves(panel, rows, keys, label, average=True, style="-"):
@@ -133,7 +131,7 @@ def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
     extent = np.multiply(image.shape, spacing)
     heights = [extent[rest[0]] / extent[rest[1]] for _, _, rest in planes]
     rows = -(-(len(labels) - 1) // PER_ROW)
-    figure = _figure(3 * (1 + len(maps)), 3 * sum(heights) + 0.8 + 0.25 * rows)
+    figure = new_figure(3 * (1 + len(maps)), 3 * sum(heights) + 0.8 + 0.25 * rows)
     panels = figure.subplots(len(planes), 1 + len(maps), squeeze=False, height_ratios=heights)
     for row, (plane, axis, rest) in enumerate(planes):
         at = int((reference > 0).sum(axis=rest).argmax())
@@ -146,7 +144,7 @@ def overlay(path: str | Path, image: np.ndarray, maps: Mapping[str, np.ndarray],
                 panel.set_ylabel(f"{plane} {at}")
     _legend(figure, panels[-1, 0], labels)
     figure.suptitle(title)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def examples(path: str | Path, cases: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]],
@@ -159,7 +157,7 @@ def examples(path: str | Path, cases: Sequence[tuple[str, np.ndarray, np.ndarray
     depth, height, width = extent / extent.max()
     scale = 10 / (2 * width + height)  # inches
     rows = -(-(len(labels) - 1) // PER_ROW)
-    figure = _figure(10, scale * max(depth, height) * len(cases) + 0.8 + 0.25 * rows)
+    figure = new_figure(10, scale * max(depth, height) * len(cases) + 0.8 + 0.25 * rows)
     panels = figure.subplots(len(cases), len(PLANES), squeeze=False,
                              width_ratios=(width, width, height))
     for row, (name, image, shown, spacing) in enumerate(cases):
@@ -171,14 +169,14 @@ def examples(path: str | Path, cases: Sequence[tuple[str, np.ndarray, np.ndarray
         panels[row, 0].set_ylabel(name)
     _legend(figure, panels[-1, 0], labels)
     figure.suptitle(title)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def forest(path: str | Path, rows: Sequence[tuple[str, float, float, float]], title: str = ""
            ) -> None:
     """Differences with their intervals, (name, mean, low, high), one below the other; those that
     hold zero are grey."""
-    figure = _figure(7, 1.2 + 0.32 * len(rows))
+    figure = new_figure(7, 1.2 + 0.32 * len(rows))
     panel = figure.subplots()
     for y, (_, mean, low, high) in enumerate(rows):
         colour = "#888888" if low <= 0 <= high else COLOURS[2]
@@ -189,7 +187,7 @@ def forest(path: str | Path, rows: Sequence[tuple[str, float, float, float]], ti
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.grid(axis="x", alpha=0.3)
     panel.set_xlabel(title)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _lines(labels: Mapping[int, str]) -> dict[int, tuple[str, str]]:
@@ -216,7 +214,7 @@ def coloured(slices: np.ndarray, labels: np.ndarray, window: Any, names: Mapping
 def learning(path: str | Path, rows: Sequence[Mapping[str, Any]], label: str = "Dice") -> None:
     """Dice of ways against steps and against seconds: the mean over runs, and a band to the least
     and the most. `rows` have "way", "step", "seconds" and "dice"."""
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     panels = figure.subplots(1, 2, sharey=True)
     ways = list(dict.fromkeys(row["way"] for row in rows))
     for way, (style, colour) in zip(ways, cycle(product(STYLES, COLOURS)), strict=False):
@@ -234,13 +232,13 @@ def learning(path: str | Path, rows: Sequence[Mapping[str, Any]], label: str = "
     panels[1].set_xlabel("seconds of training")
     panels[0].set_ylabel(label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def scatter(path: str | Path, pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]],
             reference: str, label: str = "Dice") -> None:
     """Scores of single cases, a panel a way: of the reference along x, of the way along y."""
-    figure = _figure(2.6 * min(4, len(pairs)) + 0.4, 3 * -(-len(pairs) // 4) + 0.4)
+    figure = new_figure(2.6 * min(4, len(pairs)) + 0.4, 3 * -(-len(pairs) // 4) + 0.4)
     panels = figure.subplots(-(-len(pairs) // 4), min(4, len(pairs)), squeeze=False, sharex=True,
                              sharey=True)
     for panel in panels.flat[len(pairs):]:
@@ -256,7 +254,7 @@ def scatter(path: str | Path, pairs: Mapping[str, tuple[Sequence[float], Sequenc
     panels[0, 0].set_ylim(max(0, low - 0.02), 1)
     figure.supxlabel(f"{label}, {reference}", fontsize="small")
     figure.supylabel(label, fontsize="small")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def kernels(path: str | Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
@@ -264,7 +262,7 @@ def kernels(path: str | Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
     Red is positive, blue negative, on one scale."""
     wide, most = max(map(len, rows.values())), max(
         float(abs(np.asarray(each)).max()) for row in rows.values() for each in row)
-    figure = _figure(1.6 + 1.3 * wide, 1.4 * len(rows))
+    figure = new_figure(1.6 + 1.3 * wide, 1.4 * len(rows))
     panels = figure.subplots(len(rows), wide, squeeze=False)
     for line, (name, row) in zip(panels, rows.items(), strict=True):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
@@ -276,7 +274,7 @@ def kernels(path: str | Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
             panel.imshow(each, cmap="RdBu_r", vmin=-most, vmax=most)
             if len(row) > 1:
                 panel.set_title(f"slot {t}", fontsize="small")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _cut(panel: Any, image: np.ndarray, shown: np.ndarray | None, axis: int, rest: tuple[int, int],
@@ -309,7 +307,8 @@ def _view(plane: np.ndarray) -> np.ndarray:
     return plane[::-1, ::-1]
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def write_figure(figure: Any, path: str | Path) -> None:
+    """The figure as a PNG, whole or not at all."""
     with whole(Path(path)) as draft:
         figure.savefig(draft, dpi=110)
 
