@@ -117,8 +117,9 @@ def of_study(out: Path, trials: Sequence[Trial], rows: Sequence[Row], reference:
             "over seeds; above the line the way is better than the reference.") if paired else "")]
     goals = reached(tried, reference)
     slots: list[list[str]] = []
-    for trial in trials[: len(rows)]:  # of the first seed and fold
-        if trial.network == "3d" and "start" not in way(trial.way):
+    for trial in trials:
+        if (trial.seed, trial.fold, trial.network) == (0, 0, "3d") and "start" not in way(
+                trial.way):
             folder, flat = trial.folder(out), load(trial.base.folder(out) / "model_2d.npz")
             plan, deep = Plan.read(folder / "plan.json"), load(folder / "model_3d.npz")
             begun = inflate(flat, **Settings(**way(trial.way)).way, **plan.inflation)

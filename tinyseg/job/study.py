@@ -80,6 +80,11 @@ class Trial:
         """Which network of the run it is about, "2d" or "3d"."""
         return "2d" if self.way in (FLAT, LONGER) else "3d"
 
+    @property
+    def learned(self) -> bool:
+        """Whether its network has learned from these cases: one that is only a source has not."""
+        return self.way != FLAT or not source(self.source)
+
     def folder(self, out: Path) -> Path:
         """Where it lies."""
         origin = self.source
@@ -124,10 +129,10 @@ def trials(ways: Sequence[str], sources: Sequence[str], seeds: int, folds: int) 
 
 
 def scores(done: Sequence[Trial], out: Path) -> list[dict[str, Any]]:
-    """A row for each run, case and class: "way", "source", "fold", "seed", "case", "class" and the
-    measures of metrics.json."""
+    """A row for each run that has learned, case and class: "way", "source", "fold", "seed", "case",
+    "class" and the measures of metrics.json."""
     return [{**vars(trial), "case": case, "class": name, **measures}
-            for trial in done
+            for trial in done if trial.learned
             for case, classes in metrics(trial, out)["models"][trial.network]["cases"].items()
             for name, measures in classes.items()]
 
