@@ -31,6 +31,7 @@ import argparse
 import sys
 from concurrent.futures import Executor
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,18 @@ examples:
 
 
 def work(trial: study.Trial, out: Path, first: study.Trial, asked: dict[str, Any]) -> None:
-    """Do one run, or what is left of it."""
-    folder = trial.folder(out)
+    """Do one run, or what is left of it; ValueError where it began with other settings."""
+    folder, settings = trial.folder(out), job.Settings(**trial.settings(out, first, asked))
+    begun = (folder / "run.json").exists()
+    run = job.Run.resume(folder) if begun else job.Run(folder, settings)
+    if trial != first:  # its plan is one of the study, which may lie elsewhere now
+        settings = replace(settings, plan=run.settings.plan)
+    if other := run.settings.unlike(settings):
+        raise ValueError(f"{folder}: {'; '.join(other)}; runs of one study are trained alike: ask "
+                         "as before, or choose another --out")
     if (folder / "metrics.json").exists():
         return
-    with (job.Run.resume(folder) if (folder / "run.json").exists() else
-          job.Run(folder, job.Settings(**trial.settings(out, first, asked)))) as run:
+    with run:
         run.decide()
         flat = slices(run)
         run.evaluate({"2d": flat} if trial.network == "2d" else {"3d": volumes(run, flat)})
@@ -100,14 +107,16 @@ def main(argv: list[str] | None = None) -> int:
     out, ways, sources, seeds, parts, reference, jobs = (asked.pop(name) for name in (
         "out", "ways", "sources", "seeds", "parts", "reference", "jobs"))
     try:
-        if {"fold", "seed", "profile", "alpha", "slot", "start", "from_2d"} & asked.keys():
-            raise ValueError("found --fold, --seed, --profile, --alpha, --slot, --start or "
-                             "--from-2d, which a study chooses; use --parts, --seeds and --ways")
+        if {"fold", "seed", "profile", "alpha", "slot", "start", "from_2d",
+                "pretrained"} & asked.keys():
+            raise ValueError("found --fold, --seed, --profile, --alpha, --slot, --start, --from-2d "
+                             "or --pretrained, which a study chooses; use --parts, --seeds, --ways "
+                             "and --sources")
         if min(seeds, parts, jobs) < 1:
             raise ValueError("--seeds, --parts and --jobs must be at least 1")
         ways = list(dict.fromkeys(ways or WAYS[bool(asked.get("quick")):]))
         for each in ways:
-            study.way(each)
+            job.Settings(**study.way(each))
         for each in sources:
             study.source(each)
         if asked.get("quick"):

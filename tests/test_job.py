@@ -59,10 +59,10 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"seed": -1}, "seed"), ({"seed": 1.5}, "--seed"), ({"seed": True}, "--seed"),
     ({"patch": (8, 8)}, "--patch"), ({"patch": "888"}, "--patch"),
     ({"patch": (8, 0, 8)}, "--patch"),
-    ({"patch": (8, 8, 8), "batch": 1}, "one value per channel"),
-    ({"patch": (32, 32, 32), "batch": 1, "head": "unet"}, "output stride 32"),
+    ({"patch": (1, 8, 8), "batch": 1}, "one value per channel"),
+    ({"patch": (32, 32, 32), "batch": 1, "depth_stride": ["plane"]}, "output stride 32"),
     ({"quick": 1}, "--quick"), ({"head": "head"}, "--head"), ({"order": 2}, "--order"),
-    ({"patch": (32, 32, 32), "batch": 1}, "output stride 32"),
+    ({"patch": (16, 32, 32), "batch": 1, "depth_stride": [2, 2, 2, 2, 1]}, "output stride 32"),
     ({"depth_stride": [1, 1, 2]}, "5 numbers"),
     ({"depth_stride": [2] * 5, "head": "fcn"}, "3 numbers"), ({"depth_stride": [3]}, "--depth"),
      ({"depth_stride": ["plane", 1]}, "--depth-stride"),
@@ -101,7 +101,7 @@ def test_a_random_start_on_volumes_has_the_rate_of_slices(done):
     for start, rate in (("inflated", 1e-4), ("random", 1e-2)):
         made = stages.stages(plan, job.Settings(lr=(1e-2, 1e-4), start=start, lr_new=3.0))
         assert [stage.rate for stage in made.values()] == [1e-2, rate]
-        assert [stage.faster for stage in made.values()] == [3, 3]
+        assert [stage.faster for stage in made.values()] == [3, 1]  # of slices only
 
 
 def test_no_other_case_is_prepared(data, tmp_path):
@@ -246,6 +246,13 @@ def test_another_run_takes_network_and_plan_unless_it_holds_out_others(data, don
     assert not (tmp_path / "b" / "run.json").exists()
     with pytest.raises(job.SettingsError, match="model_2d.npz: no such file"):
         job.Run(tmp_path / "b", job.Settings(from_2d=tmp_path))
+    # The same network as a checkpoint has seen the same cases.
+    asked = {**SMALL, "pretrained": done / "model_2d.npz", "fold": 1}
+    with pytest.raises(ValueError, match="fold are 0, not 1"), job.Run(
+            tmp_path / "b", job.Settings(data=data, **asked)):
+        pass
+    with job.Run(tmp_path / "c", job.Settings(data=data, **{**asked, "fold": 0})):
+        pass
 
 
 def test_a_network_of_another_run_keeps_the_preparation_that_it_was_trained_with(data, tmp_path):

@@ -447,7 +447,7 @@ def test_pretrained_weights_are_read_before_any_work_is_done(undrawn, data, tmp_
 def test_a_batch_that_leaves_one_value_per_channel_is_refused_at_the_start(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         job.main(["--data", str(data), "--out", str(tmp_path / "a"), *SMALL, "--patch", "8", "8",
-                  "8"])
+                  "8", "--depth-stride", "plane"])
     assert "one value per channel" in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 

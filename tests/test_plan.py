@@ -59,6 +59,12 @@ def reshape(path):
 
 # The fingerprint.
 
+def test_channels_may_have_any_numbers(source):
+    found = fingerprint.fingerprint(decathlon.load(source))
+    name, = found.modalities.values()
+    assert str(dataclasses.replace(found, modalities={1: name})) == str(found)
+
+
 def test_one_reading_of_every_file_serves_the_fingerprint_and_the_plan(source, monkeypatch):
     dataset, read = decathlon.load(source), []
     whole = nifti.read
@@ -407,7 +413,8 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
 
     monkeypatch.setattr(models, "resnet_seg", resnet_seg)
     found = fingerprint.fingerprint(decathlon.load(source))
-    made = plans.propose(found, minutes=1)
+    made = plans.propose(found)
+    made = plans.within(made, 1, plans.measure(made, found))
     along = {"depth": made.depth, "depth_stride": made.depth_stride, "depth_padding": "edge"}
     network = {"head": "unet", "decoder": made.decoder}
     assert asked == [("resnet18", 2, network), ("resnet18", 3, network | along)]

@@ -268,6 +268,10 @@ def test_channels_in_files_of_their_own_are_one_scan(models, tmp_path, monkeypat
     one = tmp_path / "one.nii.gz"
     assert predict("m.npz", scans / "case_2_0000.nii.gz", one) == 0
     np.testing.assert_array_equal(nifti.read(one, "uint8").array, expected)
+    second = scans / "case_2_0001.nii.gz"
+    kept = second.read_bytes()
+    assert predict("m.npz", scans / "case_2_0000.nii.gz", second) == 1  # it is an input too
+    assert "is the scan itself" in capsys.readouterr().err and second.read_bytes() == kept
 
     net = network()  # of one channel: each file is a scan
     net.metadata["labels"] = {"0": "background", "1": "a", "2": "b"}

@@ -159,6 +159,11 @@ def test_alone_there_is_nothing_to_do():
         assert ready is None
     assert ranks.leads and ranks.total(x) is x and ranks.agreed("a") == "a"
     assert ranks.everywhere(lambda ranks, a, *, b: (ranks.size, a, b), 2, b=3) == (1, 2, 3)
+    with pytest.raises(ValueError, match="invalid literal"), ranks.pool(1) as pool:
+        first = pool.submit(int, "x")
+        others = [pool.submit(time.sleep, 0.05) for _ in range(20)]
+        first.result()
+    assert others[-1].cancelled()
     code = ("import sys, tinyseg\nassert not tinyseg.ranks.world().rank\n"
             "assert 'mpi4py' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -527,7 +532,7 @@ def test_a_plan_that_is_made_has_a_patch_for_each_rank(tiny_task, capsys):
 
 @mpi
 @pytest.mark.parametrize("fault, code, told", [
-    ("AssertionError", 1, "rank 1 of 2 failed"), ("KeyboardInterrupt", 130, "stopped; the same")])
+    ("AssertionError", 1, "rank 1 of 2 failed"), ("KeyboardInterrupt", 130, "stopped")])
 def test_what_ends_a_rank_ends_predicting_and_is_told(fault, code, told, tiny_task, alone,
                                                       tmp_path):
     """No rank waits for one that is gone; Ctrl-C, which the leader gets, is no fault."""

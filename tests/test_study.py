@@ -90,15 +90,15 @@ def test_a_study_leaves_what_it_promises(done):
             name: scores["dice"] for name, scores in classes.items()}
     curves = read(out / "curves.csv")
     assert {(row["way"], row["step"]) for row in curves} == {
-        *((way, "1") for way in ("2d", "random", "zero")),
-        ("2d-longer", "3")}
+        *((way, "2") for way in ("2d", "random", "zero")),
+        ("2d-longer", "4")}
     plan = json.loads((out / "fold0_seed0/slices_2d-longer/plan.json").read_text("utf-8"))
     voxels = [plan[f"batch_{n}d"] * np.prod(plan[f"patch_{n}d"]) for n in (2, 3)]
     assert plan["steps_2d"] == 4 == 2 + round(2 * voxels[1] / voxels[0])
     assert (out / "report.html").stat().st_size > 10_000
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "comparison.md").read_text("utf-8")
-    assert "less random" in text and "One seed" not in text and text.count("\n| ") == 4
+    assert "less random" in text and "Nothing can" not in text and text.count("\n| ") == 4
 
 
 def test_runs_of_a_fold_share_plan_2d_network_and_prepared_cases(done):
@@ -157,13 +157,18 @@ def test_a_finished_study_is_read_and_may_grow(done, data, capsys, monkeypatch):
     monkeypatch.setattr(ts.train, "fit", None)
     assert ask(data, out, *words) == 0 and (out / "comparison.md").read_bytes() == before
     assert ask(data, out, "--ways", "zero", "--parts", "2") == 0
-    assert "One seed" in capsys.readouterr().out
+    assert "Nothing can be concluded" in capsys.readouterr().out
+    assert ask(data, out, *words, "--lr", "0.1", "0.1", "--steps-3d", "3") == 1
+    told = capsys.readouterr().err
+    assert "steps_3d was 2, not 3" in told and "lr was" in told and "trained alike" in told
+    assert (out / "comparison.md").exists()
 
 
 @pytest.mark.parametrize("words, said", [
     (["--ways", "zeros"], "found the way 'zeros'"), (["--sources", "a.pth"], "source 'a.pth'"),
     (["--seeds", "0"], "at least 1"), (["--profile", "zero"], "--ways"),
-    (["--parts", "3"], "--fold must be 0 to 1"), (["--seed", "4"], "--seeds")])
+    (["--parts", "3"], "--fold must be 0 to 1"), (["--seed", "4"], "--seeds"),
+    (["--pretrained", "a.pth"], "--sources"), (["--ways", "scale:0.5,0.6"], "whose sum is 1")])
 def test_wrong_words(words, said, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         ask(data, tmp_path / "out", *words)
@@ -226,7 +231,7 @@ def test_steps_to_the_last_dice_of_the_reference():
 def test_one_seed_concludes_nothing():
     found = study.table([row for row in simulated() if row["seed"] == 1], "random", {})
     assert not any(row.difference for row in found)
-    assert "nothing can be concluded" in study.markdown(found, "random")
+    assert "needs random among the ways, two seeds" in study.markdown(found, "random")
     assert not any(row.difference for row in study.table(simulated(), "planar", {}))
 
 
@@ -257,6 +262,11 @@ def test_a_3d_network_may_be_another_ones(data, done, tmp_path):
     mine, theirs = ts.load(folder / "model_3d.npz"), ts.load(source)
     assert all((a.data == b.data).all() for a, b in zip(
         mine.parameters(), theirs.parameters(), strict=True) if a.ndim > 1)  # kernels
+    # Gone on with, it tells of where it began, and not of the network before it was loaded.
+    began = json.loads((folder / "metrics.json").read_text("utf-8"))["equivalence"]
+    (folder / "metrics.json").unlink()
+    assert ask(data, tmp_path / "run", *words) == 0
+    assert json.loads((folder / "metrics.json").read_text("utf-8"))["equivalence"] == began
     with pytest.raises(ValueError, match="native:FILE"):
         study.way(f"native:{tmp_path / 'none.pth'}")
     with pytest.raises(ts.job.SettingsError, match="--start none.pth: no such file"):

@@ -55,8 +55,9 @@ def write(path: str | Path, arrays: Mapping[str, Array], description: dict) -> N
     content = {name: np.asarray(to_numpy(array)) for name, array in arrays.items()}
     text = json.dumps({"format": FORMAT, "arrays": list(content),
                        "sha256": fingerprint(content, description), **description}).encode()
+    content = {TEXT: np.frombuffer(text, np.uint8), **content}
     with whole(path) as draft, open(draft, "wb") as file:
-        np.savez(file, allow_pickle=False, **{TEXT: np.frombuffer(text, np.uint8), **content})
+        np.savez(file, **content)  # type: ignore[arg-type]
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:

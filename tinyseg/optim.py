@@ -181,6 +181,9 @@ class AdamW(Optimizer):
 
     p <- p - lr (weight_decay p + m̂ / (sqrt(v̂) + eps)),  m̂ = m / (1 - beta1^t), v̂ likewise.
 
+    t counts the optimiser's steps, also for a parameter that had no gradient in some of them;
+    PyTorch's counts for each.
+
     >>> p = ts.Tensor(np.ones(2), requires_grad=True)
     >>> optimizer = ts.optim.AdamW([p], lr=0.1, weight_decay=0)
     >>> (p * np.array([3.0, -500.0])).sum().backward()

@@ -94,10 +94,16 @@ class Alone:
         for this rank only. Function and arguments are pickled."""
         return function(self, *arguments, **own)
 
-    def pool(self, jobs: int) -> AbstractContextManager[Executor]:
+    @contextmanager
+    def pool(self, jobs: int) -> Iterator[Executor]:
         """An executor (concurrent.futures) of work that does not meet: `jobs` processes, or of
-        several ranks all but this one."""
-        return ProcessPoolExecutor(jobs, get_context("spawn"))
+        several ranks all but this one. An error in the block ends it, with what was not begun."""
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def device(self, name: str) -> ModuleType:
         """`backend.device`; of several GPUs in a machine, each rank there takes another."""
@@ -175,7 +181,7 @@ class World(Alone):
     def _end(self) -> None:
         """End all ranks, and tell why."""
         stopped = issubclass(sys.exc_info()[0] or Exception, KeyboardInterrupt)
-        told = "stopped; the same again goes on" if stopped else (
+        told = "stopped" if stopped else (
             f"rank {self.rank} of {self.size} failed, which ends all:\n{traceback.format_exc()}")
         print(f"\n{told}", file=sys.stderr, flush=True)
         sys.stdout.flush()

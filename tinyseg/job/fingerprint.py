@@ -86,7 +86,7 @@ class Fingerprint:
         yield f"\n{'intensities (medians)':24}" + "".join(f"{x:>12}" for x in (
             *(f"{p:g} %" for p in PERCENTILES), "mean", "deviation"))
         medians = np.array([digest.intensities for digest in self.digests])
-        for channel, name in self.modalities.items():
+        for channel, name in enumerate(self.modalities.values()):
             for place, where in enumerate(("scan", "foreground")):
                 found = medians[:, place, channel]
                 found = found[np.isfinite(found).all(axis=1)]

@@ -58,7 +58,7 @@ def scores(models: Mapping[str, Any]) -> str:
 def of_run(run: Any, nets: Mapping[str, Module], found: Mapping[str, Any]) -> None:
     """Write report.html of a run (`Run`) that has scored `nets`."""
     sections = [("Scores of whole held-out volumes", scores(found))]
-    if {"2d", "3d"} <= nets.keys():
+    if {"2d", "3d"} <= nets.keys() and run.settings.start == "inflated":
         begun = inflate(nets["2d"], **run.settings.way, **run.plan.inflation)
         sections.append(("From a slice's kernel to a volume's",
                          founding(nets["2d"], begun, nets["3d"])))

@@ -200,15 +200,13 @@ def _numbers(value: Any) -> bool:
 
 
 def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
-            patch: Sequence[int] | None = None, minutes: float | None = None,
-            memory: float | None = None, device: str = "cpu", backbone: str = BACKBONE,
-            head: str = HEAD, progress: Progress = iter) -> Plan:
-    """The plan for the cases of a fingerprint; spacing (mm) and patch (D, H, W) by rule, or given.
+            patch: Sequence[int] | None = None, memory: float | None = None, device: str = "cpu",
+            backbone: str = BACKBONE, head: str = HEAD) -> Plan:
+    """The plan for the cases of a fingerprint, with STEPS of each stage; spacing (mm) and patch
+    (D, H, W) by rule, or given.
 
-    minutes of training: steps that take as long here, which is measured, within `progress` (tqdm,
-    say); else STEPS of each stage.
-    memory: GiB that training may take; patches are of VOXELS[device] at most.
-    Errors are those of `ct.Plan.fit`, and ValueError for too little time or memory.
+    memory: GiB that training may take; a step's patches are of BATCH * VOXELS[device] together at
+    most. Errors are those of `ct.Plan.fit`, and ValueError for too little memory.
     """
     voxels = VOXELS[device]
     if memory is not None:
@@ -237,8 +235,6 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
         patch_2d=slices, patch_3d=volume, batch_3d=count,
         batch_2d=min(SLICES, max(1, round(count * prod(volume) / prod(slices)))),
         steps_2d=STEPS, steps_3d=STEPS, augmentation="none")
-    if minutes is not None:
-        plan = within(plan, minutes, measure(plan, fingerprint, device, progress))
     return varied(plan, fingerprint)
 
 

@@ -35,6 +35,8 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
         _refuse(scan, out)
         nets = _agreeing([model, *others], mirror)
         jobs = _jobs(scan, out, nets[0].config["in_channels"])
+        for files, target in jobs:
+            _refuse_over(files, target)
         options = {"overlap": overlap, "mirror": [LEFT_RIGHT] * mirror} | (
             {"probabilities": True} if probabilities else
             {"largest": largest, "smallest": smallest})
@@ -45,14 +47,14 @@ def predict(model: Path, scan: Path, out: Path, *, others: Sequence[Path] = (),
 
 
 def _some(ranks: Alone, nets: Sequence[nn.Module], jobs: Sequence[tuple], device: str,
-                 options: dict[str, Any]) -> list[str]:
+          options: dict[str, Any]) -> list[str]:
     """Segment scans, each rank some of them; the names of those that failed."""
     failed, nets = [], [nn.to_device(net, ranks.device(device)) for net in nets]
     for number, ((source, *further), target) in [*enumerate(jobs, 1)][ranks.rank :: ranks.size]:
         try:
             with tqdm(desc=f"{number}/{len(jobs)} {source.name}", unit="window") as bar:
-                told = _one(nets, [source, *further], target,
-                                progress=partial(_advance, bar), **options)
+                told = _one(nets, [source, *further], target, progress=partial(_advance, bar),
+                            **options)
             print(f"{source.name}: {told}")
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failed.append(source.name)
@@ -62,7 +64,7 @@ def _some(ranks: Alone, nets: Sequence[nn.Module], jobs: Sequence[tuple], device
 
 
 def _one(nets: Sequence[nn.Module], files: Sequence[Path], target: Path,
-             probabilities: bool = False, **options: Any) -> str:
+         probabilities: bool = False, **options: Any) -> str:
     """Segment one scan; returns how much of each class was found."""
     scan = nifti.join([nifti.read(path) for path in files])
     names, voxel = nets[0].metadata.get("labels", {}), prod(scan.spacing) / 1000
@@ -98,8 +100,13 @@ def _refuse(scan: Path, out: Path) -> None:
         raise ValueError(f"{out}: expected a file name that ends in .nii or .nii.gz")
     for source, target in ([(path, out / path.name) for path in volumes(scan)]
                            if scan.is_dir() else [(scan, out)]):
-        if target.exists() and target.samefile(source):
-            raise ValueError(f"{target}: is the scan itself, expected another place for labels")
+        _refuse_over([source], target)
+
+
+def _refuse_over(files: Sequence[Path], target: Path) -> None:
+    """ValueError where the label map of a scan would be written over one of its files."""
+    if target.exists() and any(map(target.samefile, files)):
+        raise ValueError(f"{target}: is the scan itself, expected another place for labels")
 
 
 def _jobs(scan: Path, out: Path, channels: int) -> list[tuple[list[Path], Path]]:

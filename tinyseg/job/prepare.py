@@ -20,7 +20,7 @@ from ..inflate import inflate
 from ..nn import Module
 from .fingerprint import fingerprint
 from .plan import Plan, going_with, measure, propose, varied, within
-from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings, SettingsError
+from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings, SettingsError, starved
 
 SUBSET = 6  # salt, of which cases are learned from
 
@@ -113,6 +113,14 @@ def decide(asked: Settings, training: decathlon.Dataset,
     return adjusted(plan, asked, mirror)
 
 
+def expect_several(plan: Plan, apart: int = 1) -> None:
+    """ValueError where a step on volumes leaves a batch-norm one value per channel; apart: ranks
+    that each normalise by their own patches."""
+    for wrong in starved(plan.patch_3d, plan.strides, plan.batch_3d // apart):
+        if plan.steps_3d:
+            raise ValueError(wrong)
+
+
 def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | None) -> Plan:
     """The plan with what is asked for in the place of what it says; without its times, where they
     are of something else then."""
@@ -195,10 +203,13 @@ def cases(dataset: decathlon.Dataset, asked: Settings, decided: Plan, run: Path,
     return found
 
 
-def expect_split(source: Path, told: dict[str, Any]) -> None:
+def expect_split(source: Path, told: dict[str, Any], of_these: bool = True) -> None:
     """ValueError unless the run in `source` learned from the cases that one of this run.json
-    does."""
-    theirs = read_json(source / "run.json")
+    does; without `of_these` it may be one of other cases, or none."""
+    path = source / "run.json"
+    theirs = read_json(path) if of_these or path.is_file() else {}
+    if not of_these and theirs.get("cases") != told["cases"]:
+        return
     for key in ("labels", "cases", "folds", "fold"):
         if theirs.get(key) != told[key]:
             raise ValueError(f"{source}: its {key} are {theirs.get(key)}, not {told[key]}; scores "

@@ -19,10 +19,9 @@ from ..ranks import ALONE, Alone
 from . import pages, prepare, stages
 from .evaluate import compare, evaluate
 from .plan import Plan
-from .settings import Settings, SettingsError, starved
+from .settings import Settings, SettingsError
 
 PARTS = ("run.json", "checkpoint.npz", "prepared")  # by which a folder is known to hold a run
-ORDER = ("2d", "3d")  # of the stages
 LOOK: dict[str, Any] = {"salt": 1, "count": 8}  # patches of a batch that is looked at
 LOOKS = 8  # batches
 COMPARISON = 4  # salt, of patches of held-out cases
@@ -131,6 +130,7 @@ class Run:
         trial = prepare.outline(asked, plan, self.channels, len(self.labels))
         if asked.pretrained and self.fresh:
             prepare.imported(trial, asked.pretrained)
+            prepare.expect_split(asked.pretrained.parent, self._told(), of_these=False)
         if asked.from_2d and self.fresh:
             prepare.expect_split(asked.from_2d, self._told())
         # Not before: a mistyped path begins no run.
@@ -157,7 +157,7 @@ class Run:
         """Where the run stands, as plan.json and checkpoint.npz have it."""
         self._plan: Plan | None = None
         self.history = stages.History(list(self.labels.values()))
-        self.inflated: dict[str, Any] = {}
+        self.inflated: dict[str, Any] = {}  # what `compare` found
         self.stage, self.step = "", 0
         self.arrays: dict[str, Array] = {}
         decided, path = self.folder / "plan.json", self.folder / "checkpoint.npz"
@@ -169,6 +169,7 @@ class Run:
                 raise ValueError(f"{path}: this is no checkpoint of the run that run.json and "
                                  "plan.json describe")
             self.stage, self.step = told["stage"], told["step"]
+            self.inflated = told.get("inflated", {})
             self.history = stages.History(self.history.names, told["history"], told["recent"])
             print(f"resuming the {self.stage} stage after step {self.step}" if self.arrays else
                   f"the {self.stage} stage is finished")
@@ -201,8 +202,7 @@ class Run:
 
     def _finished(self, stage: str) -> bool:
         """Whether the network of a stage is written: the checkpoint has no arrays of it."""
-        place = ORDER.index(self.stage) if self.stage else -1
-        return place > ORDER.index(stage) or self.stage == stage and not self.arrays
+        return self.stage > stage or self.stage == stage and not self.arrays  # "", "2d", "3d"
 
     def decide(self) -> Plan:
         """The plan, made at the first call or taken, and every case prepared by it."""
@@ -212,10 +212,8 @@ class Run:
             known = replace(self.dataset, cases=mine)
             prepare.decide(asked, known, self.mirror, self.ranks.size).write(path)
             self._plan = Plan.read(path)  # the same types now as after a resume
-        plan, apart = self.plan, self.ranks.size if asked.local_norm else 1
-        for wrong in starved(plan.patch_3d, plan.strides, plan.batch_3d // apart):
-            if plan.steps_3d:
-                raise ValueError(wrong)
+        plan = self.plan
+        prepare.expect_several(plan, self.ranks.size if asked.local_norm else 1)
         made = prepare.cases(self.dataset, asked, plan, self.folder, self.trained + self.held_out)
         self.prepared = {"training": [made[id] for id in self.trained],
                          "held out": [made[id] for id in self.held_out]}
@@ -310,14 +308,16 @@ class Run:
         """All that the rest of the run depends on."""
         checkpoint.write(self.folder / "checkpoint.npz", arrays, {
             "settings": self._fixed(), "stage": stage, "step": step, "history": self.history.rows,
-            "recent": self.history.recent})
+            "recent": self.history.recent, "inflated": self.inflated})
         report.write_table(self.folder / "history.csv", self.history.rows)
 
     def compare(self, flat: Module, deep: Module) -> dict[str, Any]:
-        """What inflation keeps, before any training of volumes: how far logits of both networks are
-        apart on an input constant along depth, and their Dice on the same held-out patches."""
-        self.inflated = compare(flat, deep, self._shown("3d"), list(self.labels.values()),
-                                self.settings.seed)
+        """What inflation keeps, before any training of volumes, or what was found then: how far
+        logits of both networks are apart on an input constant along depth, and their Dice on the
+        same held-out patches."""
+        if self.stage != "3d" or not self.inflated:
+            self.inflated = compare(flat, deep, self._shown("3d"), list(self.labels.values()),
+                                    self.settings.seed)
         return self.inflated
 
     def _shown(self, name: str) -> tuple[Array, Array]:

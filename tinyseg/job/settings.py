@@ -119,9 +119,9 @@ class Settings:
     lr: tuple[float, ...] = option((2e-3, 3e-4), "AdamW's rate on slices and on volumes; a 3D "
                                    "network that starts at random has that of slices", type=float,
                                    nargs=2, metavar=("2D", "3D"))
-    lr_new: float = option(5.0, "times that is the rate of what begins at random in a network: its "
-                           "last layer, and the head on pretrained weights", type=float,
-                           metavar="TIMES")
+    lr_new: float = option(5.0, "times that is the rate of what begins at random in the 2D "
+                           "network: its last layer, and the head on pretrained weights",
+                           type=float, metavar="TIMES")
     folds: int = option(5, "parts of the cross-validation", type=int, metavar="K")
     fold: int = option(0, "the part held out, from 0", type=int, metavar="I")
     training_cases: int | None = option(None, "of the others, drawn by the seed, to learn from "
@@ -160,8 +160,6 @@ class Settings:
             if value is not None and not min(value if isinstance(value, tuple) else [value]) > 0:
                 yield f"--{name.replace('_', '-')} is {value}, expected positive numbers"
         head = self.head or (None if self._taken else HEAD)
-        if self.patch and self.batch == 1 and self.steps_3d != 0:
-            yield from starved(self.patch, (32 if head == "unet" else 8,) * 3, 1)
         if not 0 <= self.fold < self.folds:
             yield f"--fold must be 0 to {self.folds - 1}, found {self.fold}"
         if (self.images is None) != (self.label_maps is None) or self.images and self.data:
@@ -179,6 +177,10 @@ class Settings:
                 len(self.depth_stride) != (5 if head == "unet" else 3)):
             yield (f"--depth-stride is {' '.join(map(str, self.depth_stride))}; expected "
                    f"{5 if head == 'unet' else 3} numbers with the head {head}")
+        elif self.patch and self.batch == 1 and self.steps_3d != 0:
+            plane, along = 32 if head == "unet" else 8, self.depth_stride or (1,)  # of a plan, at
+            depth = plane if along == ("plane",) else prod(map(int, along))  # its finest
+            yield from starved(self.patch, (depth, plane, plane), 1)
         if self._taken and (self.minutes or self.memory):
             yield ("--minutes and --memory are for a plan that is made here; one that is taken has "
                    "steps and patches: ask for others by --steps-2d, --steps-3d and --patch")
@@ -221,15 +223,21 @@ class Settings:
             raise SettingsError("a run goes on with its own network; --pretrained and --from-2d "
                                 "would replace it")
         after = Settings(**{**self.json(), **asked})
+        if changed := self.unlike(after, grown=True):
+            raise SettingsError(f"a resumed run keeps its settings: {'; '.join(changed)}")
+        return after
+
+    def unlike(self, after: Settings, grown: bool = False) -> list[str]:
+        """In what others differ from these, in words, but for where things lie, and for more steps
+        of those that have `grown`."""
         changed = []
         for each in fields(self):
             was, now = getattr(self, each.name), getattr(after, each.name)
-            more = each.metadata.get("grows") and now is not None and (was is None or now > was)
+            more = grown and each.metadata.get("grows") and now is not None and (
+                was is None or now > was)
             if was != now and not more and not each.metadata.get("movable"):
                 changed.append(f"{each.name} was {_shown(was)}, not {_shown(now)}")
-        if changed:
-            raise SettingsError(f"a resumed run keeps its settings: {'; '.join(changed)}")
-        return after
+        return changed
 
 
 def starved(patch: Sequence[int], strides: Sequence[int], batch: int) -> Iterator[str]:

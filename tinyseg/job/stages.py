@@ -63,7 +63,7 @@ def stages(plan: Plan, settings: Settings) -> dict[str, Stage]:
     if settings.start != "inflated":  # it has to learn what a 2D network learns on slices
         volumes = slices
     return {"2d": Stage("2d", plan.patch_2d, plan.batch_2d, plan.steps_2d, slices, 2, faster),
-            "3d": Stage("3d", plan.patch_3d, plan.batch_3d, plan.steps_3d, volumes, 3, faster)}
+            "3d": Stage("3d", plan.patch_3d, plan.batch_3d, plan.steps_3d, volumes, 3, 1)}
 
 
 class History:

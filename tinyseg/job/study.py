@@ -27,7 +27,7 @@ FLAT = "2d"  # the way of a 2D network, slice by slice
 LONGER = "2d-longer"  # the same, trained for as many voxels as it and a 3D one together
 RANDOM = "random"  # the way, and the source, of random weights
 SLICES = "slices"  # the source of a 2D network that is trained on the slices of the same cases
-OF_THE_PLAN = ("minutes", "memory", "plan", "pretrained", "head", "backbone")  # with the 2D network
+OF_THE_PLAN = ("minutes", "memory", "plan", "head", "backbone")  # with the 2D network
 
 
 def way(word: str) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def scores(done: Sequence[Trial], out: Path) -> list[dict[str, Any]]:
 
 def curves(done: Sequence[Trial], out: Path) -> list[dict[str, Any]]:
     """A row for each time that a 3D network was tried on patches of held-out cases: "step",
-    "seconds" of training until then, and the mean "dice" over classes."""
+    how many were done, "seconds" of training until then, and the mean "dice" over classes."""
     rows = []
     for trial in done:
         seconds = 0.0
@@ -150,7 +150,7 @@ def curves(done: Sequence[Trial], out: Path) -> list[dict[str, Any]]:
             tried = [float(value) for key, value in row.items()
                      if key.startswith("validation ") and value]
             if tried:
-                rows.append({**vars(trial), "step": int(row["step"]),
+                rows.append({**vars(trial), "step": int(row["step"]) + 1,
                              "seconds": round(seconds, 3), "dice": float(np.mean(tried))})
     return rows
 
@@ -263,8 +263,8 @@ def conclusion(rows: Sequence[Row], reference: str) -> str:
     """What the table lets one say, in a sentence or two."""
     compared = [row for row in rows if row.difference]
     if not compared:
-        return ("One seed: another gives other networks and other scores, so that nothing can be "
-                "concluded from these; ask for two or more.")
+        return (f"Nothing can be concluded: that needs {reference} among the ways, two seeds, as "
+                "another gives other networks and other scores, and two cases in every fold.")
     kinds = (("better than", 1), ("worse than", -1))
     told = []
     for what, sign in kinds:
