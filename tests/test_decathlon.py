@@ -259,6 +259,19 @@ def test_channels_must_all_be_there_on_one_grid(tmp_path):
         decathlon.load(folder)
 
 
+@pytest.mark.parametrize("names, channels, found", [
+    ("a_0000 a_0001 b_0000 b_0001", 2, {"a": 2, "b": 2}),
+    ("a_0001 a_0002 a_0003", 2, {"a_0001": 1, "a_0002": 1, "a_0003": 1}),  # of three patients
+    ("a_0001 a_0002", 2, {"a_0001": 1, "a_0002": 1}),
+    ("a_0000 a_0001 b", 2, {"a": 2, "b": 1}),
+    ("a_0000 b_0000", 1, {"a": 1, "b": 1}), ("a_0000 b", 1, {"a_0000": 1, "b": 1})])
+def test_files_of_one_scan_are_those_of_every_channel(names, channels, found):
+    files = [Path(f"{name}.nii.gz") for name in names.split()]
+    told = decathlon.scans(reversed(files), channels)
+    assert {id: len(paths) for id, paths in told.items()} == found
+    assert [path for paths in told.values() for path in paths] == files
+
+
 def test_two_folders_are_a_task(tmp_path):
     nnunet(tmp_path, channels=2)
     folders = tmp_path / "imagesTr", tmp_path / "labelsTr"

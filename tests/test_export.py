@@ -69,6 +69,29 @@ def test_onnx_of_every_way_along_depth(profile):
     assert difference(trained(net), (7, 33, 34)) < 1e-3  # gates make rounding larger, ours too
 
 
+def test_a_matrix_multiplies_channels_of_maps():
+    net = ts.nn.Sequential(ts.nn.Conv(2, 5, (3, 3), rng=0), ts.nn.Linear(5, 4, rng=1))
+    net.config = {"in_channels": 2}
+    assert difference(net, (8, 11)) < 1e-5
+    w = ts.Tensor(np.ones((6, 5), "float32"))
+    for forward, said in ((lambda x: w @ x, "expected x @ a constant matrix"),
+                          (lambda x: x @ x.transpose(0, 1, 3, 2), "expected x @ a constant"),
+                          (lambda x: x[:, ::-1] @ net.layers[1].weight, "slices forwards")):
+        net.forward = forward
+        with pytest.raises(ValueError, match=said):
+            export.onnx(net, (9, 5))
+
+
+def test_a_network_that_is_written_stays_as_it_was(tmp_path):
+    net = models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3, width=4)
+    loss = net(np.ones((2, 32, 40, 1), "float32")).sum()
+    net.conv1.weight.grad = np.ones_like(net.conv1.weight.data)
+    for name in ("net.onnx", "net.safetensors"):
+        export.write(tmp_path / name, net, (32, 40))
+    assert net.training and (net.conv1.weight.grad == 1).all()
+    loss.backward()  # nothing that it needs was touched
+
+
 def test_an_operation_without_an_operator_is_named():
     class Odd(ts.nn.Conv):
         def forward(self, x):

@@ -407,6 +407,33 @@ def test_a_network_of_sides_answers_a_mirrored_scan_with_the_sides_exchanged():
         np.testing.assert_array_equal(one, table[two][..., ::-1])
 
 
+def test_sides_are_classes_in_whatever_order_labels_are_told():
+    """And where a class is its number, as networks with gaps had it."""
+    image = scan((12, 8, 16), spacing=(2.0, 1.5, 1.0))
+    for labels, classes in (({"0": "back", "3": "other", "1": "l", "2": "r"}, 4),
+                            ({"0": "back", "3": "l", "5": "r"}, 6)):
+        net = network(rank=3, classes=classes, mirror=[["l", "r"]])
+        net.metadata |= {"labels": dict(sorted(labels.items())), "patch": [6, 8, 8]}
+        right = segment(net, image, mirror=[-1])
+        net.metadata |= {"labels": labels}
+        np.testing.assert_array_equal(segment(net, image, mirror=[-1]), right)
+        # Of this network's answers those of the mirror image count for the other side.
+        l, r = (int(number) for number in labels if labels[number] in "lr")  # noqa: E741
+        mirrored = SimpleNamespace(array=image.array[..., ::-1].copy(), spacing=image.spacing,
+                                   path=image.path)
+        table = np.arange(classes)
+        table[[l, r]] = r, l
+        np.testing.assert_array_equal(right, table[segment(net, mirrored, mirror=[-1])][..., ::-1])
+
+
+def test_labels_may_be_more_than_a_byte_holds():
+    def model(x):
+        return np.eye(300, dtype="float32")[np.full(x.shape[:-1], 299)]
+
+    found = sliding_window(model, np.zeros((5, 6, 1), "float32"), (4, 4), labels=True)
+    assert (found == 299).all() and found.dtype == "uint16"
+
+
 def test_what_training_left_out_is_not_asked_of_the_network():
     net = network(mirror=None)
     assert segment(net, scan(), mirror=[0]).shape == (13, 9, 10)

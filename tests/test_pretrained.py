@@ -919,7 +919,8 @@ def numbered(name):
 ])
 def test_prefixes(classifier, rename):
     state = {k: v.numpy() for k, v in classifier.state_dict().items() if "num_b" not in k}
-    found = pretrained.mapping.torchvision_names({rename(k): v for k, v in state.items()})
+    arrays = pretrained.mapping.renamed({rename(k): v for k, v in state.items()})
+    found = {k: arrays[name] for k, name in pretrained.mapping._trunk(arrays, None)[1].items()}
     assert list(found) == list(state) and all(found[k] is state[k] for k in state)
     assert rename("conv1.weight") != "conv1.weight"
 

@@ -73,6 +73,30 @@ def test_a_decoder_sees_at_most_what_is_told():
     assert told == sorted(told) or max(told) == told[-1]
 
 
+@pytest.mark.parametrize("convolutions", [1, 2, 3, 4, 5])
+def test_what_is_doubled_sees_as_much_as_its_best_position(convolutions):
+    class Doubled(nn.Module):
+        def __init__(self):
+            self.convs = [nn.Conv(1, 1, (3,), padding=1, std=0, rng=0) for _ in range(convolutions)]
+            for conv in self.convs:
+                conv.weight.data += 1
+            self.config = {"rank": 1, "in_channels": 1}
+
+        def forward(self, x):
+            for _ in range(2):
+                x = ts.ops.double(x, size=(2 * x.shape[1],))
+            for conv in self.convs:
+                x = conv(x)
+            return x
+
+    net, most = Doubled(), 0
+    for position in range(40, 44):
+        x = ts.Tensor(np.ones((1, 20, 1), "float32"), requires_grad=True)
+        net(x)[:, position].sum().backward()
+        most = max(most, int((x.grad != 0).sum()))
+    assert ts.summary(net, (1, 20, 1)).layers[-1].sees == (most,)
+
+
 def test_a_mean_over_all_positions_sees_all():
     net = models.resnet_seg("resnet18", rank=2, in_channels=2, classes=2, head="deeplabv3")
     layers = {layer.name: layer for layer in ts.summary(net, (1, 40, 48, 2)).layers}

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import BroadcastableShapes, mutually_broadcastable_shapes
 
-from tinyseg import Tensor, check_gradients, nn, no_grad, optim
+from tinyseg import Tensor, check_gradients, nn, no_grad, ops, optim
 from tinyseg.tensor import op
 
 leaf = partial(Tensor, requires_grad=True)
@@ -905,6 +905,41 @@ def test_a_detached_tensor_shares_the_changes_of_its_array():
     p.version += 1
     with pytest.raises(RuntimeError, match="changed in place"):
         y.backward()
+
+
+def test_so_does_a_view_that_is_not_recorded():
+    w, x = Tensor(np.arange(1.0, 4)), Tensor(np.ones(3), requires_grad=True)
+    y = (x * w.reshape(3)).sum()
+    w.data *= 2
+    w.version += 1
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.backward()
+
+
+def test_what_an_operation_made_stays_in_its_graph():
+    x = Tensor(np.ones(3), requires_grad=True)
+    y = x * 2
+    with pytest.raises(ValueError, match="multiply made it; detach"):
+        y.requires_grad = False
+    y.sum().backward()
+    assert (x.grad == 2).all()
+
+
+def test_sums_of_many_numbers_are_not_percents_off():
+    """Float32 added number to number would lose 2 % of two million equal ones."""
+    x = Tensor(np.full((128, 128, 128, 2), 0.1, "float32"), requires_grad=True)
+    assert abs(x.mean(axis=(0, 1, 2)).data - 0.1).max() < 1e-6 and x.mean().dtype == "float32"
+    bias = Tensor(np.zeros(2, "float32"), requires_grad=True)
+    y = ops.conv(x[None], np.ones((1, 1, 1, 2, 2), "float32"), bias)
+    y.backward(np.full(y.shape, 0.3 / 128**3, "float32"))
+    assert abs(bias.grad - 0.3).max() < 1e-4
+
+
+def test_a_quotient_has_a_gradient_wherever_it_is_finite():
+    for a, b, slope in ((0.0, 1e-25, 0.0), (1e30, 1e20, -1e-10)):
+        x, y = (Tensor(np.array([number], "float32"), requires_grad=True) for number in (a, b))
+        (x / y).backward()
+        np.testing.assert_allclose(y.grad, slope, rtol=1e-6)
 
 
 def test_a_tensor_is_an_index_and_a_number_is_formatted():

@@ -25,7 +25,7 @@ def multiply(x, y):
 
 def divide(x, y):
     """x / y, broadcast."""
-    return x / y, (lambda g: g / y, lambda g: -g * x / (y * y))
+    return x / y, (lambda g: g / y, lambda g: -(g / y) * (x / y))
 
 
 def power(x, exponent):
@@ -72,9 +72,12 @@ def _reduced(x, axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def sum(x, *, axis=None, keepdims: bool = False):
-    """The sum over `axis`: an int, several of them, or None for all."""
+    """The sum over `axis`: an int, several of them, or None for all. Floats are added in float64:
+    where other axes stay NumPy adds row to row, and would lose percents of long sums."""
     library, shape, (gone, kept) = array_module(x), x.shape, _reduced(x, axis)
-    y = x.sum(axis=gone, keepdims=keepdims)
+    floats = x.dtype.kind == "f"
+    y = x.sum(axis=gone, keepdims=keepdims, dtype="float64" if floats else None)
+    y = y.astype(x.dtype) if floats else y
     return y, (lambda g: library.broadcast_to(g.reshape(kept), shape),)
 
 

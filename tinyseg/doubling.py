@@ -10,6 +10,7 @@ import numpy as np
 
 from . import parallel, windows
 from .backend import Array, array_module
+from .normalisation import column_sums
 from .tensor import op
 from .windows import Window
 from .windows.reference import pad, pad_adjoint
@@ -33,7 +34,8 @@ def double(x, skip=None, *, size):
     if skip is not None and skip.shape[:-1] != (len(x), *size):
         raise ValueError(f"double: skip {skip.shape} does not fit {(len(x), *size)}")
     steps = [1 if n == m else 2 for n, m in zip(before, size, strict=True)]
-    y = library.empty((len(x), *size, c + (0 if skip is None else skip.shape[-1])), x.dtype)
+    wide, kinds = (c, (x,)) if skip is None else (c + skip.shape[-1], (x, skip))
+    y = library.empty((len(x), *size, wide), library.result_type(*kinds))
     few = max(1, parallel.SLAB * before[0] // max(y.size, 1))  # rows whose copies fit the cache
     slabs = parallel.parts(before[0], few) if library is np else [slice(0, before[0])]
 
@@ -152,7 +154,7 @@ def conv_phases(x, w, b=None, *, window, size):
     """
     parts, border = phases(window, x.shape[1:-1], size), [(0, 0), *window.padding]
     padded = pad(x, border, edge := [False, *window.edge])
-    y = np.empty((len(x), *window.positions(size), w.shape[-1]), x.dtype)
+    y = np.empty((len(x), *window.positions(size), w.shape[-1]), np.result_type(x, w))
     count = parts[0].positions(y).shape[1:-1]  # every phase has as many
 
     def each(compute):  # side by side; each on all cores where these are more
@@ -168,7 +170,7 @@ def conv_phases(x, w, b=None, *, window, size):
         y += b
 
     def dx(g):
-        total = np.zeros(padded.shape, x.dtype)
+        total = np.zeros(padded.shape, y.dtype)
         for phase, part in zip(parts, each(lambda phase: windows.correlate_dx(
                 np.ascontiguousarray(phase.positions(g)), phase.kernel(w),
                 phase.seen(total, count).shape[1:-1], phase.window)), strict=True):
@@ -179,4 +181,4 @@ def conv_phases(x, w, b=None, *, window, size):
         return sum(each(lambda phase: phase.spread(windows.correlate_dw(
             phase.seen(padded, count), np.ascontiguousarray(phase.positions(g)), phase.window))))
 
-    return y, (dx, dw, lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0))
+    return y, (dx, dw, lambda g: column_sums(g.reshape(-1, g.shape[-1])))

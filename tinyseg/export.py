@@ -69,7 +69,6 @@ def write(path: str | Path, net: Module, size: Sequence[int] = (), **metadata: A
     """
     path = Path(path)
     told = {"config": json.dumps(getattr(net, "config", {})), "metadata": json.dumps(metadata)}
-    net = to_device(net, "cpu")
     try:
         if path.suffix == ".safetensors":
             from safetensors.numpy import save
@@ -99,7 +98,7 @@ def onnx(net: Module, size: Sequence[int], metadata: dict[str, str] | None = Non
     if len(size) != config.get("rank", len(size)) or not len(size):
         raise ValueError(f"found the size {tuple(size)}, expected a number for each of the "
                          f"{config.get('rank', '')} spatial axes")
-    net, graph = net.copy().eval(), Graph()
+    net, graph = to_device(net.copy().eval(), "cpu"), Graph()
     for parameter in net.parameters():  # what is computed of them alone is a constant
         parameter.requires_grad = False
     x = Tensor(np.zeros((1, *size, config["in_channels"]), "float32"), requires_grad=True)
@@ -299,8 +298,8 @@ def _index(graph: Graph, node: Node) -> str:
     if Ellipsis in key:
         at = key.index(Ellipsis)
         key = (*key[:at], *[slice(None)] * (rank - len(key) + 1), *key[at + 1 :])
-    if not all(isinstance(k, slice) for k in key):
-        raise ValueError(f"the index {key} has no form in ONNX here; expected slices")
+    if not all(isinstance(k, slice) and (k.step or 1) > 0 for k in key):
+        raise ValueError(f"the index {key} has no form in ONNX here; expected slices forwards")
     cuts = [(_axis(i, rank), *k.indices(parent.shape[i])) for i, k in enumerate(key)
             if k != slice(None)]
     return _cut(graph, graph.names[parent], cuts) if cuts else graph.names[parent]
@@ -324,7 +323,14 @@ def _same(operator: str) -> Callable[[Graph, Node], str]:
 
 
 def _matmul(graph: Graph, node: Node) -> str:
-    return graph.add("MatMul", [_first(graph, node), graph.constant(_array(node, 1))])
+    w = _array(node, 1)
+    if [i for _, i in node.edges] != [0] or np.ndim(w) != 2:
+        raise ValueError("this matmul has no form in ONNX here; expected x @ a constant matrix")
+    if len(node.shape) == 2:
+        return graph.add("MatMul", [_first(graph, node), graph.constant(w)])
+    ones = (1,) * (len(node.shape) - 2)  # channels stand first there: a kernel of one tap
+    kernel = channels_first(np.reshape(w, (*ones, *w.shape)))
+    return graph.add("Conv", [_first(graph, node), graph.constant(kernel)], kernel_shape=ones)
 
 
 OPERATORS: dict[str, Callable[[Graph, Node], str]] = {

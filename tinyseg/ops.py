@@ -15,7 +15,7 @@ import numpy as np
 from . import cuda, parallel, windows
 from .backend import array_module
 from .doubling import conv_phases, double, phases
-from .normalisation import batch_norm, group_norm
+from .normalisation import batch_norm, column_sums, group_norm
 from .tensor import Tensor, op
 from .windows import Window, reference
 
@@ -229,7 +229,7 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
     return y, (
         lambda g: windows.correlate_dx(g, w, size, window),
         lambda g: windows.correlate_dw(x, g, window),
-        lambda g: g.reshape(-1, g.shape[-1]).sum(axis=0),
+        lambda g: column_sums(g.reshape(-1, g.shape[-1])),
     )
 
 
@@ -313,7 +313,7 @@ def upsample(x: Tensor, size: tuple[int, ...], *, align_corners: bool) -> Tensor
 
 @op
 def _upsample(x, *, size, align_corners):
-    library, shape = array_module(x), x.shape
+    library, shape, x = array_module(x), x.shape, x if x.dtype.kind == "f" else x * 1.0
     if len(size) != x.ndim - 2:
         raise ValueError(f"upsample: size {size} does not fit the spatial axes of {shape}")
     if cuda.serves(x) and len(size) <= 3:

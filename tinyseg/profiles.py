@@ -47,7 +47,8 @@ def gaussian(sigma: float) -> Callable[[int], np.ndarray]:
     >>> [ts.profiles.gaussian(sigma)(3).round(2).tolist() for sigma in (0.1, 100)]
     [[0.0, 1.0, 0.0], [0.33, 0.33, 0.33]]
     """
-    return lambda slots: _normalised(np.exp(-(_offset(slots, slots // 2) / sigma) ** 2 / 2))
+    wide = max(sigma, 1e-9)
+    return lambda slots: _normalised(np.exp(-(_offset(slots, slots // 2) / wide) ** 2 / 2))
 
 
 def dirichlet(seed: int, concentration: float = 1.0) -> Callable[[int], np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, floor, inf
+from math import floor, inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,7 +152,7 @@ def summary(net: Module, shape: tuple[int, ...]) -> Summary:
         layers.append(Layer(
             names[id(module)], type(module).__name__, answer.shape,
             sum(p.data.size for p in module.parameters()), products, answer.data.nbytes,
-            tuple(b - a + 1 if b == inf else floor(b) - ceil(a) + 1
+            tuple(b - a + 1 if b == inf else floor(b - a) + 1
                   for a, b in zip(found.low, found.high, strict=True)) if found else (0,) * rank))
 
     with watched(note):

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from . import arithmetic
-from .backend import Array, array_module, within
+from .backend import Array, array_module, memory, within
 from .graph import Node, walk
 
 _pauses: ContextVar[frozenset] = ContextVar("pauses", default=frozenset())
@@ -80,6 +80,8 @@ def op(function: Callable) -> Callable:
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise TypeError(f"{name} returned no pair; an operation returns (value, pull-backs)")
         result, pull = Tensor(answer[0]), answer[1]
+        result._changes = next((x._changes for x in tensors  # of a view, told all the same
+                                if memory(x.data) == memory(result.data)), result._changes)
         result.node = False  # no leaf, whether it is recorded or not
         if tensors and result.data.dtype.kind == "f" and not _pauses.get():
             edges = [(v, i) for i, x in enumerate(inputs)
@@ -162,7 +164,8 @@ class Tensor:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether `backward` goes here; TypeError for other numbers than floats."""
+        """Whether `backward` goes here; TypeError for other numbers than floats, and ValueError for
+        taking what an operation made out of its graph."""
         return self._requires_grad
 
     @requires_grad.setter
@@ -170,6 +173,8 @@ class Tensor:
         if wanted and self.dtype.kind != "f":
             raise TypeError(f"a tensor of {self.dtype} has no gradient, which would be rounded; "
                             "make it of floats, array.astype('float32')")
+        if self.node and not wanted:
+            raise ValueError(f"{self.node.name} made it; detach() gives one outside the graph")
         if wanted and self.node is False:
             self.node = None  # made by an operation, and told to be a leaf
         self._requires_grad = wanted

@@ -71,8 +71,7 @@ class Case:
         if scan.array.shape[3] != len(self.modalities):
             raise ValueError(f"{self.image}: found {scan.array.shape[3]} channels, expected"
                              f" {len(self.modalities)}: {list(self.modalities.values())}")
-        strange = sorted(set(np.unique(label).tolist()) - set(self.labels))
-        if strange:
+        if strange := sorted(set(np.unique(label).tolist()) - set(self.labels)):
             raise ValueError(f"{self.label}: found label values {strange}, expected only"
                              f" {sorted(self.labels)}, the numbers of the dataset's labels")
         return scan, label.astype(np.min_scalar_type(max(self.labels)))
@@ -105,8 +104,7 @@ def load(folder: str | Path) -> Dataset:
     >>> ts.data.decathlon.load(ts.data.phantom.write("task", cases=2, shape=(4, 6, 8))).labels
     {0: 'background', 1: 'pancreas', 2: 'cancer'}
     """
-    folder = Path(folder)
-    source = folder / "dataset.json"
+    source = (folder := Path(folder)) / "dataset.json"
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; expected the folder of a Decathlon or"
                                 " nnU-Net task, with dataset.json, imagesTr and labelsTr")
@@ -289,13 +287,15 @@ def _scan(folder: Path, id: str) -> list[Path]:
 
 def scans(files: Iterable[Path], channels: int) -> dict[str, list[Path]]:
     """{id: its files} of scans of so many channels, one file each or, as nnU-Net has them, one for
-    every channel: case_0000, case_0001 and on. Of one channel each file is a scan, and goes by its
-    name without _0000 where all have that."""
-    found: dict[str, list[Path]] = {}
+    every channel, no more and no less: case_0000, case_0001 and on. Of one channel each file is a
+    scan, and goes by its name without _0000 where all have that."""
+    found, ends = dict[str, list[Path]](), dict[str, set[str]]()
     parted = {path: _id(path).rpartition("_") for path in sorted(files)}
-    numbered = {path for path, (case, _, number) in parted.items()
-                if case and len(number) == 4 and number.isdigit()}
-    if channels == 1 and {parted[path][2] for path in parted} != {"0000"}:
+    for case, _, end in parted.values():
+        ends.setdefault(case, set()).add(end)
+    every = {f"{channel:04d}" for channel in range(channels)}
+    numbered = {path for path, (case, _, _) in parted.items() if case and ends[case] == every}
+    if channels == 1 and len(numbered) < len(parted):
         numbered = set()
     for path in parted:
         found.setdefault(parted[path][0] if path in numbered else _id(path), []).append(path)

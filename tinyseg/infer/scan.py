@@ -149,10 +149,13 @@ def _voices(nets: Sequence[Module], scan: Volume, *, plan: Plan | None = None,
     images = {plan: plan.prepare(scan).astype("float16") for plan in set(plans)}
 
     def stream(net: Module, plan: Plan) -> Iterator[np.ndarray]:
-        image, names = images[plan], list(_metadata(net).get("labels", {}).values())
+        image, told = images[plan], _metadata(net).get("labels", {})
+        names = [""] * net.config["classes"]
+        for number, c in numbers(net).items():
+            names[c] = told.get(str(number), "")
         size = _window(net, patch, image.shape[:3])
         parts = slabs(fold(net), image, size, overlap, mirror=mirror, progress=progress,
-                      pairs=numbered(plan.mirror or (), names),
+                      pairs=numbered(plan.mirror or (), names) if mirror else (),
                       batch=max(1, BATCH // (prod(size) * max(WIDE, net.config["classes"]))))
         thick = None if plan.blend_slices else thick_axis(plan.spacing, scan.spacing)
         return resampled(parts, len(image), shape, [int(a != thick) for a in range(3)])

@@ -153,7 +153,8 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
                    overlap: float = OVERLAP, *, batch: int = 1, mirror: Sequence[int] = (),
                    pairs: Sequence[tuple[int, int]] = (), labels: bool = False,
                    progress: Progress = iter) -> np.ndarray:
-    """Logits (*S, classes), float32, or labels (*S), uint8, of a volume (*S, C).
+    """Logits (*S, classes), float32, or labels (*S), uint8 (of over 256 classes uint16), of a
+    volume (*S, C).
 
     Windows of the size `patch` overlap by the fraction `overlap` and are averaged with Gaussian
     weights. A volume smaller than the patch is padded as in training and cut back. With a patch
@@ -177,7 +178,8 @@ def sliding_window(net: Module | Callable, volume: Array, patch: tuple[int, ...]
     result, row = np.empty(0), 0
     for slab in slabs(net, volume, patch, overlap, batch=batch, mirror=mirror, pairs=pairs,
                       progress=progress):
-        slab = slab.argmax(axis=-1).astype("uint8") if labels else slab
+        if labels:
+            slab = slab.argmax(axis=-1).astype(np.min_scalar_type(slab.shape[-1] - 1))
         if row == 0:
             result = np.empty((len(volume), *slab.shape[1:]), slab.dtype)
         result[row : row + len(slab)] = slab

@@ -76,12 +76,6 @@ def _trunk(arrays: Mapping[str, np.ndarray], prefix: str | None) -> tuple[str, d
     return next(iter(found.items()))
 
 
-def torchvision_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A ResNet's arrays under torchvision's names, without counters; ValueError where two fit."""
-    arrays = renamed(arrays)
-    return {short: arrays[name] for short, name in _trunk(arrays, None)[1].items()}
-
-
 def _unlike(named: Mapping[str, np.ndarray]) -> str:
     """What keeps these from being a plain ResNet's, among the reasons often met; or ""."""
     stem, conv2 = (named[name].shape if name in named else ()

@@ -104,7 +104,7 @@ def correlate(x: Array, w: Array, window: Window) -> Array:
 def correlate_dx(y: Array, w: Array, size: tuple[int, ...], window: Window) -> Array:
     """The adjoint of `correlate` in x: (N, *P, C_out), (*K, C_in, C_out) -> (N, *size, C_in)."""
     matrix = w.reshape(-1, w.shape[-1])
-    dx = array_module(y).zeros((len(y), *size, w.shape[-2]), y.dtype)
+    dx = array_module(y).zeros((len(y), *size, w.shape[-2]), array_module(y).result_type(y, w))
     window, boxes = _batched(dx, window, len(matrix))
     for block in boxes:
         columns = y[block].reshape(-1, w.shape[-1]) @ matrix.T
@@ -116,7 +116,7 @@ def correlate_dx(y: Array, w: Array, size: tuple[int, ...], window: Window) -> A
 def correlate_dw(x: Array, y: Array, window: Window) -> Array:
     """The adjoint of `correlate` in w: (N, *S, C_in), (N, *P, C_out) -> (*K, C_in, C_out)."""
     shape = (*window.kernel, x.shape[-1], y.shape[-1])
-    dw = array_module(x).zeros((prod(shape[:-1]), shape[-1]), x.dtype)
+    dw = array_module(x).zeros((prod(shape[:-1]), shape[-1]), array_module(x).result_type(x, y))
     window, boxes = _batched(x, window, len(dw))
     for block in boxes:
         dw += unfold(x, window, block).reshape(-1, len(dw)).T @ y[block].reshape(-1, shape[-1])
