@@ -15,6 +15,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 GZIP = b"\x1f\x8b"  # how a packed file begins
+DEFLATE = 1032  # the most that deflate can shrink anything (zlib technical details)
 LARGEST_JSON = 64 * 2**20  # bytes; Task07 lists 420 scans in 38 kB
 STRANGERS = {  # what often stands in a file's place, by its beginning in lower case
     b"version https://git-lfs": "a pointer of Git LFS to the file; fetch that by `git lfs pull`",

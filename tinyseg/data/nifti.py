@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import GZIP, identify, unpacked, whole
+from ..files import DEFLATE, GZIP, identify, unpacked, whole
 from . import headers
 
 # nibabel is imported where it is called: it takes as long to load as NumPy, and most programs that
@@ -27,7 +27,6 @@ from . import headers
 ENDINGS = (".nii", ".nii.gz")
 SAR = np.array([[2, 1], [1, 1], [0, 1]])  # nibabel's orientation: output axis of each, and its sign
 LARGEST = 16 * 2**30  # bytes; the longest published CTs stay under 1 GiB
-DEFLATE = 1032  # the most that deflate can shrink anything (zlib technical details)
 PIECE = 4 * 2**20  # bytes read at a time
 SPARE = 64 * 2**20  # bytes that a file may hold before or after its voxels; DICOM headers fit
 ROUNDING = 1 / 20  # of a voxel: what decimals of a spacing make of 500 voxels, and moves nothing

@@ -27,6 +27,13 @@ def positive(n: Any) -> bool:
     return isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1
 
 
+def expect_positive(**numbers: Any) -> None:
+    """ValueError, by name, unless each is a whole number from 1."""
+    for name, number in numbers.items():
+        if not positive(number):
+            raise ValueError(f"{name} is {number!r}; expected a positive int")
+
+
 def plain(n: Any) -> Any:
     """NumPy's integers as Python's, and a list, as JSON has it, as a tuple."""
     if isinstance(n, list | tuple):

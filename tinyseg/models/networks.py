@@ -18,16 +18,11 @@ from ..backend import array_module
 from ..nn import GlobalAverage, Linear, Module
 from ..tensor import Tensor
 from .decoders import HEADS
-from .depth import Builder, Depth, plain, positive
+from .depth import Builder, Depth, expect_positive, plain
 from .resnet import ResNet
 
 DECODER = (256, 128, 64, 32, 16)  # segmentation_models_pytorch's
 RARE = 1e-3  # the least share that a class begins with
-
-
-def _check_classes(classes: Any) -> None:
-    if not positive(classes):
-        raise ValueError(f"classes is {classes!r}; expected a positive int")
 
 
 class Classifier(ResNet):
@@ -42,7 +37,7 @@ class Classifier(ResNet):
 
     def __init__(self, build: Builder, classes: int, **trunk: Any):
         super().__init__(build, **trunk)
-        _check_classes(classes)
+        expect_positive(classes=classes)
         self.fc = Linear(self.channels[-1], classes, std=0.01, rng=build.rng)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +57,7 @@ class Segmenter(ResNet):
     def __init__(self, build: Builder, classes: int, head: str, align_corners: bool,
                  options: dict[str, Any], **trunk: Any):
         super().__init__(build, **trunk)
-        _check_classes(classes)
+        expect_positive(classes=classes)
         if head not in HEADS:
             raise ValueError(f"head is {head!r}; expected one of {', '.join(HEADS)}")
         self.head, self.align_corners = head, align_corners

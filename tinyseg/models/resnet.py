@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ..nn import BatchNorm, Module, Sequential
 from ..tensor import Tensor
-from .depth import STAGES, Builder, positive
+from .depth import STAGES, Builder, expect_positive
 
 BACKBONES = {  # blocks per layer; bottleneck blocks have three convolutions and 4x the channels
     "resnet18": ((2, 2, 2, 2), False),
@@ -82,9 +82,7 @@ class ResNet(Module):
             raise ValueError(f"backbone is {backbone!r}; expected one of {', '.join(BACKBONES)}")
         if output_stride not in STRIDES:
             raise ValueError(f"output_stride is {output_stride!r}; expected 8, 16 or 32")
-        for name, number in (("in_channels", in_channels), ("width", width)):
-            if not positive(number):
-                raise ValueError(f"{name} is {number!r}; expected a positive int")
+        expect_positive(in_channels=in_channels, width=width)
         blocks, bottleneck = BACKBONES[backbone]
         build.depth.check(range(2 + STRIDES[output_stride][0].count(2)))
         build.stage = 0

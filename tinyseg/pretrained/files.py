@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import identify
+from ..files import DEFLATE, identify
 from .pickles import BFLOAT16, LONGEST_NAME, Inert, Kind, Storage, Strided, Unpickler
 
 LARGEST_PICKLE = 64 << 20  # bytes; that of ResNet-152 has 0.1 MB
 LARGEST_ARCHIVE = 16 << 30  # bytes, unpacked, of an .npz
-DEFLATE = 1032  # bytes out of one, at most
 MOST_REPEATED = 1 << 17  # entries of dicts that several dicts hold
 MAGIC = 0x1950A86A20F9469CFC6C  # opens PyTorch's format from before 1.6
 
