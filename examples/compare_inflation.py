@@ -3,7 +3,7 @@
 Ways of making a 3D network, each trained by the main job with the same plan, the same 2D network
 and the same patches, with several seeds on several folds, and scored on whole held-out volumes:
 
-  2d            the 2D network itself, slice by slice (always)
+  2d            the 2D network itself, slice by slice (always, where it learned from these cases)
   2d-longer     the same, trained on slices for as many voxels as it and a 3D network together
   random        the 3D network of the main job, from random weights
   NAME          inflated by a profile: zero, average, negative, planar, factored, acs, ...

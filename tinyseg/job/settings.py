@@ -178,8 +178,9 @@ class Settings:
             yield (f"--depth-stride is {' '.join(map(str, self.depth_stride))}; expected "
                    f"{5 if head == 'unet' else 3} numbers with the head {head}")
         elif self.patch and self.batch == 1 and self.steps_3d != 0:
-            plane, along = 32 if head == "unet" else 8, self.depth_stride or (1,)  # of a plan, at
-            depth = plane if along == ("plane",) else prod(map(int, along))  # its finest
+            plane = 32 if head == "unet" else 8
+            along = self.depth_stride or (1,)  # a plan's may be as fine as that
+            depth = plane if along == ("plane",) else prod(map(int, along))
             yield from starved(self.patch, (depth, plane, plane), 1)
         if self._taken and (self.minutes or self.memory):
             yield ("--minutes and --memory are for a plan that is made here; one that is taken has "
