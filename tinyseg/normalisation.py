@@ -20,8 +20,8 @@ def row_slabs(rows) -> list[slice]:
 
 
 def column_sums(rows):
-    """(M, C) -> (C,), added slab by slab: row by row, as NumPy would, the float32 sum of two million
-    equal numbers is 2 % off. A GPU adds as in a tree."""
+    """(M, C) -> (C,), added slab by slab: row by row, as NumPy would, the float32 sum of two
+    million equal numbers is 2 % off. A GPU adds as in a tree."""
     if cuda.serves(rows):
         return rows.sum(axis=0)
     library = array_module(rows)
