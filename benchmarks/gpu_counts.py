@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -204,13 +205,17 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__,
+def keep(table: Callable[[], str], name: str, description: str | None,
+         arguments: list[str] | None = None, missing: str = "") -> int:
+    """Print a table and keep it, by default under this name in benchmarks/results/gpu; `missing`
+    says what it cannot be made without."""
+    parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu/counts.md",
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu" / name,
                         metavar="FILE", help="%(default)s")
     args = parser.parse_args(arguments)
+    if missing:
+        parser.error(missing)
     text = table()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, "utf-8")
@@ -219,4 +224,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(keep(table, "counts.md", __doc__))

@@ -12,7 +12,6 @@ Needs pip install "nvidia-cuda-nvrtc>=13" nvidia-cuda-nvdisasm, and no driver.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -26,6 +25,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a bare checkout will do
+
+from gpu_counts import keep  # noqa: E402
 
 from tinyseg.cuda import loader  # noqa: E402
 
@@ -137,21 +138,6 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="%(default)s",
-                        default=ROOT / "benchmarks/results/gpu/instructions.md")
-    args = parser.parse_args(arguments)
-    if not (nvrtc() and nvdisasm()):
-        parser.error(f"found no {' and '.join(PACKAGES)}; pip install them")
-    text = table()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, "utf-8")
-    print(text, end="")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(keep(table, "instructions.md", __doc__, missing="" if nvrtc() and nvdisasm() else
+                  f"found no {' and '.join(PACKAGES)}; pip install them"))
