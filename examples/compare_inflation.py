@@ -44,6 +44,7 @@ from tinyseg.job import pages, prepare, study
 
 WAYS = ["2d-longer", "random", "zero", "average"]
 QUICK = {"quick": True, "spacing": (3.5, 2.2, 2.2), "patch": (24, 64, 64)}
+CHOSEN = "fold", "seed", "profile", "alpha", "slot", "start", "from_2d", "pretrained"
 EXAMPLES = """\
 examples:
   python examples/compare_inflation.py --quick --out runs/quick
@@ -107,11 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     out, ways, sources, seeds, parts, reference, jobs = (asked.pop(name) for name in (
         "out", "ways", "sources", "seeds", "parts", "reference", "jobs"))
     try:
-        if {"fold", "seed", "profile", "alpha", "slot", "start", "from_2d",
-                "pretrained"} & asked.keys():
-            raise ValueError("found --fold, --seed, --profile, --alpha, --slot, --start, --from-2d "
-                             "or --pretrained, which a study chooses; use --parts, --seeds, --ways "
-                             "and --sources")
+        if found := [name for name in CHOSEN if name in asked]:
+            raise ValueError(f"found --{found[0].replace('_', '-')}, which a study chooses; use "
+                             "--parts, --seeds, --ways and --sources")
         if min(seeds, parts, jobs) < 1:
             raise ValueError("--seeds, --parts and --jobs must be at least 1")
         ways = list(dict.fromkeys(ways or WAYS[bool(asked.get("quick")):]))
