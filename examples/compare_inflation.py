@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     out, ways, sources, seeds, parts, reference, jobs = (asked.pop(name) for name in (
         "out", "ways", "sources", "seeds", "parts", "reference", "jobs"))
     try:
-        if found := [name for name in CHOSEN if name in asked]:
-            raise ValueError(f"found --{found[0].replace('_', '-')}, which a study chooses; use "
+        if chosen := [name for name in CHOSEN if name in asked]:
+            raise ValueError(f"found --{chosen[0].replace('_', '-')}, which a study chooses; use "
                              "--parts, --seeds, --ways and --sources")
         if min(seeds, parts, jobs) < 1:
             raise ValueError("--seeds, --parts and --jobs must be at least 1")
