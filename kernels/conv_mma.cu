@@ -111,6 +111,30 @@ __device__ __forceinline__ void multiply(Sums& sum, const A& a, const B& b) {
     for (int j = 0; j < FRAGMENTS_ACROSS; ++j) multiply_tf32(sum[i][j], a[i], b[j][0], b[j][1]);
 }
 
+// sum = all turns of a tile's sum. fill(turn) brings one into buffer turn % STAGES, STAGES - 1 of them
+// ahead of the one that is multiplied; load(a, b, turn, term) takes the fragments of eight terms from
+// there.
+template <class Fill, class Load> __device__ __forceinline__ void accumulate(Sums& sum, int turns, Fill fill, Load load) {
+#pragma unroll 1
+  for (int turn = 0; turn < STAGES - 1; ++turn) {
+    if (turn < turns) fill(turn);
+    copy_commit();
+  }
+  for (int turn = 0; turn < turns; ++turn) {
+    copy_wait<STAGES - 2>();
+    __syncthreads();                                         // this buffer is full, the last one free
+    if (turn + STAGES - 1 < turns) fill(turn + STAGES - 1);
+    copy_commit();
+#pragma unroll
+    for (int term = 0; term < TERMS; term += 8) {
+      A a;
+      B b;
+      load(a, b, turn, term);
+      multiply(sum, a, b);
+    }
+  }
+}
+
 // Writes the `columns` first numbers of each row of a warp's part: row `place(q)` of the tile, for
 // the q-th of this lane, begins at `out(place(q))`, null for a row that is not there.
 template <class Where, class Out>
@@ -182,8 +206,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
   unsigned left = live;
   if (CHUNK == 4 && live)
     for (int skipped = begin % __popc(live); skipped; --skipped) left &= left - 1;
-  auto fill = [&](int stage) {
-    float* a = buffers + stage * (ROWS * TERMS + TERMS * B_PITCH);
+  constexpr int STAGE = ROWS * TERMS + TERMS * B_PITCH;      // numbers of a buffer: of x, then of w
+  auto fill = [&](int turn) {
+    float* a = buffers + turn % STAGES * STAGE;
     float* b = a + ROWS * TERMS;
     const float* from_w;                                     // the first row, and how many terms there are
     int count_here;
@@ -222,34 +247,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
 
   const int row = warp % (ROWS / WARP_ROWS) * WARP_ROWS, column = warp / (ROWS / WARP_ROWS) * WARP_COLUMNS;
   Sums sum = {};
+  accumulate(sum, turns, fill, [&](A& left, B& right, int turn, int term) {
+    const float* a = buffers + turn % STAGES * STAGE;
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) {
-    if (i < turns) fill(i);
-    copy_commit();
-  }
-  for (int turn = 0; turn < turns; ++turn) {
-    copy_wait<STAGES - 2>();
-    __syncthreads();                                         // this buffer is full, the last one free
-    if (turn + STAGES - 1 < turns) fill((turn + STAGES - 1) % STAGES);
-    copy_commit();
-    const float* a = buffers + turn % STAGES * (ROWS * TERMS + TERMS * B_PITCH);
+    for (int i = 0; i < FRAGMENTS_DOWN; ++i) {
+      load_matrices(left[i], a + swizzled(row + i * 16 + lane % 16, term / 4 + lane / 16, lane));
 #pragma unroll
-    for (int term = 0; term < TERMS; term += 8) {
-      A left;
-      B right;
-#pragma unroll
-      for (int i = 0; i < FRAGMENTS_DOWN; ++i) {
-        load_matrices(left[i], a + swizzled(row + i * 16 + lane % 16, term / 4 + lane / 16, lane));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) left[i][e] = tf32(__uint_as_float(left[i][e]));
-      }
-      if (SWAPPED)
-        load_b_swapped(right, a + ROWS * TERMS, term, column);
-      else
-        load_b(right, a + ROWS * TERMS, term, column);
-      multiply(sum, left, right);
+      for (int e = 0; e < 4; ++e) left[i][e] = tf32(__uint_as_float(left[i][e]));
     }
-  }
+    if (SWAPPED)
+      load_b_swapped(right, a + ROWS * TERMS, term, column);
+    else
+      load_b(right, a + ROWS * TERMS, term, column);
+  });
   const auto out = [&](int i) -> float* {
     if (first_row + i >= count) return nullptr;
     return y + first_column + (gridDim.z == 1 ? output(first_row + i, g)
@@ -311,8 +321,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
   const Place way = tap(k, g);
   const int step = point(way, g.size), channel = a_row % g.channels;
   const unsigned bit = 1u << k % 32;
+  constexpr int STAGE = TERMS * (A_PITCH + B_PITCH);         // numbers of a buffer: of x, then of y
   auto fill = [&](int turn) {
-    float* a = buffers + turn % STAGES * (TERMS * (A_PITCH + B_PITCH));
+    float* a = buffers + turn % STAGES * STAGE;
     float* b = a + TERMS * A_PITCH;
     const int slot = turn / ROUND & 1, first = turn % ROUND * TERMS;
 #pragma unroll
@@ -328,32 +339,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
       copy_async(b + term * B_PITCH + t % B_CHUNKS * 4,
                  y + ((long long)numbers[slot][first + term] * g.filters + b_column), b_column < g.filters);
     }
+    if ((turn + 1) % ROUND == 0) locate((turn + 1) / ROUND);
   };
 
   const int row = warp % (ROWS / WARP_ROWS) * WARP_ROWS, column = warp / (ROWS / WARP_ROWS) * WARP_COLUMNS;
   Sums sum = {};
   locate(0);
   __syncthreads();
-  for (int i = 0; i < STAGES - 1; ++i) {
-    if (i < turns) fill(i);
-    copy_commit();
-  }
-  for (int turn = 0; turn < turns; ++turn) {
-    copy_wait<STAGES - 2>();
-    __syncthreads();                                         // this buffer is full, the last one free
-    if (turn + STAGES - 1 < turns) fill(turn + STAGES - 1);
-    copy_commit();
-    if ((turn + STAGES) % ROUND == 0) locate((turn + STAGES) / ROUND);
-    const float* a = buffers + turn % STAGES * (TERMS * (A_PITCH + B_PITCH));
-#pragma unroll
-    for (int term = 0; term < TERMS; term += 8) {
-      A left;
-      B right;
-      load_a(left, a, term, row);
-      load_b(right, a + TERMS * A_PITCH, term, column);
-      multiply(sum, left, right);
-    }
-  }
+  accumulate(sum, turns, fill, [&](A& left, B& right, int turn, int term) {
+    const float* a = buffers + turn % STAGES * STAGE;
+    load_a(left, a, term, row);
+    load_b(right, a + TERMS * A_PITCH, term, column);
+  });
   const auto out = [&](int i) -> float* {
     if (first_row + i >= count) return nullptr;
     return slices + ((long long)blockIdx.z * count + first_row + i) * g.filters + first_column;

@@ -8,7 +8,17 @@ library along.
 
 from . import loss, norm, optim, pool, upsample
 from .capture import captured, is_capturing
-from .loader import Strided, exact, is_exact, launch, plain, serves, signatures, source
+from .loader import (
+    MULTIPROCESSORS,
+    Strided,
+    exact,
+    is_exact,
+    launch,
+    plain,
+    serves,
+    signatures,
+    source,
+)
 
-__all__ = ["Strided", "captured", "exact", "is_capturing", "is_exact", "launch", "loss", "norm",
-           "optim", "plain", "pool", "serves", "signatures", "source", "upsample"]
+__all__ = ["MULTIPROCESSORS", "Strided", "captured", "exact", "is_capturing", "is_exact", "launch",
+           "loss", "norm", "optim", "plain", "pool", "serves", "signatures", "source", "upsample"]

@@ -28,7 +28,9 @@ POINTERS = {"float": "float32", "double": "float64", "int": "int32", "short": "i
 NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
 _NULL, _OBJECT = np.uintp(0), np.dtype("O")
 _facts = attrgetter("dtype", "flags.c_contiguous", "data.device_id")
-GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block, H100
+# An H100: what a launch may ask for at most, and how many multiprocessors its blocks should fill.
+GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block
+MULTIPROCESSORS = 132
 
 
 

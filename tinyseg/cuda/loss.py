@@ -8,10 +8,10 @@ import numpy as np
 
 from ..backend import Array, array_module
 from .capture import is_capturing
-from .loader import launch
+from .loader import MULTIPROCESSORS, launch
 
 MAX_CLASSES = 32  # a thread holds all classes of a voxel in registers
-THREADS, BLOCKS = 256, 1024  # as many threads as an H100 keeps in flight
+THREADS, BLOCKS = 256, 8 * MULTIPROCESSORS  # as many threads as are in flight at once
 _NOTHING = 2**31  # a label to ignore that no int32 equals
 
 

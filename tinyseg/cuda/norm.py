@@ -11,10 +11,10 @@ from functools import cache
 from math import ceil, inf
 
 from ..backend import Array, array_module
-from .loader import launch, plain
+from .loader import MULTIPROCESSORS, launch, plain
 
 THREADS = 256  # of a block
-BLOCKS = 4 * 132  # that share an array: four for each multiprocessor of an H100
+BLOCKS = 4 * MULTIPROCESSORS  # that share an array
 ROWS = 4  # of a thread, at least: as many as it reads at once
 
 

@@ -26,7 +26,7 @@ GEOMETRY = np.dtype(  # struct Geometry of kernels/conv.cuh
     + [(name, "int32", AXES) for name in ("walk", "size", "positions", "taps", "stride", "dilation",
                                           "before", "grid", "start", "step")])
 ROWS = 128  # of a block's tile; its columns are 64, or 128 on the tensor cores
-BLOCKS = 264  # that a GPU runs at once: two on each multiprocessor of an H100
+BLOCKS = 2 * cuda.MULTIPROCESSORS  # that a GPU runs at once
 TERMS = 32  # of a sum that a block adds in one turn
 
 
