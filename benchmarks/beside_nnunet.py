@@ -26,9 +26,9 @@ files (TMPDIR moves it); converted data and runs lie beside it in beside_nnunet,
 removed when scored (--keep). Where pip would fetch PyTorch for GPUs,
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.
 
-Results go to --out: beside_nnunet_NAME.csv, a row after each run, and a picture of all its rows.
-A run that has a row is not run again, so that an interrupted benchmark goes on; to measure it anew
-remove the row. Nothing else should work on the machine. Needs Linux.
+Results go to --out: beside_nnunet_NAME.csv, a row after each run, and a picture of this machine's
+rows. A run that has a row of this machine is not run again, so that an interrupted benchmark goes
+on; to measure it anew remove the row. Nothing else should work on the machine. Needs Linux.
 """
 
 from __future__ import annotations
@@ -227,9 +227,6 @@ def measure(side: str, data: Path, out: Path, minutes: float, seed: int, most: i
                        .stdout.strip() for words in (
                            ["rev-parse", "--short", "HEAD"],
                            ["status", "--porcelain", "tinyseg", "examples", "kernels"]))
-    processor = next((line.partition(":")[2].strip() for line in
-                      Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-                      if line.startswith("model name")), "unknown")
     return {"side": side, "minutes": f"{minutes:g}", "seed": seed,
             "mean Dice": round(mean(dice.values()), 4),
             **{f"Dice {name}": round(value, 4) for name, value in dice.items()},
@@ -237,7 +234,14 @@ def measure(side: str, data: Path, out: Path, minutes: float, seed: int, most: i
             **{f"seconds {part}": round(told[part], 1) for part in ("training", "before", "after")},
             "training cases": len(train), "held-out cases": len(held_out),
             "version": told["version"], "commit": commit + "+" * bool(changed),
-            "date": time.strftime("%Y-%m-%d"), "cores": CORES, "machine": processor}
+            "date": time.strftime("%Y-%m-%d"), "cores": CORES, "machine": machine()}
+
+
+def machine() -> str:
+    """The processor by its name and family: a server's name may stand for any generation."""
+    told = (line.partition(":") for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines())
+    facts = {name.strip(): value.strip() for name, _, value in told}
+    return f"{facts.get('model name', 'unknown')}, family {facts.get('cpu family', 'unknown')}"
 
 
 def draw(path: Path, rows: Sequence[dict], title: str) -> None:
@@ -307,7 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         WORK.mkdir(parents=True, exist_ok=True)
         with files.held(WORK):
             rows: list[dict] = list(read_table(table))
-            there = {(row["side"], float(row["minutes"]), int(row["seed"])) for row in rows}
+            there = {(row["side"], float(row["minutes"]), int(row["seed"])) for row in rows
+                     if row["machine"] == machine()}
             sides = [args.only] if args.only else list(SIDES)
             wanted = [(side, minutes, seed) for minutes, seed, side in
                       product(sorted(set(args.minutes)), range(args.seeds), sides)]
@@ -323,9 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     shutil.rmtree(out)
                 print(", ".join(f"{key} {row[key]:.3f}" for key in row if "Dice" in key),
                       flush=True)
-            if rows:
-                draw(table.with_suffix(".png"), rows, f"{dataset.name}, fold 0 of 5, "
-                     f"{CORES} cores of {rows[-1]['machine']}")
+            if mine := [row for row in rows if row["machine"] == machine()]:
+                draw(table.with_suffix(".png"), mine, f"{dataset.name}, fold 0 of 5, "
+                     f"{CORES} cores of {machine()}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the run that was stopped, from its start",
               file=sys.stderr)

@@ -136,6 +136,20 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(data, tmp_path, monkeypat
     assert len(ours) == 5 and rows(tmp_path) == found
 
 
+def test_another_machine_has_runs_and_a_picture_of_its_own(data, tmp_path, monkeypatch):
+    command = ["--data", str(data), "--minutes", "3", "--only", "tinyseg", "--out", str(tmp_path)]
+    ran, drawn = [], []
+    monkeypatch.setattr(beside, "SIDES", {"tinyseg": stub(lambda m: 1.0, ran)})
+    monkeypatch.setattr(beside, "draw", lambda path, rows, title: drawn.append((rows, title)))
+    for name in ("old, family 1", "new, family 2", "new, family 2"):
+        monkeypatch.setattr(beside, "machine", lambda name=name: name)
+        assert beside.main(command) == 0
+    assert ran == [(3, 0)] * 2
+    assert [row["machine"] for row in rows(tmp_path)] == ["old, family 1", "new, family 2"]
+    assert all([row["machine"] for row in mine] == [title.partition("cores of ")[2]]
+               for mine, title in drawn)
+
+
 def test_wrong_options_run_nothing(data, tmp_path, capsys):
     for wrong in (["--minutes", "0"], ["--minutes", "5", "--seeds", "0"],
                   ["--minutes", "5", "--cases", "0"], []):
