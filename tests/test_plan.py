@@ -341,9 +341,10 @@ def test_what_is_given_is_taken(source):
 
 
 def test_less_memory_makes_smaller_patches(source):
-    made = [proposed(source, memory=memory) for memory in (1.07, 1.1, 2, 64)]
+    fine = tuple(np.divide(SPACING, 4).tolist())
+    made = [proposed(source, memory=memory, spacing=fine) for memory in (1.07, 1.1, 2, 64)]
     sizes = [prod(plan.patch_3d) for plan in made]
-    assert sizes == sorted(sizes) and sizes[0] < sizes[1] < sizes[2] == sizes[3] == 32 * 64 * 56
+    assert sizes == sorted(sizes) and sizes[0] < sizes[1] < sizes[2] == sizes[3] == 16 * 120 * 104
     for memory, plan, size in zip((1.07, 1.1), made, sizes, strict=False):
         assert plan.batch_3d * size * plans.PER_VOXEL + plans.FIXED <= memory * 2**30
     with pytest.raises(ValueError, match="found 1 GiB of memory, expected 1.06 at least"):

@@ -21,7 +21,7 @@ COVER = 16  # patches in the median case, at most, before its spacing is coarsen
 COARSE = 2.0  # mm, to which a spacing is coarsened at most
 # Voxels along depth, below which a patch is cut across and not along. An inflated network knows
 # whole slices and loses what it knows on parts of them: benchmarks/README.md has the figures.
-DEEP = 16
+DEEP = 8
 LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap_min_edge_length)
 # Which halvings leave depth as it is, rule or not, by how many a trunk has: then inflation keeps
 # what the 2D network knows, as benchmarks/inflation.py prints; benchmarks/README.md has its table.
