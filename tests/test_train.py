@@ -478,7 +478,15 @@ def test_the_thread_ends_with_the_records(end):
     assert not threads()
 
 
-def test_ctrl_c_while_waiting_for_a_batch():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, which what a shell runs in the background would ignore."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_ctrl_c_while_waiting_for_a_batch(interruptible):
     waiting = threading.Event()
 
     def draw(step):
