@@ -42,6 +42,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -237,6 +238,7 @@ def measure(side: str, data: Path, out: Path, minutes: float, seed: int, most: i
             "date": time.strftime("%Y-%m-%d"), "cores": CORES, "machine": machine()}
 
 
+@cache
 def machine() -> str:
     """The processor by its name and family: a server's name may stand for any generation."""
     told = (line.partition(":") for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines())
@@ -311,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         WORK.mkdir(parents=True, exist_ok=True)
         with files.held(WORK):
             rows: list[dict] = list(read_table(table))
-            there = {(row["side"], float(row["minutes"]), int(row["seed"])) for row in rows
-                     if row["machine"] == machine()}
+            mine = [row for row in rows if row["machine"] == machine()]
+            there = {(row["side"], float(row["minutes"]), int(row["seed"])) for row in mine}
             sides = [args.only] if args.only else list(SIDES)
             wanted = [(side, minutes, seed) for minutes, seed, side in
                       product(sorted(set(args.minutes)), range(args.seeds), sides)]
@@ -324,13 +326,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 out = WORK / f"run_{name}_{side}_{minutes:g}_{seed}"
                 row = measure(side, args.data, out, minutes, seed, args.cases)
                 report.write_table(table, rows := [*rows, row])
+                mine.append(row)
                 if not args.keep:
                     shutil.rmtree(out)
                 print(", ".join(f"{key} {row[key]:.3f}" for key in row if "Dice" in key),
                       flush=True)
-            if mine := [row for row in rows if row["machine"] == machine()]:
+            if mine:
                 draw(table.with_suffix(".png"), mine, f"{dataset.name}, fold 0 of 5, "
-                     f"{CORES} cores of {machine()}")
+                     f"{CORES} cores of {mine[-1]['machine']}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the run that was stopped, from its start",
               file=sys.stderr)

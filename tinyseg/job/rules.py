@@ -19,9 +19,6 @@ SMALL = 64  # voxels along every axis of a case that is seen enlarged
 ENLARGED = 2**19  # voxels of such a case, at most
 COVER = 16  # patches in the median case, at most, before its spacing is coarsened
 COARSE = 2.0  # mm, to which a spacing is coarsened at most
-# Voxels along depth, below which a patch is cut across and not along. An inflated network knows
-# whole slices and loses what it knows on parts of them: benchmarks/README.md has the figures.
-DEEP = 8
 LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap_min_edge_length)
 # Which halvings leave depth as it is, rule or not, by how many a trunk has: then inflation keeps
 # what the 2D network knows, as benchmarks/inflation.py prints; benchmarks/README.md has its table.
@@ -68,11 +65,12 @@ def enlarged(spacing: Sequence[float], spacings: np.ndarray) -> bool:
 def patch_of_volumes(shape: Sequence[int], spacing: Sequence[float], voxels: int
                      ) -> tuple[int, int, int]:
     """(D, H, W), a case of this shape in multiples of CELL, cut until it is of at most `voxels`:
-    first to slices as the 2D network sees them (`patch_of_slices`), then along depth down to DEEP,
-    then across, the longer side in mm."""
+    first to slices as the 2D network sees them (`patch_of_slices`), then along depth down to CELL,
+    then across, the longer side in mm. An inflated network knows whole slices, and loses what it
+    knows on parts of them: benchmarks/README.md has the figures."""
     (h, w), d = patch_of_slices(shape), CELL * ceil(shape[0] / CELL)
     while d * h * w > voxels and (d, h, w) != (CELL, CELL, CELL):
-        if d > DEEP or h == w == CELL:
+        if d > CELL:
             d -= CELL
         elif w == CELL or h > CELL and h * spacing[1] >= w * spacing[2]:
             h -= CELL
