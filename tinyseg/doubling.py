@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from . import parallel, windows
 from .backend import Array, array_module
-from .normalisation import column_sums
+from .normalisation import column_sums, shift
 from .tensor import op
 from .windows import Window
-from .windows.reference import pad, pad_adjoint
 
 
 @op
@@ -69,82 +69,81 @@ def double(x, skip=None, *, size):
     return y, (pull, lambda g: g[..., c:])
 
 
-class Phase(NamedTuple):
-    """Some positions of a doubled grid, every second along some axes, from `start`, `step` apart;
-    what their windows see is what `window` sees of the padded grid as it was, from `begin`, with a
-    kernel each of whose taps is a sum of taps: sums (taps, taps before), one an axis."""
+class Phases(NamedTuple):
+    """The convolution of a doubled grid as one of the grid as it was. Its filters are those of each
+    phase, of the outputs 2q and of the outputs 2q + 1 along each axis, beside each other.
 
-    start: tuple[int, ...]
-    step: tuple[int, ...]
-    begin: tuple[int, ...]
-    sums: tuple[np.ndarray, ...]
+    sums: (phase, tap, tap before): a tap of a phase is the sum of those before that stand on one
+    point. window: over the grid as it was. steps: how many phases an axis has, 1 or 2.
+    """
+
+    sums: list[list[int]]
     window: Window
-
-    def positions(self, y: Array) -> Array:
-        """Those of a doubled grid (N, *S, C)."""
-        return y[:, *(slice(a, None, s) for a, s in zip(self.start, self.step, strict=True))]
-
-    def seen(self, x: Array, count: tuple[int, ...]) -> Array:
-        """What `count` windows see of the padded grid (N, *S, C)."""
-        reach = (s * (n - 1) + span for n, s, span in zip(count, self.window.stride,
-                                                          self.window.span, strict=True))
-        return x[:, *(slice(a, a + n) for a, n in zip(self.begin, reach, strict=True))]
+    steps: tuple[int, ...]
 
     def kernel(self, w: Array) -> Array:
-        """The kernel (*K, C_in, C_out) as this phase has it."""
-        return self._along(w, [matrix.astype(w.dtype) for matrix in self.sums])
+        """(*K, C, F) -> (*K', C, phases F)."""
+        *_, channels, filters = w.shape
+        w = w.reshape(-1, channels, filters)
+        taps = np.zeros((prod(self.window.kernel), channels, prod(self.steps), filters), w.dtype)
+        for phase, tap, before in self.sums:
+            taps[tap, :, phase] += w[before]
+        return taps.reshape(*self.window.kernel, channels, -1)
 
-    def spread(self, dw: Array) -> Array:
-        """The adjoint of `kernel`."""
-        return self._along(dw, [matrix.T.astype(dw.dtype) for matrix in self.sums])
+    def kernel_adjoint(self, dw: Array, shape: tuple[int, ...]) -> Array:
+        """(*K', C, phases F) -> (*K, C, F), the shape."""
+        taps = dw.reshape(-1, shape[-2], prod(self.steps), shape[-1])
+        total = np.zeros((prod(shape[:-2]), *shape[-2:]), dw.dtype)
+        for phase, tap, before in self.sums:
+            total[before] += taps[tap, :, phase]
+        return total.reshape(shape)
 
-    @staticmethod
-    def _along(w: Array, matrices: list[np.ndarray]) -> Array:
-        for axis, matrix in enumerate(matrices):
-            w = np.moveaxis(np.tensordot(matrix, w, (1, axis)), 0, axis)
-        return np.ascontiguousarray(w)
+    def apart(self, y: Array) -> Array:
+        """The phases of a grid (N, *P, F), as a view (N, *P', *steps, F)."""
+        batch, *size, filters = y.shape
+        axes = range(1, 2 * len(size), 2)
+        split = (n for m, s in zip(size, self.steps, strict=True) for n in (m // s, s))
+        return y.reshape(batch, *split, filters).transpose(
+            0, *axes, *(axis + 1 for axis in axes), -1)
 
 
 @lru_cache(maxsize=1024)
-def phases(window: Window, before: tuple[int, ...], size: tuple[int, ...]) -> list[Phase]:
-    """The phases of a convolution of a grid `before` that is doubled to `size` along some axes.
+def phases(window: Window, before: tuple[int, ...], size: tuple[int, ...]) -> Phases | None:
+    """How to convolve a grid `before` that is doubled to `size` along some axes.
 
     Tap t of window 2q + a stands on point 2q + a + t - p of the doubled grid, which is a copy of
-    point q + floor((a + t - p) / 2). None at all where an axis is not exactly doubled or the
-    convolution does not keep its size: then they do not fit the border.
+    point q + floor((a + t - p) / 2). None where an axis is not exactly doubled or the convolution
+    does not keep its size: then phases differ in number.
 
     >>> parts = ts.ops.phases(ts.windows.Window.of((3, 3), padding=1), (5, 6), (10, 12))
-    >>> len(parts), parts[0].window.kernel
-    (4, (2, 2))
+    >>> parts.steps, parts.window.kernel, len(parts.sums)
+    ((2, 2), (3, 3), 36)
     """
-    axes: list[list[tuple]] = []
+    matrix: np.ndarray = np.ones((1, 1, 1))  # (phases, taps, taps before)
+    axes = []
     for n, m, k, s, (p, after), d in zip(before, size, window.kernel, window.stride,
                                          window.padding, window.dilation, strict=True):
         if n == m:
-            axes.append([(0, 1, 0, np.eye(k), s, d)])
+            matrix = np.kron(matrix, np.eye(k)[None])
+            axes.append((k, s, (p, after), d))
             continue
         if m != 2 * n or s != 1 or d != 1 or p + after != k - 1:
-            return []
-        axes.append([])
-        for a in (0, 1):
-            points = [(a + t - p) // 2 for t in range(k)]
-            matrix = np.zeros((points[-1] - points[0] + 1, k))
-            matrix[np.subtract(points, points[0]), range(k)] = 1
-            axes[-1].append((a, 2, p + points[0], matrix, 1, 1))
-    found = []
-    for parts in product(*axes):
-        start, step, begin, sums, stride, dilation = zip(*parts, strict=True)
-        found.append(Phase(start, step, begin, sums, Window(
-            tuple(map(len, sums)), stride, ((0, 0),) * len(sums), dilation,
-            (False,) * len(sums))))
-    return found
+            return None
+        points = np.add.outer((0, 1), np.arange(k) - p) // 2  # of each phase and tap
+        low, high = int(points.min()), int(points.max())
+        matrix = np.kron(matrix, points[:, None] == np.arange(low, high + 1)[:, None])
+        axes.append((high - low + 1, 1, (-low, high), 1))
+    kernel, stride, padding, dilation = zip(*axes, strict=True)
+    return Phases(np.argwhere(matrix).tolist(),
+                  Window(kernel, stride, padding, dilation, window.edge),
+                  tuple(m // n for n, m in zip(before, size, strict=True)))
 
 
 @op
 def conv_phases(x, w, b=None, *, window, size):
     """conv(double(x, size=size), w, b) with a window of which there are `phases`: the doubled grid
-    is never written, and of 3 x 3 x 3 taps each position sees 2 x 2 x 2 points, 8 products where 27
-    would be direct.
+    is never written, and the engine shares what it makes of x among all phases. Of 3 x 3 x 3 taps
+    of a phase 2 x 2 x 2 are not zero.
 
     >>> x, w = np.ones((1, 5, 6, 2)), np.ones((3, 3, 2, 4))
     >>> window, size = ts.windows.Window.of((3, 3), padding=1), (10, 12)
@@ -152,33 +151,29 @@ def conv_phases(x, w, b=None, *, window, size):
     >>> np.allclose(y.data, ts.ops.conv(ts.ops.double(x, size=size), w, padding=1).data)
     True
     """
-    parts, border = phases(window, x.shape[1:-1], size), [(0, 0), *window.padding]
-    padded = pad(x, border, edge := [False, *window.edge])
+    parts, before = phases(window, x.shape[1:-1], size), x.shape[1:-1]
+    kernel = parts.kernel(w)
     y = np.empty((len(x), *window.positions(size), w.shape[-1]), np.result_type(x, w))
-    count = parts[0].positions(y).shape[1:-1]  # every phase has as many
-
-    def each(compute):  # side by side; each on all cores where these are more
-        return parallel.run(compute, parts) if parallel.threads() <= len(parts) else [
-            *map(compute, parts)]
-
-    def forward(phase):
-        phase.positions(y)[...] = windows.correlate(phase.seen(padded, count), phase.kernel(w),
-                                                    phase.window)
-
-    each(forward)
+    _copy(windows.correlate(x, kernel, parts.window), parts.apart(y))
     if b is not None:
-        y += b
+        y = shift(y, b)
 
-    def dx(g):
-        total = np.zeros(padded.shape, y.dtype)
-        for phase, part in zip(parts, each(lambda phase: windows.correlate_dx(
-                np.ascontiguousarray(phase.positions(g)), phase.kernel(w),
-                phase.seen(total, count).shape[1:-1], phase.window)), strict=True):
-            phase.seen(total, count)[...] += part
-        return pad_adjoint(total, border, edge)
+    def pull(g, wanted):
+        apart = parts.apart(g)
+        rows = np.empty(apart.shape, g.dtype)
+        _copy(apart, rows)
+        rows = rows.reshape(*apart.shape[: x.ndim - 1], -1)
+        return (windows.correlate_dx(rows, kernel, before, parts.window) if wanted[0] else None,
+                parts.kernel_adjoint(windows.correlate_dw(x, rows, parts.window), w.shape)
+                if wanted[1] else None,
+                column_sums(g.reshape(-1, g.shape[-1])) if b is not None and wanted[2] else None)
 
-    def dw(g):
-        return sum(each(lambda phase: phase.spread(windows.correlate_dw(
-            phase.seen(padded, count), np.ascontiguousarray(phase.positions(g)), phase.window))))
+    return y, pull
 
-    return y, (dx, dw, lambda g: column_sums(g.reshape(-1, g.shape[-1])))
+
+def _copy(source: Array, target: Array) -> None:
+    """source, in the order of its numbers, to a target (N, P, ...), side by side."""
+    source = source.reshape(target.shape)
+    few = max(1, target.shape[1] * parallel.SLAB // max(1, target.size))  # rows in the cache
+    parallel.run(lambda rows: np.copyto(target[:, rows], source[:, rows]),
+                 parallel.parts(target.shape[1], few))

@@ -82,7 +82,7 @@ class Conv(Module):
             if (self.along is None and array_module(x.data) is np
                     and ops.phases(self.window, x.shape[1:-1], size)):
                 return ops.conv_phases(x, self.weight, self.bias, window=self.window, size=size)
-            x = ops.double(x, size=size)  # on a GPU eight launches would take the place of two
+            x = ops.double(x, size=size)  # a GPU skips no product of taps that are zero
         if self.along is not None:
             return self.along.apply(x, self)
         return ops.conv(x, self.weight, self.bias, **self.window.options)
