@@ -1,5 +1,7 @@
 """The fast bodies on a CPU against the specification, and the threads that they run on."""
 
+import dataclasses
+import gc
 import multiprocessing
 import os
 import platform
@@ -15,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinyseg import losses, models, optim, parallel, train, windows
+from tinyseg import Tensor, losses, models, no_grad, ops, optim, parallel, train, windows
 from tinyseg.data import phantom
-from tinyseg.windows import Window, cpu, lines, products, reference, winograd
+from tinyseg.windows import Window, cpu, lines, pooling, products, reference, winograd
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +139,7 @@ def test_lines(problem, batch, channels, filters, threads, m, seed):
     size, window = problem
     parallel.set_threads(threads)
 
-    def outputs(kernel, images, channels, filters, positions, stride, dilation, before):
+    def outputs(kernel, images, channels, filters, positions, stride, dilation, before, fixed):
         allowed = len(kernel) > 1 and (kernel[0], stride[0], dilation[0]) == (3, 1, 1)
         return m if allowed and before[0] >= 0 else 0
 
@@ -398,6 +400,8 @@ def test_pooling(channels, threads, seed):
     y, winner = windows.maximum(x, window)
     truth = reference.maximum(x, window)
     assert (y == truth[0]).all() and (winner == truth[1]).all()
+    alone, nothing = windows.maximum(x, window, taps=False)
+    assert nothing is None and (alone == truth[0]).all() and alone.flags.c_contiguous
     dx = windows.maximum_adjoint(y, winner, (7, 6, 9), window)
     assert (dx == reference.maximum_adjoint(y, winner, (7, 6, 9), window)).all()
 
@@ -410,9 +414,95 @@ def test_pooling_where_nothing_is_larger(value):
     y, winner = windows.maximum(x, window)
     truth = reference.maximum(x, window)
     assert np.array_equal(y, truth[0], equal_nan=True) and (winner == truth[1]).all()
+    assert np.array_equal(windows.maximum(x, window, taps=False)[0], y, equal_nan=True)
     g = np.random.default_rng(0).standard_normal(y.shape).astype("float32")
     dx = windows.maximum_adjoint(g, winner, (4, 5), window)
     assert np.allclose(dx, reference.maximum_adjoint(g, winner, (4, 5), window), atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(placed(rank=3, size=7, dilation=3, padding=4), st.integers(1, 2), st.integers(1, 5),
+       st.sampled_from([1, 50, 10**6]), st.integers(0, 99))
+def test_pooling_without_taps(problem, batch, channels, block, seed):
+    """One axis after another, in blocks of any size: the same bits, infinities and NaN too."""
+    (size, window), rng = problem, np.random.default_rng(seed)
+    if any(window.edge):
+        window = dataclasses.replace(window, edge=(False,) * len(size))
+    x = rng.integers(-2, 3, (batch, *size, channels)).astype("float32")
+    for value in (np.nan, np.inf, -np.inf):
+        x[rng.random(x.shape) < 0.05] = value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling, "BLOCK", block)
+        ours, _ = windows.maximum(x, window, taps=False)
+    np.testing.assert_array_equal(ours, reference.maximum(x, window)[0])
+
+
+def test_no_tap_is_sought_where_nothing_is_recorded(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cpu, "maximum", lambda x, window, taps: (
+        asked.append(taps), pooling.maximum(x, window, taps=taps))[1])
+    x = Tensor(np.random.default_rng(0).standard_normal((2, 6, 4, 3)).astype("float32"), True)
+    with no_grad():
+        ops.max_pool(x, kernel=2)
+    ops.max_pool(x, kernel=2).sum().backward()
+    assert asked == [False, True] and x.grad.sum() == 2 * 3 * 2 * 3
+
+
+# Kernels that cannot change
+
+
+def test_a_constant_kernel_is_transformed_once(monkeypatch):
+    """As long as it lives, for each tiling; the answers are those of one that may change."""
+    made, make = [], winograd.transformed
+    monkeypatch.setattr(winograd, "transformed", lambda w, steps, width: (
+        made.append(steps), make(w, steps, width))[1])
+    x, w = arrays((12, 12, 12), 1, 16, 32, (3, 3, 3), 0)
+    window = Window.of((3, 3, 3), padding=1)
+    truth = windows.correlate(x, w, window)
+    fixed = w.copy()
+    fixed.flags.writeable = False
+    made.clear()
+    for _ in range(3):
+        np.testing.assert_allclose(windows.correlate(x, fixed, window), truth, atol=1e-3)
+    assert len(made) == 1
+    windows.correlate(x[:, :5], fixed, window)
+    assert len({*made}) == len(made) <= 2
+    assert {name[0] for name in products._kept} == {id(fixed)}
+    del fixed
+    gc.collect()
+    assert not products._kept
+
+
+@pytest.mark.parametrize("some", [
+    lambda w: w, lambda w: np.broadcast_to(w, w.shape), lambda w: frozen(w)[...]])
+def test_what_may_change_is_not_kept(some):
+    """An array that can be written, or that sees one which can, read-only or not."""
+    x, w = arrays((12, 12, 12), 1, 16, 32, (3, 3, 3), 0)
+    window, seen = Window.of((3, 3, 3), padding=1), some(w)
+    before = windows.correlate(x, seen, window)
+    assert not products._kept
+    w.flags.writeable = True
+    w *= 2
+    np.testing.assert_allclose(windows.correlate(x, seen, window), 2 * before, rtol=1e-3, atol=1e-3)
+
+
+def frozen(w):
+    w.flags.writeable = False
+    return w
+
+
+@settings(max_examples=40, deadline=None)
+@given(filters_of_three(), st.integers(1, 2), st.integers(1, 7), st.integers(1, 7),
+       st.integers(0, 99))
+def test_constant_kernels(problem, batch, channels, filters, seed):
+    """Whatever tiling is chosen when the transform is free."""
+    size, window = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "pairs", lambda *_: np.inf)
+        patch.setattr(lines, "outputs", lambda *_: 0)
+        winograd.tiling.cache_clear()
+        x, w = arrays(size, batch, channels, filters, window.kernel, seed)
+        check(x, frozen(w), window, seed)
 
 
 # Threads
@@ -590,6 +680,7 @@ def test_every_thread_has_a_larger_product_first(monkeypatch):
         return multiply(a, b, **options)
 
     monkeypatch.setattr(np, "matmul", noted)
+    monkeypatch.setattr(parallel._one_blas_thread, "libraries", None)  # SciPy's, loaded since, too
     parallel.set_threads(2)
     parallel._prepare.cache_clear()
     for _ in range(2):

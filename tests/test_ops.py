@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyseg import Tensor, check_gradients, ops, windows
+from tinyseg import Tensor, check_gradients, normalisation, ops, windows
 
 leaf = partial(Tensor, requires_grad=True)
 check = partial(check_gradients, tolerance=1e-8)
@@ -547,3 +547,18 @@ def test_the_condition_is_that_of_the_forward_pass():
     condition[:] = False
     y.backward()
     np.testing.assert_array_equal(x.grad, [1, 0, 1])
+
+
+@pytest.mark.parametrize("rows, channels, together", [
+    (12, 3, 4), (7, 3, 1), (4096, 3, 128), (96, 512, 1), (8, 700, 1), (0, 5, 64)])
+def test_rows_of_few_channels_are_taken_together(rows, channels, together):
+    """As many as a row of 512 numbers holds, a power of two; what is added to each is the same."""
+    rng = np.random.default_rng(0)
+    x, b, r = (rng.standard_normal(shape) for shape in (
+        (rows, channels), channels, (rows, channels)))
+    lines, wide = normalisation.widened(x, b)
+    assert lines.shape == (rows // together, together * channels) and wide.shape == lines.shape[1:]
+    np.testing.assert_array_equal((lines + wide).reshape(x.shape), x + b)
+    truth = np.maximum(x + b + r, 0)
+    np.testing.assert_array_equal(normalisation.shift(x, b, r, relu=True), truth)
+    np.testing.assert_array_equal(x, truth)  # written over it

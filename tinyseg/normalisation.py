@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import gcd
 
 import numpy as np
 
@@ -11,12 +12,42 @@ from .backend import array_module
 from .ranks import ALONE, Alone
 from .tensor import op
 
+WIDE = 512  # numbers in a row, up to which NumPy's loops take longer for each
+
+
+def widened(rows, *columns):
+    """Rows (M, C) as (M / k, k C), and each of the columns (C,) k times over, so that few channels
+    do not make short loops; k, a power of two, is 1 where the array is not NumPy's."""
+    library, channels = array_module(rows), rows.shape[-1]
+    most = 1 << max(1, WIDE // channels).bit_length() - 1
+    k = gcd(len(rows), most) if library is np else 1
+    wide = [library.tile(column, k) for column in columns] if k > 1 else columns
+    return rows.reshape(-1, k * channels), *wide
+
 
 def row_slabs(rows) -> list[slice]:
     """Rows (M, C) cut so that what is computed of a slab stays in cache, on all cores; uncut
     where the array is not NumPy's."""
     size = max(1, parallel.SLAB // rows.shape[-1]) if array_module(rows) is np else len(rows)
     return parallel.parts(len(rows), size)
+
+
+def shift(x, bias, residual=None, relu=False):
+    """x (N, *S, C) + bias [+ residual], then max(., 0) where asked, written over x."""
+    rows, bias = widened(x.reshape(-1, x.shape[-1]), bias)
+    library, zero = array_module(x), 0 * bias if relu else None
+    residual = residual.reshape(rows.shape) if residual is not None else None
+
+    def add(slab):
+        part = rows[slab]
+        part += bias
+        if residual is not None:
+            part += residual[slab]
+        if relu:
+            library.maximum(part, zero, out=part)  # NumPy takes thrice as long for the number 0
+
+    parallel.run(add, row_slabs(rows))
+    return rows.reshape(x.shape)
 
 
 def column_sums(rows):
@@ -81,21 +112,23 @@ def _expect_several(n: int) -> None:
 
 def _normalize(rows, mean, scale, gamma, beta, residual, relu):
     """(rows - mean) scale gamma + beta [+ residual], then max(., 0) where asked."""
-    library, factor = array_module(rows), scale * gamma
-    y = library.empty_like(rows)
+    library, shape = array_module(rows), rows.shape
+    rows, mean, factor, beta = widened(rows, mean, scale * gamma, beta)
+    y, zero = library.empty(rows.shape, rows.dtype), library.zeros_like(beta)
+    added = residual.reshape(rows.shape) if residual is not None else None
 
     def normalize(slab):
         part = y[slab]
         library.subtract(rows[slab], mean, out=part)
         part *= factor
         part += beta
-        if residual is not None:
-            part += residual[slab]
+        if added is not None:
+            part += added[slab]
         if relu:
-            library.maximum(part, 0, out=part)
+            library.maximum(part, zero, out=part)
 
     parallel.run(normalize, row_slabs(rows))
-    return y
+    return y.reshape(shape)
 
 
 def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, residual, n=0,
@@ -106,7 +139,7 @@ def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, res
     A body may recompute y from beta where no residual was added; this one reads it.
     """
     library, slabs = array_module(rows), row_slabs(rows)
-    passed = library.empty_like(rows) if relu else g  # the gradient behind the ReLU
+    passed = library.empty(rows.shape, rows.dtype) if relu else g  # the gradient behind the ReLU
     sums = library.empty((2, len(slabs), rows.shape[-1]), rows.dtype)
 
     def add(i):
@@ -119,23 +152,24 @@ def _normalize_adjoint(g, rows, y, mean, scale, gamma, beta, *, train, relu, res
 
     parallel.run(add, range(len(slabs)))
     dbeta, dgamma = sums[0].sum(axis=0), sums[1].sum(axis=0) * scale
-    dx, factor = library.empty_like(rows), gamma * scale
+    lines, middle, factor = widened(rows, mean, gamma * scale)
+    dx, behind = library.empty(lines.shape, lines.dtype), passed.reshape(lines.shape)
     if train:
         all_beta, all_gamma = ranks.total(library.stack([dbeta, dgamma]))
-        constant, slope = all_beta / n, all_gamma * scale / -n
+        _, constant, slope = widened(rows, all_beta / n, all_gamma * scale / -n)
 
     def differentiate(slab):
         part = dx[slab]
         if train:
-            library.subtract(rows[slab], mean, out=part)
+            library.subtract(lines[slab], middle, out=part)
             part *= slope
-            part += passed[slab]
+            part += behind[slab]
             part -= constant
             part *= factor
         else:
-            library.multiply(passed[slab], factor, out=part)
+            library.multiply(behind[slab], factor, out=part)
 
-    parallel.run(differentiate, slabs)
+    parallel.run(differentiate, row_slabs(lines))
     return dx, dgamma, dbeta, passed
 
 

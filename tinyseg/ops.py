@@ -15,8 +15,8 @@ import numpy as np
 from . import cuda, parallel, windows
 from .backend import array_module
 from .doubling import conv_phases, double, phases
-from .normalisation import batch_norm, column_sums, group_norm
-from .tensor import Tensor, op
+from .normalisation import batch_norm, column_sums, group_norm, shift
+from .tensor import Tensor, op, recording
 from .windows import Window, reference
 
 __all__ = ["avg_pool", "batch_norm", "clip", "concatenate", "conv", "conv_phases", "double",
@@ -225,7 +225,7 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
     window, size = Window.of(w.shape[:-2], stride, padding, dilation, padding_mode), x.shape[1:-1]
     y = windows.correlate(x, w, window)
     if b is not None:
-        y += b
+        y = shift(y, b)
     return y, (
         lambda g: windows.correlate_dx(g, w, size, window),
         lambda g: windows.correlate_dw(x, g, window),
@@ -249,7 +249,7 @@ def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
     array([1., 3., 5.])
     """
     window, size = _pooling(x.ndim - 2, kernel, stride, padding, dilation), x.shape[1:-1]
-    y, winner = windows.maximum(x, window)
+    y, winner = windows.maximum(x, window, taps=recording())
     return y, (lambda g: windows.maximum_adjoint(g, winner, size, window),)
 
 

@@ -44,6 +44,11 @@ def no_grad() -> AbstractContextManager:
     return within(_pauses)
 
 
+def recording() -> bool:
+    """Whether operations record a graph here, which they do outside `no_grad`."""
+    return not _pauses.get()
+
+
 def keeping_inputs() -> AbstractContextManager:
     """What is recorded inside this context keeps its inputs alive, in the node's `options`, so that
     it can be told again in another language; otherwise an array lives only as long as a pull-back
@@ -83,7 +88,7 @@ def op(function: Callable) -> Callable:
         result._changes = next((x._changes for x in tensors  # of a view, told all the same
                                 if memory(x.data) == memory(result.data)), result._changes)
         result.node = False  # no leaf, whether it is recorded or not
-        if tensors and result.data.dtype.kind == "f" and not _pauses.get():
+        if tensors and result.data.dtype.kind == "f" and recording():
             edges = [(v, i) for i, x in enumerate(inputs)
                      if isinstance(x, Tensor) and (v := x._vertex()) is not None]
             if edges:
@@ -117,8 +122,7 @@ add, subtract = op(arithmetic.add), op(arithmetic.subtract)
 multiply, divide, power = op(arithmetic.multiply), op(arithmetic.divide), op(arithmetic.power)
 absolute, matmul = op(arithmetic.absolute), op(arithmetic.matmul)
 sum, amax = op(arithmetic.sum), op(arithmetic.amax)
-reshape, transpose, index = (
-    op(arithmetic.reshape), op(arithmetic.transpose), op(arithmetic.index))
+reshape, transpose, index = op(arithmetic.reshape), op(arithmetic.transpose), op(arithmetic.index)
 
 
 class Tensor:
@@ -182,9 +186,8 @@ class Tensor:
     def _vertex(self) -> Node | Tensor | None:
         return self.node or (self if self._requires_grad else None)
 
-    def backward(
-        self, g: Array | None = None, ready: Callable[[Tensor], None] | None = None
-    ) -> None:
+    def backward(self, g: Array | None = None,
+                 ready: Callable[[Tensor], None] | None = None) -> None:
         """Add d⟨g, self⟩/d(leaf) to `leaf.grad` for every leaf behind this tensor.
 
         `g` has the shape of `self`; without it `self` must hold a single number, and g is one.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from .. import parallel
+import numpy as np
+
 from ..backend import array_module
 from ..models import Classifier, Residual, ResNet, Segmenter
 from ..models.decoders import Block, Decoder, Normalised, Pyramid
 from ..module import held
 from ..nn import BatchNorm, Conv, Module, Network, Sequential
-from ..normalisation import row_slabs
+from ..normalisation import shift
 from ..tensor import Tensor
 
 CHAINS = Sequential, Normalised  # each part is read by the next alone
@@ -27,20 +28,8 @@ class Shift(Module):
         self.bias = bias
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        y, bias = x.data.reshape(-1, x.shape[-1]), self.bias.data
-        added = residual.data.reshape(y.shape) if residual is not None else None
-        library = array_module(y)
-
-        def shift(part: slice) -> None:
-            rows = y[part]
-            rows += bias
-            if added is not None:
-                rows += added[part]
-            if relu:
-                library.maximum(rows, 0, out=rows)
-
-        parallel.run(shift, row_slabs(y))
-        return Tensor(y.reshape(x.shape))
+        return Tensor(shift(x.data, self.bias.data,
+                            None if residual is None else residual.data, relu))
 
 
 def fold(net: Network) -> Network:
@@ -51,7 +40,7 @@ def fold(net: Network) -> Network:
     convolution gives, which is known of `Sequential` and of what `models` makes, from the network
     down to the first module of another class: that may read any part of what it holds, and its
     batch-norms stay as they are. Answers differ by rounding; later changes of `net` do not reach
-    the copy.
+    the copy, whose kernels are read-only: a CPU transforms each for Winograd's filters once.
 
     >>> net = ts.nn.Sequential(ts.nn.Conv(1, 2, (3, 3), rng=0), ts.nn.BatchNorm(2)).eval()
     >>> net[1].running_var[...] = 4
@@ -73,6 +62,9 @@ def fold(net: Network) -> Network:
             before = -norm.running_mean if conv.bias is None else conv.bias.data - norm.running_mean
             conv.weight, conv.bias = Tensor(conv.weight.data * scale), None
             setattr(holder, second, Shift(Tensor(before * scale + norm.bias.data)))
+    for module in net.modules():
+        if type(module) is Conv and isinstance(module.weight.data, np.ndarray):
+            module.weight.data.flags.writeable = False  # what is made of it is kept with it
     return net
 
 

@@ -5,6 +5,8 @@ float32 and are fast: `cpu` on NumPy arrays, `kernels` on a GPU. Both compute th
 `products`, which makes every convolution of them. This file is the one place that chooses.
 """
 
+from typing import Any
+
 from ..backend import Array
 from . import cpu, kernels, products, reference
 from .cpu import without
@@ -50,8 +52,8 @@ def correlate_dw(x: Array, y: Array, window: Window) -> Array:
         x, y, window)
 
 
-def maximum(x: Array, window: Window) -> tuple[Array, Array]:
-    """(N, *S, C) -> (N, *P, C) and the tap that won each; see reference.maximum.
+def maximum(x: Array, window: Window, *, taps: bool = True) -> tuple[Array, Any]:
+    """(N, *S, C) -> (N, *P, C) and, with `taps`, the one that won each; see reference.maximum.
 
     >>> x = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0]).reshape(1, 6, 1)
     >>> y, winner = ts.windows.maximum(x, ts.windows.Window.of((2,), stride=2))
@@ -59,7 +61,7 @@ def maximum(x: Array, window: Window) -> tuple[Array, Array]:
     (array([3., 4., 9.]), [0, 0, 1])
     """
     engine = None if any(window.edge) else _engine(window, x)
-    return (engine or reference).maximum(x, window)
+    return engine.maximum(x, window, taps=taps) if engine else reference.maximum(x, window)
 
 
 def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:

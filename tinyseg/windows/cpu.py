@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import partial
 from itertools import product as every
 from math import ceil, prod
 from typing import Any, NamedTuple
@@ -34,7 +34,10 @@ from .. import parallel
 from ..backend import Array
 from . import lines, reference, winograd
 from .geometry import Box, Window, blocks
-from .products import Correlation
+from .pooling import maximum, maximum_adjoint
+from .products import Correlation, constant
+
+__all__ = ["maximum", "maximum_adjoint", "products", "serves", "weights"]  # the engine
 
 WIDTH = 640  # elements in a row of columns, at most
 BLOCK = 1 << 19  # elements in the columns of a block: 2 MiB
@@ -127,16 +130,17 @@ class Method(NamedTuple):
 
 
 def choose(x_shape: tuple[int, ...], kernel, filters: int, positions, stride, dilation, before, *,
-           subgrid: bool = False, apart: bool = False) -> Method:
+           subgrid: bool = False, apart: bool = False, fixed: bool = False) -> Method:
     """The way that a product, or a weight gradient, of these sizes is computed.
 
-    subgrid: its outputs are a strided subgrid of an array; apart: they do not lie together there.
+    subgrid: its outputs are a strided subgrid of an array; apart: they do not lie together there;
+    fixed: its kernel is constant, so that what is made of it is kept.
     """
     images, *size, channels = x_shape
     sizes = kernel, images, channels, filters, positions, stride, dilation
-    if "lines" not in _avoided and (m := lines.outputs(*sizes, before)):
+    if "lines" not in _avoided and (m := lines.outputs(*sizes, before, fixed)):
         return Method("lines", m)
-    if "tiles" not in _avoided and (way := winograd.tiling(*sizes)):
+    if "tiles" not in _avoided and (way := winograd.tiling(*sizes, fixed)):
         return Method("tiles", way)
     inside = not any(before) and all((p - 1) * s < n for p, s, n in
                                      zip(positions, stride, size, strict=True))
@@ -186,7 +190,7 @@ def method(x: Array, problem: Correlation) -> Method:
     w, out = problem.w, outputs(problem)
     return choose(x.shape, w.shape[:-2], w.shape[-1], out.shape[1:-1], problem.stride,
                   problem.dilation, problem.before, subgrid=max(problem.step) > 1,
-                  apart=not out.flags.c_contiguous)
+                  apart=not out.flags.c_contiguous, fixed=constant(w))
 
 
 def products(x: Array, problems: Iterable[Correlation]) -> None:
@@ -317,32 +321,3 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
         for part in parts:
             dw[head].reshape(-1, filters)[...] += part
     return dw
-
-
-def maximum(x: Array, window: Window) -> tuple[Array, Array]:
-    """See reference.maximum: in blocks that stay in cache, side by side."""
-    return reference.maximum(x, window, x.itemsize * parallel.SLAB, parallel.run)
-
-
-def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:
-    """See reference.maximum_adjoint."""
-    # On the padded grid: where a window sees no number at all, the tap that won is padding.
-    padded = [n + sum(p) for n, p in zip(size, window.padding, strict=True)]
-    dx = np.zeros((len(g), *padded, g.shape[-1]), g.dtype)
-    # Where a window begins in an image of dx, and how far behind that a tap lies.
-    steps = [prod(dx.shape[axis + 1 :]) for axis in range(1, dx.ndim - 1)]
-    corner = reduce(np.add.outer, [np.arange(p) * s * step for p, s, step in zip(
-        g.shape[1:-1], window.stride, steps, strict=True)])
-    behind = reduce(np.add.outer, [np.arange(k) * d * step for k, d, step in zip(
-        window.kernel, window.dilation, steps, strict=True)]).ravel()
-
-    def compute(part: slice) -> None:
-        start = corner[..., None] + np.arange(g.shape[-1])[part]
-        for image, here, won in zip(dx, g, winner, strict=True):
-            index = behind[won[..., part]]
-            index += start
-            np.add.at(image.reshape(-1), index.ravel(), here[..., part].ravel())
-
-    parallel.run(compute, parallel.parts(g.shape[-1]))
-    return np.ascontiguousarray(dx[(slice(None), *(slice(p[0], p[0] + n) for p, n in zip(
-        window.padding, size, strict=True)))])

@@ -184,8 +184,8 @@ def fold(columns: Array, size: tuple[int, ...], window: Window) -> Array:
     return array_module(x).ascontiguousarray(pad_adjoint(x, border, [True] * len(border)))
 
 
-def maximum(x: Array, window: Window) -> tuple[Array, Array]:
-    """See reference.maximum; the padding does not repeat."""
+def maximum(x: Array, window: Window, *, taps: bool = True) -> tuple[Array, Array]:
+    """See reference.maximum; the padding does not repeat, and taps come at no cost."""
     return pool.maximum(x, window)
 
 

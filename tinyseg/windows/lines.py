@@ -27,7 +27,7 @@ IMAGE, KERNEL = 70, 160  # cost of a transformed number, in products; measured a
 
 
 def outputs(kernel, images: int, channels: int, filters: int, positions, stride, dilation,
-            before) -> int:
+            before, fixed: bool = False) -> int:
     """How many outputs of a line to compute together; 0 where another way is faster.
 
     As in `winograd`, by products for each pair of channels, with those that the transforms of the
@@ -41,7 +41,7 @@ def outputs(kernel, images: int, channels: int, filters: int, positions, stride,
     cost = (direct(kernel[1:], products, filters, positions[1:], dilation[1:])
             + (m + 2) * prod(kernel[1:]) * KERNEL
             + products * prod(positions[1:]) * IMAGE * per_pair(channels, filters))
-    tiles = tiling(kernel, images, channels, filters, positions, stride, dilation)
+    tiles = tiling(kernel, images, channels, filters, positions, stride, dilation, fixed)
     other = tiles.cost if tiles else direct(kernel, images, filters, positions, dilation)
     return m if cost < other else 0
 

@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -55,6 +56,24 @@ def repeated(window: Window) -> tuple[Window, tuple[tuple[int, int], ...]]:
     border = [p if e else (0, 0) for p, e in zip(window.padding, window.edge, strict=True)]
     zeros = tuple((0, 0) if e else p for p, e in zip(window.padding, window.edge, strict=True))
     return replace(window, padding=zeros, edge=(False,) * len(zeros)), ((0, 0), *border)
+
+
+_kept: dict[tuple, tuple[weakref.ref, Array]] = {}  # what was made of constant arrays
+
+
+def constant(w: Array) -> bool:
+    """Whether a NumPy array stays as it is while it lives: read-only, in memory of its own."""
+    return w.flags.owndata and not w.flags.writeable
+
+
+def kept(w: Array, way: tuple, make: Callable[[Array], Array]) -> Array:
+    """make(w); of a constant w it is made once for each `way`, and kept as long as w lives."""
+    if not constant(w):
+        return make(w)
+    name = id(w), *way
+    if name not in _kept:
+        _kept[name] = weakref.ref(w, lambda _: _kept.pop(name, None)), make(w)
+    return _kept[name][1]
 
 
 def correlate(engine: Engine, x: Array, w: Array, window: Window) -> Array:

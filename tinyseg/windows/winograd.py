@@ -12,8 +12,7 @@ that it reads where they lie. Where channels are few, these cost most, and the l
 transformed: its three taps stand beside the channels of each product, and rows are whole lines.
 Rounding is about 2e-6 of the output's scale.
 
-Dilation d sees every d-th point only: the d phases of each axis are convolutions of their own, and
-are computed as so many more images.
+Dilation d sees every d-th point only: the d phases of an axis are computed as so many more images.
 """
 
 from __future__ import annotations
@@ -29,15 +28,17 @@ import numpy as np
 from .. import parallel
 from ..backend import Array
 from .geometry import Box, blocks
+from .products import kept
 
 BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
 ROW = 1 << 14  # numbers in a row that a transform takes at a time
 IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products; measured on Zen 5, 2 threads
+FIXED = 20  # that of one of a kernel that is transformed already
 SHORT = 48  # channels: rows of fewer cost more
 GATHER = 20  # cost of copying a column, in products; where filters are few it tells
 SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
 SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
-WHOLE = 10 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 40 MiB
+WHOLE = 7 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 28 MiB
 
 
 def filtering(m: int) -> tuple[Array, Array, Array]:
@@ -87,9 +88,8 @@ def transform(matrices: list[Array], x: Array, steps: tuple[int, ...] | None = N
                        if tiles % c == 0 and (tiles * row <= ROW * c or c == tiles))
             row, tiles = tiles * row, 1
         length = row // cut
-        strides = tiles * n * row, n * row, step * row, length, row, 1
-        seen = np.ndarray((lead, tiles, number, cut, reach, length), x.dtype, x, 0,
-                          [x.itemsize * stride for stride in strides])  # tiles overlap, uncopied
+        seen = np.ndarray((lead, tiles, number, cut, reach, length), x.dtype, x, 0, [  # uncopied
+            x.itemsize * far for far in (tiles * n * row, n * row, step * row, length, row, 1)])
         x = out if i == last and out is not None else np.empty(
             (lead * frequencies, tiles * number, row), x.dtype)
         np.matmul(matrix, seen, out=x.reshape(
@@ -99,8 +99,7 @@ def transform(matrices: list[Array], x: Array, steps: tuple[int, ...] | None = N
 
 
 def whole(x: Array) -> Array:
-    """x (..., C) with what lies along its last axis as one item: runs of few channels are copied
-    twice as fast so."""
+    """x (..., C), its last axis as one item: runs of few channels are copied twice as fast."""
     return x.view(np.dtype((np.void, x.shape[-1] * x.itemsize)))[..., 0]
 
 
@@ -126,7 +125,7 @@ class Tiling:
 
     apart: the dilation that matters along each axis. steps: the outputs of a tile. tiles: how many
     there are in one phase of one of the images. taps: three where those along the last axis are
-    taken as they are, beside the channels.
+    taken as they are, beside the channels. fixed: whether the kernel is transformed already.
     """
 
     apart: tuple[int, ...]
@@ -136,6 +135,7 @@ class Tiling:
     channels: int
     filters: int
     taps: int = 1
+    fixed: bool = False
 
     @property
     def frequencies(self) -> int:
@@ -145,7 +145,7 @@ class Tiling:
     @property
     def number(self) -> int:
         """How many tiles there are."""
-        return self.images * prod(self.apart) * prod(self.tiles)
+        return prod((self.images, *self.apart, *self.tiles))
 
     @property
     def cost(self) -> float:
@@ -153,7 +153,8 @@ class Tiling:
         beside = self.taps > 1
         images = self.taps * (1 + beside * GATHER / self.filters) + IMAGE * per_pair(
             self.channels, self.filters, 0 if beside else SHORT)
-        return self.frequencies * (self.number * images + KERNEL * self.taps)
+        kernel = self.taps * (FIXED if self.fixed else KERNEL)
+        return self.frequencies * (self.number * images + kernel)
 
     @property
     def phases(self) -> list[tuple[int, ...]]:
@@ -234,8 +235,8 @@ class Tiling:
 
 
 @lru_cache(1024)
-def tiling(kernel, images: int, channels: int, filters: int, positions, stride,
-           dilation) -> Tiling | None:
+def tiling(kernel, images: int, channels: int, filters: int, positions, stride, dilation,
+           fixed: bool = False) -> Tiling | None:
     """The tiles that cost least, of those whose transformed kernel has at most WHOLE numbers; None
     where the direct products cost less."""
     if not {3} <= set(kernel) <= {1, 3} or set(stride) != {1}:
@@ -243,7 +244,7 @@ def tiling(kernel, images: int, channels: int, filters: int, positions, stride,
     apart = tuple(d if k > 1 else 1 for k, d in zip(kernel, dilation, strict=True))
     phase = [ceil(p / d) for p, d in zip(positions, apart, strict=True)]
     ways = [Tiling(apart, steps, tuple(ceil(p / s) for p, s in zip(phase, steps, strict=True)),
-                   images, channels, filters)
+                   images, channels, filters, fixed=fixed)
             for steps in every(*((2, 3, 4) if k > 1 else (1,) for k in kernel))]
     if kernel[-1] > 1 < max(kernel[:-1], default=1):
         ways += [replace(way, steps=(*way.steps[:-1], 1), tiles=(*way.tiles[:-1], phase[-1]),
@@ -281,10 +282,10 @@ def portions(factors: Array) -> list[slice]:
 
 def product(way: Tiling, x: Array, w: Array, out: Array, before) -> None:
     """Write correlate(x, w), stride one, zero padding `before`, to `out` (N, *P, C_out)."""
-    w = w.reshape(*w.shape[:-3], -1, way.taps * way.channels, way.filters)
-    channels, filters = w.shape[-2:]
+    channels, filters = way.taps * way.channels, way.filters
     width = SLAB if filters % SLAB == 0 and 48 * channels * SLAB <= SMALL else filters
-    factors = transformed(w, way.steps, width)
+    factors = kept(w, (way.steps, width), lambda w: transformed(
+        w.reshape(*w.shape[:-3], -1, channels, filters), way.steps, width))
 
     def compute(boxes: list[Box]) -> None:
         places = together(boxes)
@@ -300,8 +301,7 @@ def product(way: Tiling, x: Array, w: Array, out: Array, before) -> None:
                      range(len(boxes)))
         parallel.run(lambda f: np.matmul(left[f], factors[f, :, None], out=parts[f]),
                      parallel.parts(len(factors)))
-        parallel.run(lambda i: way.write(answers[:, places[i]], boxes[i], out),
-                     range(len(boxes)))
+        parallel.run(lambda i: way.write(answers[:, places[i]], boxes[i], out), range(len(boxes)))
 
     parallel.run(compute, way.groups())
 
