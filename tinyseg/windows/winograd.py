@@ -33,12 +33,12 @@ from .products import kept
 BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
 ROW = 1 << 14  # numbers in a row that a transform takes at a time
 IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products; measured on Zen 5, 2 threads
-FIXED = 20  # that of one of a kernel that is transformed already
+FIXED = 45  # that of one of a kernel that is transformed already: it is read, and takes memory
 SHORT = 48  # channels: rows of fewer cost more
 GATHER = 20  # cost of copying a column, in products; where filters are few it tells
 SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
 SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
-WHOLE = 7 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 28 MiB
+WHOLE = 10 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 40 MiB
 
 
 def filtering(m: int) -> tuple[Array, Array, Array]:
