@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from math import inf, prod
 from pathlib import Path
@@ -50,8 +50,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a bare checkout will do; PyTo
 
 from gpu_tables import SIDES, report  # noqa: E402
 
+from tinyseg import cuda as ours  # noqa: E402
 from tinyseg import device  # noqa: E402
-from tinyseg.cuda import exact  # noqa: E402
 
 PARTS = "peaks steps kernels tests layers memory inference races tiles".split()
 FIELDS = ("part case what resnet18 resnet50 direction precision".split() + list(SIDES)
@@ -79,7 +79,7 @@ class Gpu:
         cudnn.benchmark, cudnn.deterministic = search, not search
         cudnn.benchmark_limit = 4  # candidates, as its own ranking has them: the rest costs minutes
         cudnn.allow_tf32 = cuda.matmul.allow_tf32 = name == "TF32"  # sets PyTorch 2.9's new names
-        with exact() if name == "fp32" else nullcontext():
+        with ours.precision(name.lower()):
             yield
 
     def random(self, *shape: int):

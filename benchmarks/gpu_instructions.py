@@ -1,9 +1,9 @@
 """What NVIDIA's compiler makes of the kernels that multiply: registers and instructions, no GPU.
 
 Each body of kernels/conv_mma.cu that the library compiles, for an A100 (sm_80) and an H100 (sm_90):
-the instructions of its main loop, which holds every product of tensor cores (mma), and those before
-and behind it, which a block runs at most once for each of its taps, rows or outputs. Instructions
-are counted as they stand in the code, loops once.
+the instructions of its main loop, which holds every product of tensor cores (mma: of eight terms in
+TF32, of sixteen in bf16), and those before and behind it, which a block runs at most once for each
+of its taps, rows or outputs. Instructions are counted as they stand in the code, loops once.
 
   python benchmarks/gpu_instructions.py       writes benchmarks/results/gpu/instructions.md
 
@@ -32,8 +32,10 @@ from tinyseg.cuda import loader  # noqa: E402
 
 PACKAGES = "nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm"
 ARCHITECTURES = "sm_80", "sm_90"
-BODIES = [{"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "CHUNK": chunk, "SWAPPED": swapped}
-          for columns in (64, 128) for chunk, swapped in ((1, 0), (4, 0), (4, 1))]
+BODIES = [{"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "CHUNK": chunk, "SWAPPED": swapped,
+           "BF16": bf16}
+          for bf16, widths in ((0, (64, 128)), (1, (128,))) for columns in widths
+          for chunk, swapped in ((1, 0), (4, 0), (4, 1))]
 
 
 def found(pattern: str) -> Path | None:
@@ -120,8 +122,8 @@ def registers(log: str) -> dict[str, int]:
 def table() -> str:
     """All counts, in Markdown."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    head = ("kernel", "columns", "numbers a load", "w transposed", "for", "registers", "before",
-            "loop", "mma", "others a mma", "behind")
+    head = ("kernel", "factors", "columns", "numbers a load", "w transposed", "for", "registers",
+            "before", "loop", "mma", "others a mma", "behind")
     lines = [versions, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for constants, arch in product(BODIES, ARCHITECTURES):
         log, binary = compiled(loader.source("conv_mma"), f"-arch={arch}", "-DSTAGES=3",
@@ -131,7 +133,8 @@ def table() -> str:
             if kernel == "correlate_dw" and constants["SWAPPED"]:
                 continue  # it knows no w
             lines.append(
-                f"| {kernel} | {constants['COLUMNS']} | {constants['CHUNK']} | "
+                f"| {kernel} | {'bf16' if constants['BF16'] else 'TF32'} | "
+                f"{constants['COLUMNS']} | {constants['CHUNK']} | "
                 f"{'yes' if constants['SWAPPED'] else 'no'} | {arch} | {used[kernel]} | "
                 f"{body.before} | {body.loop} | {body.mma} | "
                 f"{(body.loop - body.mma) / body.mma:.2f} | {body.behind} |")

@@ -120,8 +120,14 @@ def their_training(gpu, net, side, x, labels, captured):
 def training(gpu, net, side, x, labels):
     """step(i) on one side, captured or not."""
     layout, captured = side.removesuffix(" captured"), side.endswith("captured")
-    if layout in ("ours", "captured"):
-        return our_training(gpu, net, x, labels, captured)
+    if layout in ("ours", "captured", "bf16"):
+        run = our_training(gpu, net, x, labels, captured)
+
+        def in_bf16(i):
+            with ts.cuda.precision("bf16"):
+                return run(i)
+
+        return in_bf16 if layout == "bf16" else run
     return their_training(gpu, net, layout, x, labels, captured)
 
 
@@ -232,7 +238,7 @@ def inference(gpu, record, case, backbone):
         return median(took)
 
     with gpu.precision("TF32"):
-        for side in [s for s in SIDES if "captured" not in s]:
+        for side in [s for s in SIDES if "captured" not in s and s != "bf16"]:
             run = predictor(gpu, network(backbone, inflated), side)
             seconds(side, run, 1)
             took, row[f"{side}_gib"] = reserved(gpu, partial(seconds, side, run, 3))

@@ -10,7 +10,8 @@ SIDES = {"ours": "tinyseg TF32", "captured": "tinyseg TF32, captured",
          **{side: f"PyTorch TF32 {layout}" for side, layout in LAYOUTS.items()},
          "channels_last captured": "PyTorch TF32 channels_last_3d, captured",
          "amp": "PyTorch bf16 AMP channels_last_3d",
-         "amp captured": "PyTorch bf16 AMP channels_last_3d, captured"}
+         "amp captured": "PyTorch bf16 AMP channels_last_3d, captured",
+         "bf16": "tinyseg bf16", "bf16 captured": "tinyseg bf16, captured"}
 
 
 def geometric_mean(numbers) -> float:

@@ -46,6 +46,23 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const unsigned (&a)
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Two float32 in bfloat16 (8 bits of exponent, 7 of mantissa), the nearest ones, of two the even.
+__device__ __forceinline__ unsigned bf16(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// d (16x8) += a (16x16) b (16x8) likewise: bfloat16 factors, float32 sums. A lane holds pairs:
+// a[g][2t, 2t+1], a[g+8][2t, 2t+1], a[g][2t+8, 2t+9], a[g+8][2t+8, 2t+9]; b[2t, 2t+1][g],
+// b[2t+8, 2t+9][g]; d as above.
+__device__ __forceinline__ void multiply_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 #endif
 
 // A float32 for the tensor cores, which read it as TF32 (8 bits of exponent, 10 of mantissa): they

@@ -1,6 +1,7 @@
-// Convolution on the tensor cores: factors in TF32, sums in float32; filters are a multiple of four.
-// Specification: correlate and correlate_dw in windows/reference.py (conv.cuh has the formula),
-// to about 3e-4 of the output's scale, what rounding the factors to 10 bits of mantissa costs.
+// Convolution on the tensor cores: factors in TF32 or bfloat16, sums and all arrays in float32;
+// filters are a multiple of four. Specification: correlate and correlate_dw in windows/reference.py
+// (conv.cuh has the formula), to about 3e-4 or 2e-3 of the output's scale, what rounding the factors
+// to 10 or 7 bits of mantissa costs.
 //
 // A block computes a tile of ROWS x COLUMNS numbers of a matrix product, a warp a WARP_ROWS x
 // WARP_COLUMNS part of it in fragments of 16 x 8. The sum advances TERMS terms, a turn, at a time
@@ -37,7 +38,11 @@
 #ifndef SWAPPED
 #define SWAPPED 0                                            // the last two axes of w, in memory
 #endif
+#ifndef BF16
+#define BF16 0                                               // or TF32
+#endif
 #define TERMS 32                                             // 128 bytes of channels
+#define DEPTH (BF16 ? 16 : 8)                                // terms of a product of the tensor cores
 #define THREADS (ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
 #define FRAGMENTS_DOWN (WARP_ROWS / 16)
 #define FRAGMENTS_ACROSS (WARP_COLUMNS / 8)
@@ -47,8 +52,14 @@
 #define B_PITCH (COLUMNS + 8)
 
 typedef float Sums[FRAGMENTS_DOWN][FRAGMENTS_ACROSS][4];
-typedef unsigned A[FRAGMENTS_DOWN][4];
+typedef unsigned A[FRAGMENTS_DOWN][4];                       // a warp's factors
 typedef unsigned B[FRAGMENTS_ACROSS][2];
+
+// A number of a factor as it is loaded: in TF32, or in float32 until it is one of a pair in bfloat16.
+__device__ __forceinline__ unsigned held(float v) { return BF16 ? __float_as_uint(v) : tf32(v); }
+__device__ __forceinline__ unsigned pair(unsigned low, unsigned high) {
+  return bf16(__uint_as_float(low), __uint_as_float(high));
+}
 
 // In a buffer of 128-byte lines, chunk c of 16 bytes stands at chunk c ^ (order % 8) of its line:
 // eight lines of different order at one chunk, what ldmatrix reads, then lie in different banks.
@@ -76,7 +87,7 @@ __device__ __forceinline__ void load_b_swapped(B& b, const float* buffer, int te
     const int line = column + spread(j + lane / 16, lane % 8);
     load_matrices(r, buffer + swizzled(line, term / 4 + lane / 8 % 2, line / 4));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) b[j + e / 2][e % 2] = tf32(__uint_as_float(r[e]));
+    for (int e = 0; e < 4; ++e) b[j + e / 2][e % 2] = held(__uint_as_float(r[e]));
   }
 }
 
@@ -87,8 +98,8 @@ __device__ __forceinline__ void load_b(B& b, const float* buffer, int term, int 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float4 v = neighbours<B_PITCH>(buffer, term + half * 4, column, j);
-      b[j][half] = tf32(v.x), b[j + 1][half] = tf32(v.y);
-      b[j + 2][half] = tf32(v.z), b[j + 3][half] = tf32(v.w);
+      b[j][half] = held(v.x), b[j + 1][half] = held(v.y);
+      b[j + 2][half] = held(v.z), b[j + 3][half] = held(v.w);
     }
 }
 
@@ -99,16 +110,31 @@ __device__ __forceinline__ void load_a(A& a, const float* buffer, int term, int 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float4 v = neighbours<A_PITCH>(buffer, term + half * 4, row, 2 * i);
-      a[i][2 * half] = tf32(v.x), a[i][2 * half + 1] = tf32(v.y);
-      a[i + 1][2 * half] = tf32(v.z), a[i + 1][2 * half + 1] = tf32(v.w);
+      a[i][2 * half] = held(v.x), a[i][2 * half + 1] = held(v.y);
+      a[i + 1][2 * half] = held(v.z), a[i + 1][2 * half + 1] = held(v.w);
     }
+}
+
+// The factors of sixteen terms in bfloat16, from those of eight, and eight more. A lane's pairs should
+// be terms 2t and 2t + 1 of eight; here they are t and t + 4, of both factors alike: sums have no order.
+__device__ __forceinline__ void join(A& a, B& b, const A& more_a, const B& more_b) {
+#pragma unroll
+  for (int i = 0; i < FRAGMENTS_DOWN; ++i)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      a[i][e] = pair(a[i][e], a[i][e + 2]), a[i][e + 2] = pair(more_a[i][e], more_a[i][e + 2]);
+#pragma unroll
+  for (int j = 0; j < FRAGMENTS_ACROSS; ++j)
+    b[j][0] = pair(b[j][0], b[j][1]), b[j][1] = pair(more_b[j][0], more_b[j][1]);
 }
 
 __device__ __forceinline__ void multiply(Sums& sum, const A& a, const B& b) {
 #pragma unroll
   for (int i = 0; i < FRAGMENTS_DOWN; ++i)
 #pragma unroll
-    for (int j = 0; j < FRAGMENTS_ACROSS; ++j) multiply_tf32(sum[i][j], a[i], b[j][0], b[j][1]);
+    for (int j = 0; j < FRAGMENTS_ACROSS; ++j)
+      if (BF16) multiply_bf16(sum[i][j], a[i], b[j][0], b[j][1]);
+      else multiply_tf32(sum[i][j], a[i], b[j][0], b[j][1]);
 }
 
 // sum = all turns of a tile's sum. fill(turn) brings one into buffer turn % STAGES, STAGES - 1 of them
@@ -126,10 +152,14 @@ template <class Fill, class Load> __device__ __forceinline__ void accumulate(Sum
     if (turn + STAGES - 1 < turns) fill(turn + STAGES - 1);
     copy_commit();
 #pragma unroll
-    for (int term = 0; term < TERMS; term += 8) {
-      A a;
-      B b;
+    for (int term = 0; term < TERMS; term += DEPTH) {
+      A a, more_a;
+      B b, more_b;
       load(a, b, turn, term);
+      if (BF16) {
+        load(more_a, more_b, turn, term + 8);
+        join(a, b, more_a, more_b);
+      }
       multiply(sum, a, b);
     }
   }
@@ -253,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     for (int i = 0; i < FRAGMENTS_DOWN; ++i) {
       load_matrices(left[i], a + swizzled(row + i * 16 + lane % 16, term / 4 + lane / 16, lane));
 #pragma unroll
-      for (int e = 0; e < 4; ++e) left[i][e] = tf32(__uint_as_float(left[i][e]));
+      for (int e = 0; e < 4; ++e) left[i][e] = held(__uint_as_float(left[i][e]));
     }
     if (SWAPPED)
       load_b_swapped(right, a + ROWS * TERMS, term, column);

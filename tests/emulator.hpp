@@ -14,6 +14,7 @@
 #include <sys/time.h>
 #include <ucontext.h>
 
+#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
@@ -523,29 +524,35 @@ struct Fragments {
   const unsigned* a;
   unsigned b0, b1;
 };
-static float factor(unsigned bits) {
+static float number(unsigned bits) {
   float v;
-  bits &= ~0x1fffu;
   memcpy(&v, &bits, 4);
   return v;
 }
+template <bool BF16>
 __attribute__((no_sanitize_undefined)) static void multiply(Fragments* const* lanes) {
   ++job->multiplications;
-  float a[16][8];
-  Row b[8], d[16];
+  constexpr int PAIR = BF16 ? 2 : 1, DEPTH = 8 * PAIR;  // numbers in a register; terms
+  float a[16][DEPTH];
+  Row b[DEPTH], d[16];
+  // number h of the register that holds term t of the first half, or of the second
+  const auto factor = [](unsigned bits, int h) {
+    return number(BF16 ? (h ? bits & 0xffff0000u : bits << 16) : bits & ~0x1fffu);
+  };
   for (int l = 0; l < 32; ++l) {
     const int g = l / 4, t = l % 4;
-    for (int i = 0; i < 4; ++i) {
-      a[g + i % 2 * 8][t + i / 2 * 4] = factor(lanes[l]->a[i]);
-      d[g + i / 2 * 8][2 * t + i % 2] = lanes[l]->d[i];
+    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = lanes[l]->d[i];
+    for (int h = 0; h < PAIR; ++h) {
+      const int term = PAIR * t + h, half = 4 * PAIR;
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][term + i / 2 * half] = factor(lanes[l]->a[i], h);
+      b[term][g] = factor(lanes[l]->b0, h);
+      b[term + half][g] = factor(lanes[l]->b1, h);
     }
-    b[t][g] = factor(lanes[l]->b0);
-    b[t + 4][g] = factor(lanes[l]->b1);
   }
   for (int i = 0; i < 16; ++i) {
     Row sum = d[i];
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) sum += a[i][k] * b[k];
+#pragma GCC unroll 16
+    for (int k = 0; k < DEPTH; ++k) sum += a[i][k] * b[k];
     d[i] = sum;
   }
   for (int l = 0; l < 32; ++l)
@@ -554,7 +561,22 @@ __attribute__((no_sanitize_undefined)) static void multiply(Fragments* const* la
 }  // namespace emulator
 inline void multiply_tf32(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, LINE) {
   emulator::Fragments mine{d, a, b0, b1};
-  emulator::together<emulator::Fragments>(mine, emulator::multiply, line);
+  emulator::together<emulator::Fragments>(mine, emulator::multiply<false>, line);
+}
+inline void multiply_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, LINE) {
+  emulator::Fragments mine{d, a, b0, b1};
+  emulator::together<emulator::Fragments>(mine, emulator::multiply<true>, line);
+}
+inline unsigned bf16(float low, float high) {
+  unsigned pair = 0;
+  for (const float v : {high, low}) {
+    unsigned bits;
+    memcpy(&bits, &v, 4);
+    // to the nearest of the upper halves, of two to the even one; NaN is the GPU's
+    bits = v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    pair = pair << 16 | bits;
+  }
+  return pair;
 }
 
 // Numbers

@@ -616,7 +616,8 @@ def test_a_process_forked_meanwhile_gets_its_blas_back():
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc",
                     reason="a setting of glibc")
 def test_freed_memory_is_kept():
-    """After the first run, 80 MiB in arrays of 16 are paged in once, not in every turn."""
+    """After the first run, arrays of 48 MiB are paged in once, not in every turn; what lies before
+    one that lives is given back by `release`."""
     script = """
 import resource
 import numpy as np
@@ -624,13 +625,22 @@ from tinyseg import parallel
 parallel.run(abs, [1])
 for _ in range(3):
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    arrays = [np.ones(1 << 22, "float32") for _ in range(5)]
+    arrays = [np.ones(12 << 20, "float32") for _ in range(3)]
     del arrays
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+
+large, small = np.ones(12 << 20, "float32"), np.ones(1 << 20, "float32")
+del large
+before = held()
+parallel.release()
+print(before - held())
 """
-    first, *later = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True,
-                                            text=True, check=True).stdout.split())
-    assert first > 20 and max(later) < first / 4
+    first, *later, released = map(int, subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    assert first > 20 and max(later) < first / 4 and released > 40
 
 
 def test_an_error_in_a_thread_is_raised():

@@ -4,7 +4,7 @@ Skipped, with the reason, where there is no GPU; the kernels' own tests (test_ke
 none. "Generic" is the code that NumPy runs, on CuPy arrays, with the kernels switched off.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -16,7 +16,7 @@ from test_windows import cases
 
 import tinyseg as ts
 from tinyseg import losses, nn, ops, optim, train
-from tinyseg.cuda import exact, loader
+from tinyseg.cuda import PRECISIONS, loader, precision
 from tinyseg.windows import Window
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +71,14 @@ def tf32(x):
     return ((x.view("uint32") + 0x1000) & 0xFFFFE000).view("float32")
 
 
+def bf16(x):
+    """The nearest numbers with seven bits of mantissa."""
+    return ((x.view("uint32") + 0x8000) & 0xFFFF0000).view("float32")
+
+
+ROUNDED = {"fp32": np.asarray, "tf32": tf32, "bf16": bf16}
+
+
 def error(a, b):
     """The largest difference, in units of the largest number."""
     assert a.shape == b.shape
@@ -108,27 +116,28 @@ def check(cupy, op, *arrays, constants=(), tolerance=1e-5, seed=0, rounded=np.as
 
 # Operations
 
-def check_convolution(cupy, size, options, c_in, c_out, seed, full):
+def check_convolution(cupy, size, options, c_in, c_out, seed, multiplied):
     window = Window.of(*options)
     x, w, b = normal(seed, 2, *size, c_in), normal(1, *window.kernel, c_in, c_out), normal(2, c_out)
-    with exact() if full else nullcontext():
+    with precision(multiplied):
         check(cupy, partial(ops.conv, **window.options), x, w, b, seed=seed,
-              tolerance=1e-5 if full else 1e-4, rounded=np.asarray if full else tf32)
+              tolerance=1e-5 if multiplied == "fp32" else 1e-4, rounded=ROUNDED[multiplied])
 
 
 @given(cases(largest=11), *2 * [st.sampled_from([1, 3, 8, 20, 64, 72])])
 @FEW
 def test_convolution_in_float32(cupy, case, c_in, c_out):
-    check_convolution(cupy, *case[:2], c_in, c_out, case[2], full=True)
+    check_convolution(cupy, *case[:2], c_in, c_out, case[2], "fp32")
 
 
-@given(cases(largest=11), *2 * [st.sampled_from([8, 24, 64, 72])])
+@given(cases(largest=11), *2 * [st.sampled_from([8, 24, 64, 72])],
+       st.sampled_from(["tf32", "bf16"]))
 @FEW
-def test_convolution_on_tensor_cores(tensor_cores, case, c_in, c_out):
-    check_convolution(tensor_cores, *case[:2], c_in, c_out, case[2], full=False)
+def test_convolution_on_tensor_cores(tensor_cores, case, c_in, c_out, multiplied):
+    check_convolution(tensor_cores, *case[:2], c_in, c_out, case[2], multiplied)
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["float32", "tf32"])
+@pytest.mark.parametrize("multiplied", PRECISIONS)
 @pytest.mark.parametrize("size, c_in, c_out, kernel, stride, dilation", [
     ((11, 18, 17), 1, 64, 7, 2, 1),
     ((5, 14, 13), 64, 64, 3, 1, 1),
@@ -139,10 +148,10 @@ def test_convolution_on_tensor_cores(tensor_cores, case, c_in, c_out):
     ((3, 9, 7), 512, 3, 1, 1, 1),
     ((40, 37), 64, 128, 3, 2, 1),
 ])
-def test_layers_of_networks(tensor_cores, size, c_in, c_out, kernel, stride, dilation, full):
+def test_layers_of_networks(tensor_cores, size, c_in, c_out, kernel, stride, dilation, multiplied):
     rank = len(size)
     options = (kernel,) * rank, stride, dilation * (kernel // 2), dilation
-    check_convolution(tensor_cores, size, options, c_in, c_out, 0, full)
+    check_convolution(tensor_cores, size, options, c_in, c_out, 0, multiplied)
 
 
 @given(cases(largest=11), st.sampled_from([1, 3, 8, 64]))
@@ -290,15 +299,15 @@ def fitted(library, make=SGD, steps=20):
 @pytest.mark.parametrize("make", [SGD, ADAMW], ids=["SGD", "AdamW"])
 def test_training_goes_the_same_way(cupy, make):
     _, cpu = fitted(np, make)
-    with exact():
+    with precision("fp32"):
         _, gpu = fitted(cupy, make)
     assert cpu[-1] < 0.9 * cpu[0]
     np.testing.assert_allclose(gpu, cpu, rtol=1e-3)
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["float32", "tf32"])
-def test_the_same_seed_gives_the_same_bits(tensor_cores, full):
-    with exact() if full else nullcontext():
+@pytest.mark.parametrize("multiplied", PRECISIONS)
+def test_the_same_seed_gives_the_same_bits(tensor_cores, multiplied):
+    with precision(multiplied):
         states = [fitted(tensor_cores, steps=8)[0].state() for _ in range(2)]
     for name, a in states[0].items():
         assert a.get().tobytes() == states[1][name].get().tobytes(), name
@@ -319,7 +328,7 @@ def test_a_step_on_tensor_cores(tensor_cores):
         return np.concatenate([ts.to_numpy(p.grad).ravel() for p in net.parameters()])
 
     truth = gradients(np)
-    with exact(), launched() as files:
+    with precision("fp32"), launched() as files:
         full = gradients(tensor_cores)
     assert "conv_mma" not in files and error(full, truth) < 1e-5
     with launched() as files:
@@ -332,7 +341,7 @@ def test_a_step_on_tensor_cores(tensor_cores):
 def test_checkpoints_move_between_devices(cupy, tmp_path):
     net = ts.models.resnet_seg("resnet18", rank=2, in_channels=1, classes=3, seed=5).eval()
     x = normal(0, 1, 40, 33, 1)
-    with ts.no_grad(), exact():
+    with ts.no_grad(), precision("fp32"):
         cpu = net(x).data
         ts.to_device(net, "cuda")
         ts.save(tmp_path / "gpu.npz", net, patch=[40, 33])
@@ -350,7 +359,7 @@ def test_sliding_window(cupy, batch, labels):
     slide = partial(ts.infer.sliding_window, volume=normal(9, 11, 30, 26, 1), patch=(8, 16, 16),
                     batch=batch, labels=labels)
     cpu = slide(net)
-    with exact():
+    with precision("fp32"):
         gpu = slide(ts.to_device(net, cupy))
     if labels:
         assert gpu.dtype == "uint8" and (gpu != cpu).mean() < 1e-3

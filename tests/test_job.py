@@ -70,6 +70,8 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"plan": "a", "minutes": 5}, "--minutes"), ({"from_2d": "a", "memory": 5}, "--memory"),
     ({"minutes": 0}, "minutes"), ({"lr_new": 0}, "--lr-new is 0"), ({"lr": (1e-3,)}, "--lr"),
     ({"training_cases": 0}, "--training-cases is 0"), ({"folds": 2, "fold": 2}, "--fold"),
+    ({"precision": "bf16"}, "--device cuda"), ({"precision": "half"}, "--precision"),
+    ({"capture": True}, "--device cuda"),
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
     ({"from_2d": "a", "mirror": ["1=2"]}, "--mirror"),
@@ -188,6 +190,21 @@ def done(data, tmp_path_factory):
 
 def weights(path):
     return ts.load(path).state()
+
+
+def test_training_multiplies_in_the_precision_asked_for(data, tmp_path, monkeypatch):
+    """And in no other place: what follows a stage is told of it by nothing but the network."""
+    seen, conv = {}, ts.ops.conv
+    monkeypatch.setattr(ts.ranks.Alone, "device", lambda self, name: np)
+    monkeypatch.setattr(ts.ops, "conv", lambda x, *args, **options: (
+        seen.setdefault(x.requires_grad, set()).add(ts.cuda.precision_here()),
+        conv(x, *args, **options))[1])
+    go(job.Run(tmp_path / "run", job.Settings(data=data, device="cuda", precision="bf16", **SMALL)))
+    assert seen[True] == {"bf16"} and "tf32" in seen[False]  # training; scoring among the rest
+    assert ts.cuda.precision_here() == "tf32"
+    with pytest.raises(ValueError, match="capture is for networks on a GPU .* found one in host"):
+        go(job.Run(tmp_path / "captured", job.Settings(data=data, device="cuda", capture=True,
+                                                       **SMALL)))
 
 
 def test_a_run_is_stopped_grows_and_is_finished(data, tmp_path, done):

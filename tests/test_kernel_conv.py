@@ -6,7 +6,6 @@ TF32's: a dropped term of a long sum would hide there.
 """
 
 import re
-from contextlib import nullcontext
 from unittest import mock
 
 import emulator
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 import tinyseg as ts
 from tinyseg import windows
-from tinyseg.cuda import exact, source
+from tinyseg.cuda import PRECISIONS, precision, precision_here, source
 from tinyseg.windows import Window, kernels, products, reference
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True,
@@ -31,15 +30,24 @@ def tf32(x):
     return ((x * np.float32(1 + 3 * 2.0**-13)).view("uint32") & 0xFFFFE000).view("float32")
 
 
+def bf16(x):
+    """The nearest number with seven bits of mantissa beside the first, of two the even one."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.round(mantissa * 2**8) / np.float32(2**8), exponent).astype("float32")
+
+
+ROUNDED = {"fp32": lambda a: a, "tf32": tf32, "bf16": bf16}
+
+
 def error(ours, truth):
     """The largest difference, in units of the largest true number."""
     assert ours.shape == truth.shape and ours.dtype == "float32"
     return np.abs(ours - truth).max() / max(np.abs(truth).max(), 1e-30)
 
 
-def check(cuda, x, w, window, seed=0, *, full=True, tolerance=3e-6):
-    """All three readings of one convolution against the specification, in float32 or TF32."""
-    rounded = (lambda a: a) if full else tf32
+def check(cuda, x, w, window, seed=0, *, multiplied="fp32", tolerance=3e-6):
+    """All three readings of one convolution against the specification, its factors rounded."""
+    rounded = ROUNDED[multiplied]
     wide = [rounded(a).astype("float64") for a in (x, w)]
     y = reference.correlate(*wide, window)
     g = np.random.default_rng(seed).standard_normal(y.shape).astype("float32")
@@ -49,7 +57,7 @@ def check(cuda, x, w, window, seed=0, *, full=True, tolerance=3e-6):
     else:
         back = wide_g, wide[1]
     there = [cuda.asarray(a) for a in (x, w, g)]
-    with exact() if full else nullcontext():
+    with precision(multiplied):
         ours = (windows.correlate(there[0], there[1], window),
                 windows.correlate_dx(there[2], there[1], size, window),
                 windows.correlate_dw(there[0], there[2], window))
@@ -78,15 +86,15 @@ def test_in_float32(cuda, monkeypatch, order, problem, seed):
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
 @FEW
-@given(problems(8), st.integers(0, 99))
-def test_on_tensor_cores(cuda, monkeypatch, order, problem, seed):
+@given(problems(8), st.sampled_from(["tf32", "bf16"]), st.integers(0, 99))
+def test_on_tensor_cores(cuda, monkeypatch, order, problem, multiplied, seed):
     size, batch, channels, filters, window = problem
     monkeypatch.setattr(emulator, "order", order)
     check(cuda, *arrays(size, batch, channels, filters, window.kernel, seed), window, seed,
-          full=False)
+          multiplied=multiplied)
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["float32", "tf32"])
+@pytest.mark.parametrize("multiplied", PRECISIONS)
 @pytest.mark.parametrize("size, channels, filters, kernel, options", [
     ((3, 5, 6), 72, 136, (3, 3, 3), {"padding": 2, "dilation": 2}),  # two tiles of filters
     ((1, 24, 25), 8, 40, (1, 3, 3), {"padding": (0, 1, 1)}),  # three slices of positions
@@ -96,9 +104,9 @@ def test_on_tensor_cores(cuda, monkeypatch, order, problem, seed):
     ((17, 15), 3, 64, (7, 7), {"stride": 2, "padding": 3}),  # stems: number by number
     ((5, 12, 9), 1, 68, (3, 7, 7), {"stride": (1, 2, 2), "padding": (1, 3, 3)}),
 ])
-def test_the_shapes_of_networks(cuda, full, size, channels, filters, kernel, options):
+def test_the_shapes_of_networks(cuda, multiplied, size, channels, filters, kernel, options):
     x, w = arrays(size, 2, channels, filters, kernel, 1)
-    check(cuda, x, w, Window.of(kernel, **options), full=full)
+    check(cuda, x, w, Window.of(kernel, **options), multiplied=multiplied)
 
 
 # Infinities and NaNs in all their bits: the GPU's own, with either sign; quiet and signalling
@@ -108,8 +116,8 @@ NOT_FINITE = [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF80
 
 
 @pytest.mark.parametrize("bits", NOT_FINITE, ids=hex)
-@pytest.mark.parametrize("full", [True, False], ids=["float32", "tf32"])
-def test_what_is_not_finite_stays_so(cuda, full, bits):
+@pytest.mark.parametrize("multiplied", PRECISIONS)
+def test_what_is_not_finite_stays_so(cuda, multiplied, bits):
     """One number of x, of w or of y: every number that it takes part in is NaN, or infinite."""
     value, window = np.array([bits], "uint32").view("float32")[0], Window.of((3, 3), 1, 1)
     wrong = np.isnan if np.isnan(value) else np.isinf
@@ -130,7 +138,7 @@ def test_what_is_not_finite_stays_so(cuda, full, bits):
     for array, at, read, touched in readings:
         changed = array.copy()
         changed.view("uint32")[at] = bits
-        with exact() if full else nullcontext():
+        with precision(multiplied):
             y = read(cuda.asarray(changed)).get()
         assert wrong(y[touched]).all(), at
         y[touched] = 0
@@ -159,6 +167,31 @@ def test_how_numbers_become_those_of_tensor_cores(cuda):
     assert abs(off.mean()) < 4 * off.std() / np.sqrt(off.size) + 2e-5 < 4e-5
     cut = (x.view("uint32") & 0xFFFFE000).view("float32") / x.astype("float64") - 1
     assert cut.mean() < -3e-4
+
+
+def test_how_numbers_become_bfloat16(cuda):
+    """The nearest ones, of two the even one; a number of seven bits of mantissa stays."""
+    rng = np.random.default_rng(6)
+    x = (2 ** rng.uniform(-3, 3, 1 << 12) * rng.choice([-1, 1], 1 << 12)).astype("float32")
+    x[:256:2] = (1 + np.arange(128) / 128 + 1 / 256).astype("float32")  # half a step away from two
+    with precision("bf16"):
+        kept = through_tensor_cores(cuda, x)
+        assert (kept == bf16(x)).all() and (through_tensor_cores(cuda, kept) == kept).all()
+        assert (kept.view("uint32") & 0xFFFF == 0).all() and (kept[:256:2] != x[:256:2]).all()
+        bits = np.array([0x7F7F0000, 0x7F7F7FFF, 0x7F7F8000, 0xFF7FFFFF], "uint32")
+        most = np.float32(2 - 2.0**-7) * np.float32(2.0**127)
+        ends = through_tensor_cores(cuda, np.diag(np.resize(bits, 8)).view("float32"))
+        assert (ends.diagonal()[:4] == [most, most, np.inf, -np.inf]).all()
+
+
+def test_a_precision_has_a_name():
+    """It ends with its context, and there are three."""
+    with precision("bf16"), precision("fp32"):
+        assert precision_here() == "fp32"
+    assert precision_here() == "tf32"
+    with pytest.raises(ValueError, match="found precision 'half'; expected one of fp32, tf32"):
+        with precision("half"):
+            raise AssertionError
 
 
 def test_the_largest_numbers(cuda):
@@ -241,7 +274,7 @@ def test_who_computes_what(cuda, monkeypatch):
     assert conv(3, 8, 8) == conv(2, 8, 16, k=3) == conv(1, 64, 8) == conv(3, 1, 4) == "conv_mma"
     assert conv(3, 8, 3) == conv(3, 4, 1) == "conv_simt"
     assert conv(4, 8, 8) == conv(3, 8, 8, "float64") == conv(3, 8, 8, where=np) == "reference"
-    with exact():
+    with precision("fp32"):
         assert conv(3, 8, 8) == "conv_simt"
     assert conv(3, 8, 8) == "conv_mma"
 
@@ -256,7 +289,7 @@ def test_unaligned_and_strided_arrays(cuda):
     for ours, truth in ((there[1:].reshape(2, 5, 6, 8), x),
                         (there[1:].reshape(2, 6, 5, 8).swapaxes(1, 2),
                          flat[1:].reshape(2, 6, 5, 8).swapaxes(1, 2))):
-        with exact():
+        with precision("fp32"):
             y = windows.correlate(ours, cuda.asarray(w), window)
         assert error(y.get(), reference.correlate(truth.astype("float64"), w, window)) < 3e-6
 
@@ -267,7 +300,7 @@ def test_an_operation_on_tensors(cuda):
     b, results = np.arange(16, dtype="float32"), []
     for library in (np, cuda):
         leaves = [ts.Tensor(library.asarray(a), requires_grad=True) for a in (x, w, b)]
-        with exact():
+        with precision("fp32"):
             y = ts.ops.conv(*leaves, padding=1, stride=2)
             (y * y).sum().backward()
         results.append([ts.to_numpy(a) for a in (y.data, *(leaf.grad for leaf in leaves))])
@@ -311,9 +344,14 @@ BUGS = [
     ("conv_mma", "b_column < g.filters);", "true);"),
     ("conv_mma", "end = max(end, min(", "end = min(end + 1, min("),
     ("conv_mma", "begin = min(begin, max(0, ", "begin = min(begin, max(1, "),
-    ("conv_mma", "a[i][2 * half] = tf32(v.x), a[i][2 * half + 1] = tf32(v.y)",
-     "a[i][2 * half] = tf32(v.y), a[i][2 * half + 1] = tf32(v.x)"),
-    ("conv_mma", "tf32(__uint_as_float(left[i][e]))", "left[i][e]"),
+    ("conv_mma", "a[i][2 * half] = held(v.x), a[i][2 * half + 1] = held(v.y)",
+     "a[i][2 * half] = held(v.y), a[i][2 * half + 1] = held(v.x)"),
+    ("conv_mma", "held(__uint_as_float(left[i][e]))", "left[i][e]"),
+    ("conv_mma", "a[i][e] = pair(a[i][e], a[i][e + 2])", "a[i][e] = pair(a[i][e + 2], a[i][e])"),
+    ("conv_mma", "pair(more_a[i][e], more_a[i][e + 2])", "pair(more_a[i][e], more_a[i][e])"),
+    ("conv_mma", "pair(more_b[j][0], more_b[j][1])", "pair(b[j][0], more_b[j][1])"),
+    ("conv_mma", "load(more_a, more_b, turn, term + 8)", "load(more_a, more_b, turn, term)"),
+    ("conv_mma", "term += DEPTH", "term += 8"),
     ("conv_mma", "v * (1 + 3 / 8192.f)", "v"),
     ("slices", "s * numbers", "(s - 1) * numbers"),
     ("slices", "if (at >= numbers) return;", ""),
@@ -328,10 +366,11 @@ def every_body(cuda):
     for channels, filters in ((40, 24), (8, 72)):
         problem = arrays((5, 9, 7), 1, channels, filters, (3, 3, 3), 5)
         check(cuda, *problem, window)
-        check(cuda, *problem, window, full=False)
+        check(cuda, *problem, window, multiplied="tf32")
+        check(cuda, *problem, window, multiplied="bf16")
     with mock.patch.object(kernels, "_slices", lambda *_: 1):  # and taps that no tile sees
-        check(cuda, *arrays((1, 9, 7), 1, 40, 24, (3, 3, 3), 5), window, full=False)
-        check(cuda, *arrays((5, 9, 7), 1, 3, 8, (3, 3, 3), 5), window, full=False)
+        check(cuda, *arrays((1, 9, 7), 1, 40, 24, (3, 3, 3), 5), window, multiplied="tf32")
+        check(cuda, *arrays((5, 9, 7), 1, 3, 8, (3, 3, 3), 5), window, multiplied="tf32")
     window = Window.of((3, 2), 2, 1)
     x, _ = arrays((6, 7), 1, 5, 3, (3, 2), 6)
     columns = kernels.unfold(cuda.asarray(x), window)

@@ -3,7 +3,6 @@ and gives what NumPy gives."""
 
 import re
 import sys
-from contextlib import nullcontext
 
 import emulator
 import numpy as np
@@ -58,7 +57,7 @@ def curve(library, net, size, make, steps=3):
 def test_training(cuda, tiny, launched, rank, size, make, options):
     net = models.resnet_seg(tiny, rank=rank, in_channels=1, classes=3, **options)
     values, state = curve(np, net.copy(), size, make)
-    with ts.cuda.exact():
+    with ts.cuda.precision("fp32"):
         ours, theirs = curve(cuda, net.copy(), size, make)
     assert np.allclose(values, ours, rtol=1e-4)
     for name, array in state.items():
@@ -66,6 +65,9 @@ def test_training(cuda, tiny, launched, rank, size, make, options):
         assert np.linalg.norm(theirs[name] - array) <= 1e-2 * np.linalg.norm(moved) + 1e-6, name
     rough, _ = curve(cuda, net.copy(), size, make)
     assert np.allclose(values, rough, rtol=1e-2) and rough != ours
+    with ts.cuda.precision("bf16"):
+        rougher, _ = curve(cuda, net.copy(), size, make)
+    assert np.allclose(values, rougher, rtol=2e-2) and rougher != rough
     assert set(launched) == {"conv_simt", "conv_mma", "slices", "norm", "pool", "upsample", "loss",
                              "optim"}
     assert launched["norm"] >= {"moments", "normalize", "adjoint_sums", "normalize_dx"}
@@ -110,18 +112,18 @@ def test_what_a_captured_step_cannot_do(cuda, tiny):
         steps(losses.dice, models.resnet_seg(tiny, rank=2, in_channels=1, classes=3))
 
 
-def traced_step(library, rank, exact):
+def traced_step(library, rank, precision):
     """Traces of all launches of a training step, of networks with 8 to 64 channels."""
     size, options = {2: ((9, 11), {}), 3: ((3, 5, 6), {"depth_stride": 1})}[rank]
     net = models.resnet_seg("tiny", rank=rank, in_channels=1, classes=3, width=8, **options)
-    with emulator.traced() as traces, cuda.exact() if exact else nullcontext():
+    with emulator.traced() as traces, cuda.precision(precision):
         curve(library, net, size, lambda ps: optim.AdamW(ps, 1e-3), steps=1)
     return traces
 
 
-@pytest.mark.parametrize("rank, exact", [(2, True), (3, False)])
-def test_no_threads_race(cuda, tiny, rank, exact):
-    traces = traced_step(cuda, rank, exact)
+@pytest.mark.parametrize("rank, precision", [(2, "fp32"), (3, "tf32"), (2, "bf16")])
+def test_no_threads_race(cuda, tiny, rank, precision):
+    traces = traced_step(cuda, rank, precision)
     assert {trace.function.name for trace in traces} >= {
         "correlate", "correlate_dw", "normalize", "adjoint_sums", "maximum", "linear", "gradient",
         "adamw", "squares"}
@@ -143,8 +145,8 @@ def test_every_barrier_is_missed(cuda, tiny, monkeypatch, file, which):
     emulator.forget()
     try:
         with pytest.raises((emulator.Fault, FloatingPointError, AssertionError)):
-            for rank, exact in (2, file == "conv_simt"), (3, False):
-                traces = traced_step(cuda, rank, exact)
+            for rank, precision in (2, "fp32" if file == "conv_simt" else "tf32"), (3, "tf32"):
+                traces = traced_step(cuda, rank, precision)
                 assert not any(trace.races() for trace in traces)
     finally:
         monkeypatch.undo()
@@ -157,6 +159,6 @@ def test_inference_and_files(cuda, tiny, tmp_path):
     volume = np.random.default_rng(2).standard_normal((9, 13, 11, 2), "float32")
     ts.save(tmp_path / "net.npz", nn.to_device(net, cuda))
     truth = infer.sliding_window(ts.load(tmp_path / "net.npz"), volume, (8, 9, 10))
-    with ts.cuda.exact():
+    with ts.cuda.precision("fp32"):
         ours = infer.sliding_window(net, volume, (8, 9, 10))
     assert isinstance(ours, np.ndarray) and np.abs(ours - truth).max() < 1e-4 * np.abs(truth).max()

@@ -101,6 +101,21 @@ extern "C" __global__ void product(const float* a, const unsigned* b, float* d) 
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
+extern "C" __global__ void product_of_pairs(const float* a, const float* b, float* d) {
+  const int l = threadIdx.x, g = l / 4, t = l % 4;
+  unsigned left[4], right[2];
+  for (int i = 0; i < 4; ++i) {
+    const float* from = a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
+    left[i] = bf16(from[0], from[1]);
+  }
+  for (int i = 0; i < 2; ++i)
+    right[i] = bf16(b[(2 * t + i * 8) * 8 + g], b[(2 * t + 1 + i * 8) * 8 + g]);
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  multiply_bf16(sum, left, right[0], right[1]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
 extern "C" __global__ void conflicts(int pitch) {
   DYNAMIC_SHARED(memory);
   unsigned r[4];
@@ -246,6 +261,17 @@ def test_a_product_in_tf32(cuda, kernel, order):
     exact = d + 2 * cut[0].astype("float64") @ cut[1]
     assert np.allclose(there.get(), exact, atol=1e-5)
     assert not np.allclose(there.get(), d + 2 * a @ b, atol=1e-5)
+
+
+def test_a_product_in_bfloat16(cuda, kernel, order):
+    rng = np.random.default_rng(2)
+    a, b, d = (rng.standard_normal(n).astype("float32") for n in ((16, 16), (16, 8), (16, 8)))
+    there = cuda.asarray(d)
+    kernel("product_of_pairs")((1,), (32,), (cuda.asarray(a), cuda.asarray(b), there))
+    mantissas = [(np.round(m * 2**8) / 2**8, e) for m, e in map(np.frexp, (a, b))]
+    exact = d + np.matmul(*(np.ldexp(m.astype("float64"), e) for m, e in mantissas))
+    assert np.allclose(there.get(), exact, atol=1e-5)
+    assert not np.allclose(there.get(), d + a @ b, atol=1e-4)
 
 
 @pytest.mark.parametrize("pitch, extra", [(16, 0), (32, 4), (64, 12), (128, 28), (144, 0)])
@@ -463,17 +489,19 @@ def test_nvidia_compiles(file, constants, arch):
 def test_all_products_of_a_kernel_are_in_one_loop():
     """As many as a warp, of four, has of the tile; and what is kept tells of every body."""
     constants = gpu_instructions.BODIES[-1]
+    depth = 8 << constants["BF16"]
     log, binary = compiled(source("conv_mma"), "-arch=sm_90",
                            *(f"-D{k}={v}" for k, v in constants.items()))
     found = gpu_instructions.bodies(binary)
     assert found.keys() == signatures("conv_mma").keys() == gpu_instructions.registers(log).keys()
     for body in found.values():
-        assert body.mma == TERMS // 8 * ROWS // 16 * constants["COLUMNS"] // 8 // 4
+        assert body.mma == TERMS // depth * ROWS // 16 * constants["COLUMNS"] // 8 // 4
         assert body.loop > body.mma and min(body.before, body.behind) > 0
     kept = (ROOT / "benchmarks/results/gpu/instructions.md").read_text("utf-8")
     rows = [line.split("|")[1:-1] for line in kept.splitlines() if line.startswith("| correlate")]
-    assert len(rows) == 2 * (2 * len(gpu_instructions.BODIES) - 2)  # w is transposed in one only
-    assert all(int(row[8]) == int(row[1]) for row in rows)
+    transposed = sum(body["SWAPPED"] for body in gpu_instructions.BODIES)  # w, which one only has
+    assert len(rows) == 2 * (2 * len(gpu_instructions.BODIES) - transposed)
+    assert all(int(row[9]) << ("bf16" in row[1]) == int(row[2]) for row in rows)
 
 
 @needs_nvrtc

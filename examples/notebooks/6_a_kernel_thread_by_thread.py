@@ -269,7 +269,7 @@ print(source[begin : source.index("const int row", begin)].rstrip())
 sys.modules["cupy"] = cupy
 x = rng.standard_normal((1, 4, 6, 7, 3)).astype("float32")
 w = rng.standard_normal((3, 3, 3, 3, 5)).astype("float32")
-with emulator.traced() as traces, ts.cuda.exact():
+with emulator.traced() as traces, ts.cuda.precision("fp32"):
     y = ops.conv(cupy.asarray(x), cupy.asarray(w), padding=1).data.get()
 conv, = traces
 print("largest error", abs(y - ops.conv(x, w, padding=1).data).max(), "races:", conv.races())

@@ -10,15 +10,17 @@ from . import loss, norm, optim, pool, upsample
 from .capture import captured, is_capturing
 from .loader import (
     MULTIPROCESSORS,
+    PRECISIONS,
     Strided,
-    exact,
-    is_exact,
     launch,
     plain,
+    precision,
+    precision_here,
     serves,
     signatures,
     source,
 )
 
-__all__ = ["MULTIPROCESSORS", "Strided", "captured", "exact", "is_capturing", "is_exact", "launch",
-           "loss", "norm", "optim", "plain", "pool", "serves", "signatures", "source", "upsample"]
+__all__ = ["MULTIPROCESSORS", "PRECISIONS", "Strided", "captured", "is_capturing", "launch", "loss",
+           "norm", "optim", "plain", "pool", "precision", "precision_here", "serves", "signatures",
+           "source", "upsample"]

@@ -8,7 +8,8 @@ passed by value. CuPy compiles a source at its first use and keeps the binary on
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, array_module, within
+from ..backend import Array, array_module
 
 _HERE = Path(__file__).resolve()
 FOLDER = next(f for f in (_HERE.parents[1] / "kernels", _HERE.parents[2] / "kernels")
@@ -40,21 +41,31 @@ class Strided(NamedTuple):
     array: Array
 
 
-_exact: ContextVar[frozenset] = ContextVar("exact", default=frozenset())
+PRECISIONS = "fp32", "tf32", "bf16"
+_precision: ContextVar[str] = ContextVar("precision", default="tf32")
 
 
-def exact() -> AbstractContextManager:
-    """Convolutions inside this context multiply in full float32.
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """What convolutions inside this context multiply; arrays and sums are of float32 in any case.
 
-    Otherwise they round their factors to TF32 (10 bits of mantissa) for the tensor cores and sum
-    in float32, as PyTorch's convolutions do; an output then differs by about 3e-4 of its scale.
+    "fp32": the numbers as they are. "tf32", as outside: rounded to 10 bits of mantissa for the
+    tensor cores, as PyTorch's convolutions do, and an output differs by about 3e-4 of its scale.
+    "bf16": to 7 bits, about 2e-3, in half as many products of twice the terms. ValueError for
+    other names.
     """
-    return within(_exact)
+    if name not in PRECISIONS:
+        raise ValueError(f"found precision {name!r}; expected one of {', '.join(PRECISIONS)}")
+    before = _precision.set(name)
+    try:
+        yield
+    finally:
+        _precision.reset(before)
 
 
-def is_exact() -> bool:
-    """Whether `exact` is in force."""
-    return bool(_exact.get())
+def precision_here() -> str:
+    """The name of the `precision` in force."""
+    return _precision.get()
 
 
 def serves(*arrays: Array | None) -> bool:

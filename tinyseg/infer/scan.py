@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import ops
+from .. import ops, parallel
 from ..data.augment import LEFT_RIGHT, numbered
 from ..data.ct import Plan, resample, thick_axis
 from ..data.nifti import Volume
@@ -145,6 +145,7 @@ def _voices(nets: Sequence[Module], scan: Volume, *, plan: Plan | None = None,
     if any(p.mirror is None for p in plans) and LEFT_RIGHT % 3 in [axis % 3 for axis in mirror]:
         raise ValueError("the network was trained without left-right reflections, and cannot"
                          " answer them; predict without mirror")
+    parallel.release()  # what the scan before has held
     # In float16, as training stored and saw it.
     images = {plan: plan.prepare(scan).astype("float16") for plan in set(plans)}
 

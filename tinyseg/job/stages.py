@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .. import losses, optim, train
+from .. import cuda, losses, optim, parallel, train
 from ..backend import Array, array_module, to_library
 from ..data import sampling
 from ..module import Module, evaluation, to_device
@@ -115,6 +115,7 @@ def run(ranks: Alone, stage: Stage, net: Module, cases: Sequence[sampling.Prepar
     leader's.
     """
     to_device(net, ranks.device(settings.device))
+    parallel.release()  # what preparing cases, or a stage before, has held
     parts_of = partial(stage.batches, cases, settings.seed, augment)
     batch = parts_of(ranks.part(stage.count))
     history = history or History(list(map(str, range(net.config["classes"]))))
@@ -139,11 +140,13 @@ def run(ranks: Alone, stage: Stage, net: Module, cases: Sequence[sampling.Prepar
     bar = tqdm(total=stage.steps, initial=step, desc=f"train {stage.name}", unit="step",
                disable=not ranks.leads)
     try:
-        with synchronised(net, ALONE if settings.local_norm else ranks):
+        norm = ALONE if settings.local_norm else ranks
+        with synchronised(net, norm), cuda.precision(settings.precision):
             for record in train.fit(net.train(), batch, loss, optimizer, stage.steps, start=step,
                                     schedule=optim.warmup(stage.steps // WARM), average=average,
                                     validate=partial(patch_dice, patches=patches),
-                                    every=max(LEAST, stage.steps // VALIDATIONS), ranks=ranks):
+                                    every=max(LEAST, stage.steps // VALIDATIONS),
+                                    capture=settings.capture, ranks=ranks):
                 bar.set_postfix_str(history.add(stage.name, record))
                 bar.update()
                 step = record.step + 1

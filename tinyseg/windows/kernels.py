@@ -1,8 +1,8 @@
 """Convolution and pooling on the GPU: CuPy arrays of float32, rank 1 to 3.
 
 The kernels know three axes, zero padding and the two products of `products`; lower ranks get
-leading axes of one. TF32 on the tensor cores where the channels allow, float32 inside
-`cuda.exact()`. Partial sums of a weight gradient are added in a fixed order.
+leading axes of one. On the tensor cores, in TF32 or bfloat16, where the channels allow it and
+`cuda.precision` does. Partial sums of a weight gradient are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
 def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, int]]:
     """The source that computes a convolution, its threads, and its constants."""
     columns = 128 if filters > 64 else 64
-    if cuda.is_exact() or filters % 4:
+    if cuda.precision_here() == "fp32" or filters % 4:
         return "conv_simt", 256, {"COLUMNS": 64}
     return "conv_mma", 128, {"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "STAGES": 3,
-                             "CHUNK": 1 if channels % 4 or taps > 32 else 4}
+                             "CHUNK": 1 if channels % 4 or taps > 32 else 4,
+                             "BF16": int(cuda.precision_here() == "bf16")}
 
 
 def _inside(kernel: str, g: np.ndarray) -> tuple[float, float]:
