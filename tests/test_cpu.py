@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from tinyseg import Tensor, losses, models, no_grad, ops, optim, parallel, train, windows
 from tinyseg.data import phantom
-from tinyseg.windows import Window, cpu, lines, pooling, products, reference, winograd
+from tinyseg.windows import Window, columns, cpu, lines, pooling, products, reference, winograd
 
 
 @pytest.fixture(autouse=True)
@@ -489,6 +489,24 @@ def test_what_may_change_is_not_kept(some):
 def frozen(w):
     w.flags.writeable = False
     return w
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*[st.integers(5, 12)] * 3), st.tuples(*[st.integers(1, 5)] * 3),
+       st.tuples(*[st.integers(1, 3)] * 3), st.tuples(*[st.integers(0, 3)] * 3),
+       st.integers(1, 2), st.integers(1, 3), st.sampled_from([1, 2, 3, 99]),
+       st.sampled_from([64, 1 << 19]), st.integers(0, 99))
+def test_planes_are_shared_along_the_first_axis(size, kernel, stride, padding, batch, channels,
+                                                deep, block, seed):
+    """Of few channels, in boxes that end anywhere; the same where strides step over planes."""
+    window = Window.of(kernel, stride, padding)
+    x, w = arrays(size, batch, channels, 4, kernel, seed)
+    seen = cpu.Columns(x, kernel, window.positions(size), stride, (1, 1, 1), padding)
+    assert (seen.planes is not None) == (channels < 3 and stride[0] < kernel[0])
+    with pytest.MonkeyPatch.context() as patch, windows.without(*cpu.SHORTER):
+        patch.setattr(columns, "DEEP", deep)
+        patch.setattr(columns, "BLOCK", block)
+        check(x, w, window, seed)
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,13 +9,8 @@ Every product and every weight gradient is computed in one of five ways, as `cho
     columns  any other: im2col for some taps at a time; could compute them all, see `without`
 
 Columns: outputs are computed in blocks that stay in cache, side by side on all cores. For each
-block, the taps are taken in groups: the patches of the input that a group sees are copied into
-columns, multiplied with its part of the kernel, and added to the block. A group is as many trailing
-axes of the kernel as make columns of at most WIDTH elements, so that a product is long enough
-whatever the channels. Along the other axes a group is applied only to the positions from which it
-sees the grid: far taps of a dilated kernel on a small grid stand in the padding for most positions,
-and that product is never computed (at dilation 4 on an 8 x 12 x 12 grid, 60 % of all). Where all
-outputs are one block, threads share the filters.
+block, what a group of taps sees is copied into `columns`, multiplied with its part of the kernel,
+and added to the block. Where all outputs are one block, threads share the filters.
 """
 
 from __future__ import annotations
@@ -28,21 +23,17 @@ from math import ceil, prod
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from .. import parallel
 from ..backend import Array
-from . import lines, reference, winograd
+from . import lines, winograd
+from .columns import BLOCK, ROWS, Columns, boxes, shape, volume
 from .geometry import Box, Window, blocks
 from .pooling import maximum, maximum_adjoint
 from .products import Correlation, constant
 
 __all__ = ["maximum", "maximum_adjoint", "products", "serves", "weights"]  # the engine
 
-WIDTH = 640  # elements in a row of columns, at most
-BLOCK = 1 << 19  # elements in the columns of a block: 2 MiB
-ROWS = 192  # outputs of a block, at least
-FEW = 3  # channels: columns of fewer are gathered one after another
 SHORTER = ("point", "lines", "tiles", "taps")  # than columns, where they can be had
 _avoided: set[str] = set()
 
@@ -52,73 +43,11 @@ def serves(window: Window, *arrays: Array) -> bool:
     return all(isinstance(a, np.ndarray) and a.dtype == np.float32 and a.size for a in arrays)
 
 
-def _shape(box: Box) -> list[int]:
-    return [b.stop - b.start for b in box]
-
-
-def volume(box: Box) -> int:
-    """How many positions a box holds."""
-    return prod(_shape(box))
-
-
 def _common(a: Box, b: Box) -> Box:
     """What two boxes share, empty along an axis where nothing."""
     low = [max(x.start, y.start) for x, y in zip(a, b, strict=True)]
     return tuple(slice(n, max(n, min(x.stop, y.stop)))
                  for n, x, y in zip(low, a, b, strict=True))
-
-
-class Columns:
-    """Partial im2col matrices of x, one for each group of taps: `groups` lists (index of the group
-    among the kernel's leading axes, the box of outputs that it affects), fullest first."""
-
-    def __init__(self, x: Array, kernel, positions, stride, dilation, before):
-        batch, *size, channels = x.shape
-        axes = len(kernel)
-        lead = next(m for m in range(axes + 1)
-                    if m == axes or prod(kernel[m:]) * channels <= WIDTH)
-        geometry = list(zip(size, kernel, positions, stride, dilation, before, strict=True))
-        self.width = prod(kernel[lead:]) * channels
-        self.lead, self.steps = lead, [(s, d, b) for *_, s, d, b in geometry[:lead]]
-
-        # Trailing axes are padded and seen through overlapping windows, without a copy.
-        padding = [(b, max(0, (p - 1) * s + (k - 1) * d + 1 - b - n))
-                   for n, k, p, s, d, b in geometry[lead:]]
-        grown = [(0, 0)] * (1 + lead) + [(max(b, 0), a) for b, a in padding]
-        x = reference.pad(x, grown, [False] * len(grown))
-        x = x[(slice(None),) * (1 + lead) + tuple(slice(max(-b, 0), None) for b, _ in padding)]
-        strides = list(zip(x.strides[1 + lead : -1], geometry[lead:], strict=True))
-        self.windows = as_strided(
-            x, (*x.shape[: 1 + lead], *positions[lead:], *kernel[lead:], channels),
-            (*x.strides[: 1 + lead], *(one * g[3] for one, g in strides),
-             *(one * g[4] for one, g in strides), x.strides[-1]), writeable=False)
-
-        self.groups = []
-        for head in every(*map(range, kernel[:lead])):
-            seen = [slice(max(0, ceil((b - i * d) / s)), min(p, (n - 1 + b - i * d) // s + 1))
-                    for i, (n, _, p, s, d, b) in zip(head, geometry, strict=False)]
-            if all(r.start < r.stop for r in seen):
-                self.groups.append((head, (slice(0, batch), *seen,
-                                           *(slice(0, p) for p in positions[lead:]))))
-        self.groups.sort(key=lambda group: -volume(group[1]))
-
-    def gather(self, head: tuple[int, ...], box: Box, memory: Array) -> Array:
-        """What the group `head` sees from the positions of `box`, (rows, width): in `memory`
-        unless it is a run of x as it stands. Of few channels it lies there column after column,
-        because positions are longer runs to copy than taps then."""
-        points = [slice(r.start * s + i * d - b, (r.stop - 1) * s + i * d - b + 1, s)
-                  for r, i, (s, d, b) in zip(box[1:], head, self.steps, strict=False)]
-        seen = self.windows[(box[0], *points, *box[1 + self.lead :])]
-        if seen.flags.c_contiguous:
-            return seen.reshape(-1, self.width)
-        memory = memory[: seen.size]
-        if seen.shape[-1] < FEW:
-            taps = range(len(box), seen.ndim)
-            seen = np.moveaxis(seen, taps, range(len(taps)))
-            memory.reshape(seen.shape)[...] = seen
-            return memory.reshape(self.width, -1).T
-        memory.reshape(seen.shape)[...] = seen
-        return memory.reshape(-1, self.width)
 
 
 class Method(NamedTuple):
@@ -171,14 +100,6 @@ def _points(x: Array, positions, stride) -> Array:
     return x[(slice(None), *seen)].reshape(-1, x.shape[-1])
 
 
-def _blocks(positions: tuple[int, ...], width: int) -> list[Box]:
-    """The positions in boxes whose columns fill BLOCK numbers, as many for each thread."""
-    rows, threads = prod(positions), parallel.threads()
-    number = ceil(rows / max(ROWS, BLOCK // width))
-    number = ceil(number / threads) * threads if rows >= 128 * threads else number
-    return list(blocks(positions, parallel.share(positions, number)))
-
-
 def outputs(problem: Correlation) -> Array:
     """Where the outputs of a problem stand, (N, *P, C_out): a view."""
     return problem.into[(slice(None), *(slice(a, None, s) for a, s in zip(
@@ -227,7 +148,7 @@ def _add(terms: Callable[[Box, slice], Iterator[tuple[Box, Array]]], block: Box,
             total = term
             continue
         if total is None:
-            total = np.zeros((*_shape(block), out.shape[-1]), out.dtype)
+            total = np.zeros((*shape(block), out.shape[-1]), out.dtype)
         total[tuple(slice(a.start - b.start, a.stop - b.start)
                     for a, b in zip(box, block, strict=True))] += term
     out[block] = 0 if total is None else total
@@ -243,10 +164,10 @@ def _columns(x: Array, w: Array, out: Array, stride, dilation, before):
         for head, sees in columns.groups:
             box = _common(sees, block)
             if volume(box):
-                answer = np.matmul(columns.gather(head, box, memory), matrices[head][:, part])
-                yield box, answer.reshape(*_shape(box), -1)
+                answer = np.matmul(columns.terms(head, box, memory), matrices[head][:, part])
+                yield box, answer.reshape(*shape(box), -1)
 
-    return terms, _blocks(out.shape[:-1], max(columns.width, w.shape[-1]))
+    return terms, columns.boxes(w.shape[-1])
 
 
 def _taps(x: Array, w: Array, out: Array, dilation, before):
@@ -258,7 +179,7 @@ def _taps(x: Array, w: Array, out: Array, dilation, before):
 
     def terms(block: Box, part: slice) -> Iterator[tuple[Box, Array]]:
         # Behind this axis the block is whole, and points lie together.
-        cut = max(axis for axis, (a, b) in enumerate(zip(_shape(block), out.shape, strict=False))
+        cut = max(axis for axis, (a, b) in enumerate(zip(shape(block), out.shape, strict=False))
                   if a < b or axis < 2)
         for matrix, shift in taps:
             box = _common(tuple(slice(-s, n - s) for n, s in zip(x.shape, shift, strict=False)),
@@ -290,9 +211,9 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
                      parallel.parts(len(matrix)))
         return dw
     columns = Columns(x, kernel, y.shape[1:-1], stride, dilation, before)
-    boxes = _blocks(y.shape[:-1], max(4, columns.width, filters) // 4)  # long sums, less to add
+    cut = boxes(y.shape[:-1], max(4, columns.width, filters) // 4)  # long sums, less to add
     threads, groups = parallel.threads(), columns.groups
-    shares = 1 if len(groups) >= 4 * threads else min(len(boxes), threads)
+    shares = 1 if len(groups) >= 4 * threads else min(len(cut), threads)
     # The first share of the boxes is summed in dw itself; groups that see nothing are none.
     unseen = len(groups) < prod(kernel[: columns.lead])
     dw = (np.zeros if unseen else np.empty)((*kernel, x.shape[-1], filters), x.dtype)
@@ -301,10 +222,10 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     def compute(item: tuple[int, int]) -> None:
         share, number = item
         head, sees = groups[number]
-        memory = np.empty(max(map(volume, boxes)) * columns.width, x.dtype)
+        memory = np.empty(max(map(volume, cut)) * columns.width, x.dtype)
         total = more[share - 1, number] if share else dw[head].reshape(-1, filters)
         empty = True
-        for block in boxes[share::shares]:
+        for block in cut[share::shares]:
             box = _common(sees, block)
             if volume(box):
                 seen, g = columns.gather(head, box, memory), y[box].reshape(-1, filters)
