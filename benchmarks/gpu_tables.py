@@ -55,8 +55,8 @@ def layer_table(record) -> str:
 
 
 def side_by_side(title: str, rows: list[dict]) -> str:
-    """Whole networks beside PyTorch, one to a column: milliseconds, how much ours is faster (each
-    of PyTorch's beside ours that is run the same way, captured or not), GiB reserved."""
+    """Whole networks beside PyTorch, one to a column: milliseconds, how much ours in TF32 is faster
+    (each beside ours that is run the same way, captured or not), GiB reserved."""
     def cell(row, side):
         if isnan(row.get(side, nan)):
             return "not measured"

@@ -115,17 +115,15 @@ __device__ __forceinline__ void load_a(A& a, const float* buffer, int term, int 
     }
 }
 
-// The factors of sixteen terms in bfloat16, from those of eight, and eight more. A lane's pairs should
-// be terms 2t and 2t + 1 of eight; here they are t and t + 4, of both factors alike: sums have no order.
-__device__ __forceinline__ void join(A& a, B& b, const A& more_a, const B& more_b) {
+// Eight terms as one half of sixteen in bfloat16. A lane's pairs should be terms 2t and 2t + 1 of eight;
+// here they are t and t + 4, of both factors alike: sums have no order.
+__device__ __forceinline__ void join(A& a, B& b, const A& eight_a, const B& eight_b, int half) {
 #pragma unroll
   for (int i = 0; i < FRAGMENTS_DOWN; ++i)
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      a[i][e] = pair(a[i][e], a[i][e + 2]), a[i][e + 2] = pair(more_a[i][e], more_a[i][e + 2]);
+    for (int e = 0; e < 2; ++e) a[i][2 * half + e] = pair(eight_a[i][e], eight_a[i][e + 2]);
 #pragma unroll
-  for (int j = 0; j < FRAGMENTS_ACROSS; ++j)
-    b[j][0] = pair(b[j][0], b[j][1]), b[j][1] = pair(more_b[j][0], more_b[j][1]);
+  for (int j = 0; j < FRAGMENTS_ACROSS; ++j) b[j][half] = pair(eight_b[j][0], eight_b[j][1]);
 }
 
 __device__ __forceinline__ void multiply(Sums& sum, const A& a, const B& b) {
@@ -153,13 +151,18 @@ template <class Fill, class Load> __device__ __forceinline__ void accumulate(Sum
     copy_commit();
 #pragma unroll
     for (int term = 0; term < TERMS; term += DEPTH) {
-      A a, more_a;
-      B b, more_b;
-      load(a, b, turn, term);
-      if (BF16) {
-        load(more_a, more_b, turn, term + 8);
-        join(a, b, more_a, more_b);
-      }
+      A a;
+      B b;
+      if (BF16)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          A eight_a;
+          B eight_b;
+          load(eight_a, eight_b, turn, term + 8 * half);
+          join(a, b, eight_a, eight_b, half);
+        }
+      else
+        load(a, b, turn, term);
       multiply(sum, a, b);
     }
   }

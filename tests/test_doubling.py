@@ -56,7 +56,10 @@ def test_phases_are_the_convolution_of_the_doubled_grid(problem, batch, c_in, c_
     ((6, 8), (3, 3), {"padding": 0}),  # a smaller answer
 ])
 def test_where_phases_do_not_fit_the_grid_is_written(size, kernel, options):
-    assert ops.phases(Window.of(kernel, **options), (3, 4), size) is None
+    window = Window.of(kernel, **options)
+    assert ops.phases(window, (3, 4), size) is None
+    with pytest.raises(ValueError, match="use conv of double"):
+        ops.conv_phases(np.ones((1, 3, 4, 5)), np.ones((*kernel, 5, 2)), window=window, size=size)
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype("float32")
     layer = nn.Conv(5, 2, kernel, **options, rng=0)
     with no_grad():
@@ -64,7 +67,8 @@ def test_where_phases_do_not_fit_the_grid_is_written(size, kernel, options):
 
 
 def test_a_layer_takes_phases(monkeypatch):
-    """No doubled grid is made, and the answer is that of one; ways along depth see it written."""
+    """No doubled grid is made, and the answer is that of one; ways along depth see it written, and
+    kernels that are larger than it."""
     made, double = [], ops.double
     monkeypatch.setattr(ops, "double", lambda *args, **options: (
         made.append(options["size"]), double(*args, **options))[1])
@@ -74,6 +78,8 @@ def test_a_layer_takes_phases(monkeypatch):
         answer = layer(x, (6, 8)).data
         assert not made
         np.testing.assert_allclose(answer, layer(double(x, size=(6, 8))).data, atol=1e-5)
+        nn.Conv(5, 3, (3, 3), padding=1, rng=0)(x, (6, 8))
+        assert len(made) == 1
     for way, written in (("zero", 4), ("depthwise", 5)):
         net = models.resnet_seg("resnet18", rank=3, in_channels=1, classes=2, head="unet",
                                 depth=3, structure={"zero": "full"}.get(way, way)).eval()

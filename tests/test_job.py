@@ -119,6 +119,8 @@ def test_a_resumed_run_moves_and_grows_and_changes_nothing_else():
     begun = job.Settings(**SMALL)
     assert begun.resumed() == begun
     assert begun.resumed(data="x", steps_3d=9) == replace(begun, data=Path("x"), steps_3d=9)
+    on_gpu = replace(begun, device="cuda", precision="bf16", capture=True)
+    assert on_gpu.resumed(device="cpu", precision="tf32", capture=False) == begun
     assert replace(begun, steps_2d=None).resumed(steps_2d=1).steps_2d == 1  # the plan's may be less
     for wrong in ({"steps_3d": 2}, {"seed": 4}, {"plan": "x"}, {"head": "fcn"},
                   {"pretrained": "x"}):
@@ -193,14 +195,14 @@ def weights(path):
 
 
 def test_training_multiplies_in_the_precision_asked_for(data, tmp_path, monkeypatch):
-    """And in no other place: what follows a stage is told of it by nothing but the network."""
+    """In a stage, where it looks at held-out patches too; what comes after is in TF32 again."""
     seen, conv = {}, ts.ops.conv
     monkeypatch.setattr(ts.ranks.Alone, "device", lambda self, name: np)
     monkeypatch.setattr(ts.ops, "conv", lambda x, *args, **options: (
         seen.setdefault(x.requires_grad, set()).add(ts.cuda.precision_here()),
         conv(x, *args, **options))[1])
     go(job.Run(tmp_path / "run", job.Settings(data=data, device="cuda", precision="bf16", **SMALL)))
-    assert seen[True] == {"bf16"} and "tf32" in seen[False]  # training; scoring among the rest
+    assert seen == {True: {"bf16"}, False: {"bf16", "tf32"}}  # by whether a gradient is wanted
     assert ts.cuda.precision_here() == "tf32"
     with pytest.raises(ValueError, match="capture is for networks on a GPU .* found one in host"):
         go(job.Run(tmp_path / "captured", job.Settings(data=data, device="cuda", capture=True,

@@ -273,6 +273,8 @@ def test_conv_refuses_what_does_not_fit():
     for shape in [(3, 3, 4, 2), (3, 3, 2), (3, 3, 3, 3, 2)]:
         with pytest.raises(ValueError, match="does not fit kernel"):
             ops.conv(x, Tensor(normal(*shape)))
+    with pytest.raises(ValueError, match=r"and bias; .*\(C_out,\)"):
+        ops.conv(x, Tensor(normal(3, 3, 3, 2)), Tensor(normal(3)))
     with pytest.raises(ValueError, match="no window fits"):
         ops.conv(x, Tensor(normal(3, 7, 3, 2)))
     with pytest.raises(ValueError, match="^stride"):
@@ -562,3 +564,5 @@ def test_rows_of_few_channels_are_taken_together(rows, channels, together):
     truth = np.maximum(x + b + r, 0)
     np.testing.assert_array_equal(normalisation.shift(x, b, r, relu=True), truth)
     np.testing.assert_array_equal(x, truth)  # written over it
+    ends = normalisation.shift(np.ones((4, 3)), np.array([np.inf, -np.inf, -2]), relu=True)
+    assert ends.tolist() == [[np.inf, 0, 0]] * 4

@@ -91,7 +91,7 @@ class Phases(NamedTuple):
         return taps.reshape(*self.window.kernel, channels, -1)
 
     def kernel_adjoint(self, dw: Array, shape: tuple[int, ...]) -> Array:
-        """(*K', C, phases F) -> (*K, C, F), the shape."""
+        """(*K', C, phases F) -> (*K, C, F), which is `shape`."""
         taps = dw.reshape(-1, shape[-2], prod(self.steps), shape[-1])
         total = np.zeros((prod(shape[:-2]), *shape[-2:]), dw.dtype)
         for phase, tap, before in self.sums:
@@ -141,9 +141,9 @@ def phases(window: Window, before: tuple[int, ...], size: tuple[int, ...]) -> Ph
 
 @op
 def conv_phases(x, w, b=None, *, window, size):
-    """conv(double(x, size=size), w, b) with a window of which there are `phases`: the doubled grid
-    is never written, and the engine shares what it makes of x among all phases. Of 3 x 3 x 3 taps
-    of a phase 2 x 2 x 2 are not zero.
+    """conv(double(x, size=size), w, b) of NumPy arrays, with a window of which there are `phases`:
+    the doubled grid is never written, and the engine shares what it makes of x among all phases.
+    Of 3 x 3 x 3 taps of a phase 2 x 2 x 2 are not zero. ValueError where there are no phases.
 
     >>> x, w = np.ones((1, 5, 6, 2)), np.ones((3, 3, 2, 4))
     >>> window, size = ts.windows.Window.of((3, 3), padding=1), (10, 12)
@@ -151,7 +151,10 @@ def conv_phases(x, w, b=None, *, window, size):
     >>> np.allclose(y.data, ts.ops.conv(ts.ops.double(x, size=size), w, padding=1).data)
     True
     """
-    parts, before = phases(window, x.shape[1:-1], size), x.shape[1:-1]
+    before = x.shape[1:-1]
+    if (parts := phases(window, before, size)) is None:
+        raise ValueError(f"conv_phases: {before} is not doubled to {size}, or {window} does not "
+                         "keep that; use conv of double")
     kernel = parts.kernel(w)
     y = np.empty((len(x), *window.positions(size), w.shape[-1]), np.result_type(x, w))
     _copy(windows.correlate(x, kernel, parts.window), parts.apart(y))

@@ -79,10 +79,12 @@ class Conv(Module):
         """Of x, or of x with every position twice (see ops.double), to that size."""
         x = _floats(x, self.weight)
         if size is not None:
-            if (self.along is None and array_module(x.data) is np
+            # Where their kernel is no larger than the doubled grid, which a CPU need not write.
+            small = self.weight.data.size << len(size) <= len(x) * prod(size) * x.shape[-1]
+            if (small and self.along is None and array_module(x.data) is np
                     and ops.phases(self.window, x.shape[1:-1], size)):
                 return ops.conv_phases(x, self.weight, self.bias, window=self.window, size=size)
-            x = ops.double(x, size=size)  # a GPU skips no product of taps that are zero
+            x = ops.double(x, size=size)
         if self.along is not None:
             return self.along.apply(x, self)
         return ops.conv(x, self.weight, self.bias, **self.window.options)

@@ -33,9 +33,11 @@ def row_slabs(rows) -> list[slice]:
 
 
 def shift(x, bias, residual=None, relu=False):
-    """x (N, *S, C) + bias [+ residual], then max(., 0) where asked, written over x."""
+    """x (N, *S, C) + bias (C,) [+ residual], then max(., 0) where asked; written over x, if that is
+    contiguous."""
     rows, bias = widened(x.reshape(-1, x.shape[-1]), bias)
-    library, zero = array_module(x), 0 * bias if relu else None
+    library = array_module(x)
+    zero = np.zeros_like(bias) if library is np else 0
     residual = residual.reshape(rows.shape) if residual is not None else None
 
     def add(slab):

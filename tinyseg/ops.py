@@ -219,13 +219,13 @@ def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
     >>> ts.ops.conv(np.ones((1, 8, 9, 2)), np.ones((3, 4, 2, 5)), stride=(2, 1)).shape
     (1, 3, 6, 5)
     """
-    if x.ndim != w.ndim or x.shape[-1] != w.shape[-2]:
-        raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape}; expected "
-                         f"(N, *S, C_in) and (*K, C_in, C_out) with equal rank and C_in")
+    if (x.ndim != w.ndim or x.shape[-1] != w.shape[-2]
+            or getattr(b, "shape", w.shape[-1:]) != w.shape[-1:]):
+        raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape} and bias; expected "
+                         f"(N, *S, C_in) and (*K, C_in, C_out) with equal rank and C_in, (C_out,)")
     window, size = Window.of(w.shape[:-2], stride, padding, dilation, padding_mode), x.shape[1:-1]
     y = windows.correlate(x, w, window)
-    if b is not None:
-        y = shift(y, b)
+    y = y if b is None else shift(y, b)
     return y, (
         lambda g: windows.correlate_dx(g, w, size, window),
         lambda g: windows.correlate_dw(x, g, window),

@@ -149,7 +149,7 @@ def _prepare(process: int, number: int) -> None:
 
 
 def _in_glibc(name: str) -> Any:
-    """A function of memory; None in musl's C library and on other systems than Linux."""
+    """A function that manages memory; musl's C library and other systems than Linux have none."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 

@@ -42,7 +42,7 @@ class Strided(NamedTuple):
 
 
 PRECISIONS = "fp32", "tf32", "bf16"
-_precision: ContextVar[str] = ContextVar("precision", default="tf32")
+_precisions: ContextVar[tuple] = ContextVar("precisions", default=())  # the last is in force
 
 
 @contextmanager
@@ -56,16 +56,17 @@ def precision(name: str) -> Iterator[None]:
     """
     if name not in PRECISIONS:
         raise ValueError(f"found precision {name!r}; expected one of {', '.join(PRECISIONS)}")
-    before = _precision.set(name)
+    own = name, object()  # generators may leave their contexts in another order, or thread
+    _precisions.set((*_precisions.get(), own))
     try:
         yield
     finally:
-        _precision.reset(before)
+        _precisions.set(tuple(other for other in _precisions.get() if other is not own))
 
 
 def precision_here() -> str:
     """The name of the `precision` in force."""
-    return _precision.get()
+    return _precisions.get()[-1][0] if _precisions.get() else "tf32"
 
 
 def serves(*arrays: Array | None) -> bool:

@@ -131,9 +131,11 @@ class Settings:
                               "own patches (default: by those of all)")
     device: str = option("cpu", "where it computes", choices=["cpu", "cuda"], movable=True)
     precision: str = option("tf32", "what convolutions multiply in training on a GPU: fp32, tf32 "
-                            "or bf16; everything else is float32", choices=list(PRECISIONS))
+                            "or bf16; everything else is float32", choices=list(PRECISIONS),
+                            movable=True)
     capture: bool = option(False, "repeat the passes of a training step on a GPU as one launch, "
-                           "which leaves out waiting for Python; one process only")
+                           "which leaves out waiting for Python; one process only",
+                           movable=True)
     seed: int = option(0, "of all that is random", type=int)
     score_mirrored: bool = option(False, "score the mean of the answers to a scan and to its "
                                   "mirror image, in twice the time")

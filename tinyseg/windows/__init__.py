@@ -53,7 +53,8 @@ def correlate_dw(x: Array, y: Array, window: Window) -> Array:
 
 
 def maximum(x: Array, window: Window, *, taps: bool = True) -> tuple[Array, Any]:
-    """(N, *S, C) -> (N, *P, C) and, with `taps`, the one that won each; see reference.maximum.
+    """(N, *S, C) -> (N, *P, C) and the tap that won each (without `taps`, where nobody asks for
+    them, maybe None); see reference.maximum.
 
     >>> x = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0]).reshape(1, 6, 1)
     >>> y, winner = ts.windows.maximum(x, ts.windows.Window.of((2,), stride=2))

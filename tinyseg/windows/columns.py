@@ -92,15 +92,20 @@ class Columns:
         self.groups.sort(key=lambda group: -volume(group[1]))
 
     def boxes(self, filters: int) -> list[Box]:
-        """The positions in boxes, for `terms` of so many filters."""
+        """The positions in boxes, for `terms` of so many filters: as `boxes`, or DEEP along the
+        first axis."""
         if self.planes is None:
             return boxes(self.positions, max(self.width, filters))
         batch, first, *others = self.positions
-        depth = min(first, DEEP)
-        reach = (depth - 1) * self.stride + self.taps  # planes, each with a part of the columns
-        rows = max(1, BLOCK * self.taps // (reach * self.width))
-        return [(slice(i, i + 1), part, *box) for i in range(batch)
-                for part in parallel.parts(first, depth) for box in blocks(tuple(others), rows)]
+        thick = [(slice(i, i + 1), part) for i in range(batch)
+                 for part in parallel.parts(first, DEEP)]
+        depth, plane = min(first, DEEP), self.width // self.taps
+        numbers = max(((depth - 1) * self.stride + self.taps) * plane, depth * filters)
+        number, threads = len(thick) * ceil(prod(others) * numbers / BLOCK), parallel.threads()
+        if prod(self.positions) >= 128 * threads:
+            number = ceil(number / threads) * threads
+        rows = parallel.share(tuple(others), ceil(number / len(thick)))
+        return [(*some, *box) for some in thick for box in blocks(tuple(others), rows)]
 
     def terms(self, head: tuple[int, ...], box: Box, memory: Array) -> Array:
         """What the group `head` sees from the positions of `box`, (..., rows, width): the left

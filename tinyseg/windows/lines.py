@@ -32,7 +32,7 @@ def outputs(kernel, images: int, channels: int, filters: int, positions, stride,
 
     As in `winograd`, by products for each pair of channels, with those that the transforms of the
     kernel and of the images cost (KERNEL and IMAGE a number). Along the first axis stride and
-    dilation must be one.
+    dilation must be one. fixed: of a kernel that `winograd` may have transformed already.
     """
     if len(kernel) < 2 or kernel[0] != 3 or stride[0] != 1 or dilation[0] != 1 or before[0] < 0:
         return 0

@@ -58,22 +58,24 @@ def repeated(window: Window) -> tuple[Window, tuple[tuple[int, int], ...]]:
     return replace(window, padding=zeros, edge=(False,) * len(zeros)), ((0, 0), *border)
 
 
-_kept: dict[tuple, tuple[weakref.ref, Array]] = {}  # what was made of constant arrays
+_kept: dict[int, tuple[weakref.ref, tuple, Array]] = {}  # of constant arrays: made in which way
 
 
 def constant(w: Array) -> bool:
-    """Whether a NumPy array stays as it is while it lives: read-only, in memory of its own."""
+    """Whether a NumPy array is to stay as it is: read-only, in memory of its own. Who lets it be
+    written again must not freeze it anew with other numbers."""
     return w.flags.owndata and not w.flags.writeable
 
 
 def kept(w: Array, way: tuple, make: Callable[[Array], Array]) -> Array:
-    """make(w); of a constant w it is made once for each `way`, and kept as long as w lives."""
+    """make(w); of a constant w it is kept as long as w lives and is asked for in the same `way`."""
     if not constant(w):
         return make(w)
-    name = id(w), *way
-    if name not in _kept:
-        _kept[name] = weakref.ref(w, lambda _: _kept.pop(name, None)), make(w)
-    return _kept[name][1]
+    name, (_, before, made) = id(w), _kept.get(id(w), (None, None, None))
+    if before != way:
+        made = make(w)
+        _kept[name] = weakref.ref(w, lambda _: _kept.pop(name, None)), way, made
+    return made
 
 
 def correlate(engine: Engine, x: Array, w: Array, window: Window) -> Array:
