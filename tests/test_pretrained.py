@@ -853,7 +853,7 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize("content, told", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     (b"\n<!DOCTYPE html><html>", "web page"), (b"<?xml version='1.0'?>", "web page"),
-    (b"", "empty"), (gzip.compress(b"weights"), "unpack"), (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    (b"", "empty"), (gzip.compress(b"weights", mtime=0), "unpack"), (b"\x89HDF\r\n\x1a\n", "HDF5"),
     (b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001.safetensors"}}', "index"),
     (b'{"meta":{"weight_map": {"a": "pytorch_model-00001.bin"}}}', "read each of them"),
     (npz(w=np.ones(2), meta=np.array({"lr": 1}, object)), "meta.npy holds Python objects"),
