@@ -50,15 +50,16 @@ def writable(array: Array) -> bool:
 
 
 @contextmanager
-def within(contexts: ContextVar[frozenset]) -> Iterator[None]:
-    """One more of the contexts that are open. Generators may leave theirs in any order, and from
-    another thread: none takes more with it than its own."""
-    mine = object()
-    contexts.set(contexts.get() | {mine})
+def within(contexts: ContextVar[tuple], value: Any = None) -> Iterator[None]:
+    """One more of the contexts that are open, (value, a mark of its own), the last behind the
+    others. Generators may leave theirs in any order, and from another thread: none takes more with
+    it than its own."""
+    mine = value, object()
+    contexts.set((*contexts.get(), mine))
     try:
         yield
     finally:
-        contexts.set(contexts.get() - {mine})
+        contexts.set(tuple(other for other in contexts.get() if other is not mine))
 
 
 def device(name: str) -> ModuleType:

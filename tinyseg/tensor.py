@@ -29,8 +29,8 @@ from . import arithmetic
 from .backend import Array, array_module, memory, within
 from .graph import Node, walk
 
-_pauses: ContextVar[frozenset] = ContextVar("pauses", default=frozenset())
-_keeping: ContextVar[frozenset] = ContextVar("keeping", default=frozenset())
+_pauses: ContextVar[tuple] = ContextVar("pauses", default=())
+_keeping: ContextVar[tuple] = ContextVar("keeping", default=())
 
 
 def no_grad() -> AbstractContextManager:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..backend import Array, array_module, within
 
-_capturing: ContextVar[frozenset] = ContextVar("capturing", default=frozenset())
+_capturing: ContextVar[tuple] = ContextVar("capturing", default=())
 
 
 def is_capturing() -> bool:

@@ -8,8 +8,7 @@ passed by value. CuPy compiles a source at its first use and keeps the binary on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, array_module
+from ..backend import Array, array_module, within
 
 _HERE = Path(__file__).resolve()
 FOLDER = next(f for f in (_HERE.parents[1] / "kernels", _HERE.parents[2] / "kernels")
@@ -42,11 +41,10 @@ class Strided(NamedTuple):
 
 
 PRECISIONS = "fp32", "tf32", "bf16"
-_precisions: ContextVar[tuple] = ContextVar("precisions", default=())  # the last is in force
+_precisions: ContextVar[tuple] = ContextVar("precisions", default=())
 
 
-@contextmanager
-def precision(name: str) -> Iterator[None]:
+def precision(name: str) -> AbstractContextManager:
     """What convolutions inside this context multiply; arrays and sums are of float32 in any case.
 
     "fp32": the numbers as they are. "tf32", as outside: rounded to 10 bits of mantissa for the
@@ -56,16 +54,11 @@ def precision(name: str) -> Iterator[None]:
     """
     if name not in PRECISIONS:
         raise ValueError(f"found precision {name!r}; expected one of {', '.join(PRECISIONS)}")
-    own = name, object()  # generators may leave their contexts in another order, or thread
-    _precisions.set((*_precisions.get(), own))
-    try:
-        yield
-    finally:
-        _precisions.set(tuple(other for other in _precisions.get() if other is not own))
+    return within(_precisions, name)
 
 
 def precision_here() -> str:
-    """The name of the `precision` in force."""
+    """The name of the `precision` in force: the last of those that are open."""
     return _precisions.get()[-1][0] if _precisions.get() else "tf32"
 
 

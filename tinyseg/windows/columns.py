@@ -41,11 +41,15 @@ def volume(box: Box) -> int:
     return prod(shape(box))
 
 
+def even(number: int, positions: tuple[int, ...]) -> int:
+    """Of boxes of so many positions, as many for each thread, unless they hold few."""
+    threads = parallel.threads()
+    return ceil(number / threads) * threads if prod(positions) >= 128 * threads else number
+
+
 def boxes(positions: tuple[int, ...], width: int) -> list[Box]:
     """The positions in boxes whose columns fill BLOCK numbers, as many for each thread."""
-    rows, threads = prod(positions), parallel.threads()
-    number = ceil(rows / max(ROWS, BLOCK // width))
-    number = ceil(number / threads) * threads if rows >= 128 * threads else number
+    number = even(ceil(prod(positions) / max(ROWS, BLOCK // width)), positions)
     return list(blocks(positions, parallel.share(positions, number)))
 
 
@@ -101,9 +105,7 @@ class Columns:
                  for part in parallel.parts(first, DEEP)]
         depth, plane = min(first, DEEP), self.width // self.taps
         numbers = max(((depth - 1) * self.stride + self.taps) * plane, depth * filters)
-        number, threads = len(thick) * ceil(prod(others) * numbers / BLOCK), parallel.threads()
-        if prod(self.positions) >= 128 * threads:
-            number = ceil(number / threads) * threads
+        number = even(len(thick) * ceil(prod(others) * numbers / BLOCK), self.positions)
         rows = parallel.share(tuple(others), ceil(number / len(thick)))
         return [(*some, *box) for some in thick for box in blocks(tuple(others), rows)]
 
