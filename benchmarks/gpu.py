@@ -7,8 +7,9 @@ Parts; what matters most is measured first, as far as the time goes:
   kernels    where the time of such a step goes: each kernel's launches and milliseconds
   tests      pytest -m gpu: NumPy, CuPy and kernels agree on this card
   layers     every distinct convolution of ResNet-18 and -50 at rank 3, output stride 8: forward,
-             gradient in x, gradient in w; TF32 beside TF32, float32 beside float32 and, for the
-             layers with most columns, beside im2col (columns written out, then multiplied)
+             gradient in x, gradient in w; TF32 beside TF32, bf16 beside bf16 (whose arrays are
+             of that type in cuDNN only), float32 beside float32 and, for the layers with most
+             columns, beside im2col (columns written out, then multiplied)
   memory     operations bound by memory, in GB/s of the fewest bytes they can move
   inference  a whole volume through infer.sliding_window
   races      a step of a small network under NVIDIA's compute-sanitizer
@@ -70,7 +71,8 @@ class Gpu:
 
     @contextmanager
     def precision(self, name: str, search: bool = True):
-        """Factors of products rounded to TF32, or float32 in full, in both libraries.
+        """Factors of products rounded to TF32, bfloat16 (PyTorch's are then of that type), or
+        float32 in full, in both libraries.
 
         search: cuDNN tries its algorithms. If not it guesses, and is asked for a deterministic
         one: what it keeps then does not stand in the way of a later search.
@@ -215,6 +217,7 @@ def plan(gpu: Gpu, record: Record, quick: bool) -> Iterator[tuple]:
     if not quick:
         yield from networks("steps", step, first, large)
         yield from networks("inference", parts.inference, first)
+        yield from layers(first, "bf16")
     yield "races", "", partial(parts.program, record, "races", [
         "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *tests,
         "tests/test_gpu.py::test_a_step_on_tensor_cores"])

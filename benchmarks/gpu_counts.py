@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # a bare checkout will do
 import tinyseg as ts  # noqa: E402
 from tinyseg import losses  # noqa: E402
 from tinyseg.cuda import loader  # noqa: E402
-from tinyseg.windows.kernels import GEOMETRY, ROWS, TERMS  # noqa: E402
+from tinyseg.windows.kernels import GEOMETRY, LINE, ROWS  # noqa: E402
 
 CASES = {"2x40x224x224 isotropic": (2, (40, 224, 224), {}),
          "2x40x224x224 inflated": (2, (40, 224, 224),
@@ -124,6 +124,9 @@ def library() -> ModuleType:
     return made
 
 
+TERMS = LINE // 4  # of a turn in TF32
+
+
 def fragments(kernel: str, grid: tuple[int, ...], g: np.void, constants: dict) -> tuple[int, int]:
     """(multiplied, without leaving anything out) of a launch of conv_mma."""
     positions, taps = (tuple(int(n) for n in g[name]) for name in ("positions", "taps"))
@@ -192,15 +195,18 @@ def step(backbone: str, batch: int, size: tuple[int, ...], options: dict) -> Non
 
 def table() -> str:
     """All counts, in Markdown."""
-    lines = ["| a training step | launches | of others | reads by the host | fragments | of all |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| a training step | launches | in bf16 | of others | reads by the host | fragments | "
+             "of all |", "|---|---|---|---|---|---|---|"]
     for case, (batch, size, options) in CASES.items():
         for backbone in "resnet18", "resnet50":
+            with counted() as (in_bf16, _), ts.cuda.precision("bf16"):
+                step(backbone, batch, size, options)
             with counted() as (launches, products):
                 step(backbone, batch, size, options)
             done, whole = products
             lines.append(f"| {backbone}, {case} | {sum(launches.values())} | "
-                         f"{Hollow.asked['other']} | {Hollow.asked['read by the host']} | "
+                         f"{sum(in_bf16.values())} | {Hollow.asked['other']} | "
+                         f"{Hollow.asked['read by the host']} | "
                          f"{done / 1e6:.1f} million | {done / whole:.2f} |")
     return "\n".join(lines) + "\n"
 

@@ -29,13 +29,14 @@ sys.path.insert(0, str(ROOT))  # a bare checkout will do
 from gpu_counts import keep  # noqa: E402
 
 from tinyseg.cuda import loader  # noqa: E402
+from tinyseg.windows.kernels import BF16  # noqa: E402
 
 PACKAGES = "nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm"
 ARCHITECTURES = "sm_80", "sm_90"
 BODIES = [{"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "CHUNK": chunk, "SWAPPED": swapped,
-           "BF16": bf16}
-          for bf16, widths in ((0, (64, 128)), (1, (128,))) for columns in widths
-          for chunk, swapped in ((1, 0), (4, 0), (4, 1))]
+           "NUMBER": number}
+          for number, chunk, swapped in (("float", 1, 0), ("float", 4, 0), ("float", 4, 1),
+                                         (BF16, 8, 0), (BF16, 8, 1)) for columns in (64, 128)]
 
 
 def found(pattern: str) -> Path | None:
@@ -133,7 +134,7 @@ def table() -> str:
             if kernel == "correlate_dw" and constants["SWAPPED"]:
                 continue  # it knows no w
             lines.append(
-                f"| {kernel} | {'bf16' if constants['BF16'] else 'TF32'} | "
+                f"| {kernel} | {'bf16' if constants['NUMBER'] == BF16 else 'TF32'} | "
                 f"{constants['COLUMNS']} | {constants['CHUNK']} | "
                 f"{'yes' if constants['SWAPPED'] else 'no'} | {arch} | {used[kernel]} | "
                 f"{body.before} | {body.loop} | {body.mma} | "

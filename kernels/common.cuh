@@ -37,6 +37,13 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* shar
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(shared)) : "memory");
 }
 
+// Likewise of four 8x8 matrices of 16-bit numbers; the lane receives numbers (2 (l % 4), l / 4) and
+// (2 (l % 4) + 1, l / 4) of each.
+__device__ __forceinline__ void load_turned(unsigned (&r)[4], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(shared)) : "memory");
+}
+
 // d (16x8) += a (16x8) b (8x8) on the tensor cores: TF32 factors, float32 sums. With g = lane / 4
 // and t = lane % 4 a lane holds a[g][t], a[g+8][t], a[g][t+4], a[g+8][t+4]; b[t][g], b[t+4][g];
 // d[g][2t], d[g][2t+1], d[g+8][2t], d[g+8][2t+1].

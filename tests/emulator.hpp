@@ -491,31 +491,40 @@ template <int N> inline void copy_wait() {
   }
 }
 
-inline void load_matrices(unsigned (&r)[4], const void* shared, LINE) {
-  struct Lane {
-    unsigned* r;
-    const char* row;
-  } mine{r, static_cast<const char*>(shared)};
-  emulator::current->line = line;
-  if (!emulator::is_shared(shared))
-    emulator::fail("loads what is not shared memory", *emulator::current);
-  if (uintptr_t(shared) % 16) emulator::fail("loads across 16 bytes", *emulator::current);
-  emulator::access(shared, 16, emulator::READ, line);
-  emulator::together<Lane>(mine, [](Lane* const* lanes) UNSEEN {
-    ++emulator::job->matrices;
-    for (int m = 0; m < 4; ++m) {
-      int rows[8] = {}, most = 0;  // of each 16 bytes of the banks, one row can be read at a time
-      for (int i = 0; i < 8; ++i) {
-        const int n = ++rows[uintptr_t(lanes[m * 8 + i]->row) / 16 % 8];
-        most = n > most ? n : most;
-      }
-      emulator::job->conflicts += most - 1;
+namespace emulator {
+struct Lane {
+  unsigned* r;
+  const char* row;
+};
+// number h of two of what lane l receives of a matrix of 16-bit numbers: its row, its column
+template <bool TURNED> UNSEEN static void matrices(Lane* const* lanes) {
+  ++job->matrices;
+  for (int m = 0; m < 4; ++m) {
+    int rows[8] = {}, most = 0;  // of each 16 bytes of the banks, one row can be read at a time
+    for (int i = 0; i < 8; ++i) {
+      const int n = ++rows[uintptr_t(lanes[m * 8 + i]->row) / 16 % 8];
+      most = n > most ? n : most;
     }
-    for (int l = 0; l < 32; ++l)
-      for (int m = 0; m < 4; ++m)
-        memcpy(&lanes[l]->r[m], lanes[m * 8 + l / 4]->row + l % 4 * 4, 4);
-  }, line);
+    job->conflicts += most - 1;
+  }
+  for (int l = 0; l < 32; ++l)
+    for (int m = 0; m < 4; ++m)
+      for (int h = 0; h < 2; ++h) {
+        const int along = l % 4 * 2 + h, row = TURNED ? along : l / 4, column = TURNED ? l / 4 : along;
+        memcpy((char*)&lanes[l]->r[m] + 2 * h, lanes[m * 8 + row]->row + 2 * column, 2);
+      }
 }
+template <bool TURNED> static void load(unsigned* r, const void* shared, int line) {
+  Lane mine{r, static_cast<const char*>(shared)};
+  current->line = line;
+  if (!is_shared(shared)) fail("loads what is not shared memory", *current);
+  if (uintptr_t(shared) % 16) fail("loads across 16 bytes", *current);
+  access(shared, 16, READ, line);
+  together<Lane>(mine, matrices<TURNED>, line);
+}
+}  // namespace emulator
+inline void load_matrices(unsigned (&r)[4], const void* shared, LINE) { emulator::load<false>(r, shared, line); }
+inline void load_turned(unsigned (&r)[4], const void* shared, LINE) { emulator::load<true>(r, shared, line); }
 
 namespace emulator {
 typedef float Row __attribute__((vector_size(32)));

@@ -71,7 +71,6 @@ def test_a_command_line_says_every_default_and_only_what_was_given():
     ({"minutes": 0}, "minutes"), ({"lr_new": 0}, "--lr-new is 0"), ({"lr": (1e-3,)}, "--lr"),
     ({"training_cases": 0}, "--training-cases is 0"), ({"folds": 2, "fold": 2}, "--fold"),
     ({"precision": "bf16"}, "--device cuda"), ({"precision": "half"}, "--precision"),
-    ({"capture": True}, "--device cuda"),
     ({"images": "a"}, "--labels"), ({"modality": "CT"}, "--modality"), ({"mirror": ["a"]}, "pairs"),
     ({"from_2d": "a", "plan": "b"}, "--from-2d"), ({"from_2d": "a", "head": "fcn"}, "--head"),
     ({"from_2d": "a", "mirror": ["1=2"]}, "--mirror"),
@@ -119,8 +118,8 @@ def test_a_resumed_run_moves_and_grows_and_changes_nothing_else():
     begun = job.Settings(**SMALL)
     assert begun.resumed() == begun
     assert begun.resumed(data="x", steps_3d=9) == replace(begun, data=Path("x"), steps_3d=9)
-    on_gpu = replace(begun, device="cuda", precision="bf16", capture=True)
-    assert on_gpu.resumed(device="cpu", precision="tf32", capture=False) == begun
+    on_gpu = replace(begun, device="cuda", precision="bf16")
+    assert on_gpu.resumed(device="cpu", precision="tf32") == begun
     assert replace(begun, steps_2d=None).resumed(steps_2d=1).steps_2d == 1  # the plan's may be less
     for wrong in ({"steps_3d": 2}, {"seed": 4}, {"plan": "x"}, {"head": "fcn"},
                   {"pretrained": "x"}):
@@ -204,9 +203,17 @@ def test_training_multiplies_in_the_precision_asked_for(data, tmp_path, monkeypa
     go(job.Run(tmp_path / "run", job.Settings(data=data, device="cuda", precision="bf16", **SMALL)))
     assert seen == {True: {"bf16"}, False: {"bf16", "tf32"}}  # by whether a gradient is wanted
     assert ts.cuda.precision_here() == "tf32"
-    with pytest.raises(ValueError, match="capture is for networks on a GPU .* found one in host"):
-        go(job.Run(tmp_path / "captured", job.Settings(data=data, device="cuda", capture=True,
-                                                       **SMALL)))
+
+
+def test_steps_on_a_gpu_are_captured(data, tmp_path, monkeypatch):
+    asked, fit = [], ts.train.fit
+    monkeypatch.setattr(ts.train, "fit", lambda *args, capture, **options: (
+        asked.append(capture), fit(*args, **options))[1])
+    go(job.Run(tmp_path / "host", job.Settings(data=data, **SMALL)))
+    monkeypatch.setattr(stages, "array_module", lambda array: "one on a GPU")
+    with pytest.raises(AttributeError):  # it has no functions
+        go(job.Run(tmp_path / "gpu", job.Settings(data=data, **SMALL)))
+    assert asked == [False, False, True]
 
 
 def test_a_run_is_stopped_grows_and_is_finished(data, tmp_path, done):

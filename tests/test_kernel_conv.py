@@ -48,22 +48,32 @@ def error(ours, truth):
 
 def check(cuda, x, w, window, seed=0, *, multiplied="fp32", tolerance=3e-6):
     """All three readings of one convolution against the specification, its factors rounded."""
-    rounded = ROUNDED[multiplied]
-    wide = [rounded(a).astype("float64") for a in (x, w)]
-    y = reference.correlate(*wide, window)
+    (channels, filters), size = w.shape[-2:], x.shape[1:-1]
+
+    def rounded(results, taps, *factors):
+        """As the tensor cores take them: results in fours; bfloat16 for channels in eights and
+        several taps."""
+        name = "fp32" if results % 4 else multiplied
+        if name == "bf16" and (channels % 8 or filters % 8 or not 1 < taps <= 32):
+            name = "tf32"
+        return [ROUNDED[name](a).astype("float64") for a in factors]
+
+    taps, most = np.prod(window.kernel), 1  # of a residue of the stride, which dx sees apart
+    for axis in zip(size, window.kernel, window.stride, window.dilation, window.padding,
+                    window.edge, strict=True):
+        n, k, stride, dilation, (before, after), edge = axis
+        grid, before = (n + before + after, 0) if edge else (n, before)
+        most *= max(len(range(k)[some]) if some else 0 for _, some, _, _ in products.phases(
+            grid, k, stride, dilation, before))
+    y = reference.correlate(*rounded(filters, taps, x, w), window)
     g = np.random.default_rng(seed).standard_normal(y.shape).astype("float32")
-    wide_g, size = rounded(g).astype("float64"), x.shape[1:-1]
-    if x.shape[-1] % 4:  # tensor cores give numbers four by four
-        back = g.astype("float64"), w.astype("float64")
-    else:
-        back = wide_g, wide[1]
     there = [cuda.asarray(a) for a in (x, w, g)]
     with precision(multiplied):
         ours = (windows.correlate(there[0], there[1], window),
                 windows.correlate_dx(there[2], there[1], size, window),
                 windows.correlate_dw(there[0], there[2], window))
-    truth = (y, reference.correlate_dx(*back, size, window),
-             reference.correlate_dw(wide[0], wide_g, window))
+    truth = (y, reference.correlate_dx(*rounded(channels, most, g, w), size, window),
+             reference.correlate_dw(*rounded(filters, taps, x, g), window))
     for name, a, b in zip(("y", "dx", "dw"), ours, truth, strict=True):
         assert error(a.get(), b) < tolerance, name
 
@@ -147,10 +157,10 @@ def test_what_is_not_finite_stays_so(cuda, multiplied, bits):
 
 
 def through_tensor_cores(cuda, x):
-    """x, a multiple of eight numbers, times one."""
-    w = np.eye(8, dtype="float32")[None, None]
+    """x, a multiple of eight numbers, times one; a second tap sees the padding only."""
+    w = np.stack(2 * [np.eye(8, dtype="float32")])[:, None]
     y = windows.correlate(cuda.asarray(x.reshape(1, 1, -1, 8)), cuda.asarray(w),
-                          Window.of((1, 1), 1, 0))
+                          Window.of((2, 1), 1, ((0, 1), 0)))
     return y.get().reshape(x.shape)
 
 
@@ -309,6 +319,25 @@ def test_unaligned_and_strided_arrays(cuda):
         assert error(y.get(), reference.correlate(truth.astype("float64"), w, window)) < 3e-6
 
 
+@pytest.mark.parametrize("multiplied", PRECISIONS)
+def test_kernels_that_lie_anywhere(cuda, multiplied):
+    """Not where 16-byte loads start, as a part of more filters, in another order of axes."""
+    x, w = arrays((5, 6), 2, 8, 16, (3, 3), 7)
+    window = Window.of((3, 3), 1, 1)
+    flat = cuda.asarray(np.concatenate([[0], w.ravel()]).astype("float32"))[1:].reshape(w.shape)
+    wide = cuda.asarray(np.concatenate([w, w], axis=-1))[..., :16]
+    turned = cuda.asarray(np.ascontiguousarray(w.transpose(3, 1, 0, 2))).transpose(2, 1, 3, 0)
+    with precision(multiplied):
+        right = [a.get() for a in (windows.correlate(cuda.asarray(x), cuda.asarray(w), window),
+                                   windows.correlate_dx(cuda.asarray(np.ones((2, 5, 6, 16), "f4")),
+                                                        cuda.asarray(w), (5, 6), window))]
+        for lying in flat, wide, turned:
+            y = windows.correlate(cuda.asarray(x), lying, window)
+            dx = windows.correlate_dx(cuda.asarray(np.ones((2, 5, 6, 16), "f4")), lying, (5, 6),
+                                      window)
+            assert error(y.get(), right[0]) < 1e-6 and error(dx.get(), right[1]) < 1e-6
+
+
 def test_an_operation_on_tensors(cuda):
     """ops.conv on the stand-in, bias included, equals it on NumPy."""
     x, w = arrays((5, 6), 2, 8, 16, (3, 3), 4)
@@ -359,15 +388,20 @@ BUGS = [
     ("conv_mma", "b_column < g.filters);", "true);"),
     ("conv_mma", "end = max(end, min(", "end = min(end + 1, min("),
     ("conv_mma", "begin = min(begin, max(0, ", "begin = min(begin, max(1, "),
-    ("conv_mma", "a[i][2 * half] = held(v.x), a[i][2 * half + 1] = held(v.y)",
-     "a[i][2 * half] = held(v.y), a[i][2 * half + 1] = held(v.x)"),
-    ("conv_mma", "held(__uint_as_float(left[i][e]))", "left[i][e]"),
-    ("conv_mma", "pair(eight_a[i][e], eight_a[i][e + 2])", "pair(eight_a[i][e], eight_a[i][e])"),
-    ("conv_mma", "pair(eight_b[j][0], eight_b[j][1])", "pair(eight_b[j][0], eight_b[j][0])"),
-    ("conv_mma", "a[i][2 * half + e] = pair", "a[i][2 - 2 * half + e] = pair"),
-    ("conv_mma", "b[j][half] = pair", "b[j][0] = pair"),
-    ("conv_mma", "term + 8 * half", "term"),
+    ("conv_mma", "a[i][2 * half] = tf32(v.x), a[i][2 * half + 1] = tf32(v.y)",
+     "a[i][2 * half] = tf32(v.y), a[i][2 * half + 1] = tf32(v.x)"),
+    ("conv_mma", "= rounded(left[i][e])", "= left[i][e]"),
+    ("conv_mma", "(term + lane % 16) * B_PITCH", "(term + lane % 8) * B_PITCH"),
+    ("conv_mma", "spread(j + lane / 16, 0)", "spread(j, 0)"),
+    ("conv_mma", "(term + lane / 16 * 8 + lane % 8) * A_PITCH", "(term + lane % 16) * A_PITCH"),
+    ("conv_mma", "spread(2 * i + lane / 8 % 2, 0)", "spread(2 * i, 0)"),
+    ("conv_mma", "make_float2(sum[q / 2][j][e], ", "make_float2(sum[q / 2][j][0], "),
+    ("conv_mma", "APART (BF16 ? 1 : 4)", "APART 4"),
     ("conv_mma", "term += DEPTH", "term += 8"),
+    ("round", "bf16(low.x, low.y)", "bf16(low.y, low.x)"),
+    ("round", "if (at >= count * taps(g)) return;", ""),
+    ("round", " + (long long)k.w * g.walk[2]", ""),
+    ("round", "+ at % count", "+ at"),
     ("conv_mma", "v * (1 + 3 / 8192.f)", "v"),
     ("slices", "s * numbers", "(s - 1) * numbers"),
     ("slices", "if (at >= numbers) return;", ""),

@@ -68,8 +68,8 @@ def test_training(cuda, tiny, launched, rank, size, make, options):
     with ts.cuda.precision("bf16"):
         rougher, _ = curve(cuda, net.copy(), size, make)
     assert np.allclose(values, rougher, rtol=2e-2) and rougher != rough
-    assert set(launched) == {"conv_simt", "conv_mma", "slices", "norm", "pool", "upsample", "loss",
-                             "optim"}
+    assert set(launched) == {"conv_simt", "conv_mma", "round", "slices", "norm", "pool", "upsample",
+                             "loss", "optim"}
     assert launched["norm"] >= {"moments", "normalize", "adjoint_sums", "normalize_dx"}
     assert launched["conv_mma"] == launched["conv_simt"] == {"correlate", "correlate_dw"}
 

@@ -14,7 +14,7 @@ import pytest
 from emulator import Fault, mutated
 
 from tinyseg.cuda import launch, loader, serves, signatures, source
-from tinyseg.windows.kernels import ROWS, TERMS
+from tinyseg.windows.kernels import LINE, ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -114,6 +114,16 @@ extern "C" __global__ void product_of_pairs(const float* a, const float* b, floa
   for (int i = 0; i < 4; ++i) sum[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
   multiply_bf16(sum, left, right[0], right[1]);
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+extern "C" __global__ void turned(const unsigned short* x, unsigned* y) {
+  __shared__ __align__(16) unsigned short m[4][8][8];
+  const int l = threadIdx.x;
+  for (int i = 0; i < 8; ++i) m[l / 8][l % 8][i] = x[8 * l + i];
+  __syncwarp();
+  unsigned r[4];
+  load_turned(r, m[l / 8][l % 8]);
+  for (int i = 0; i < 4; ++i) y[32 * i + l] = r[i];
 }
 
 extern "C" __global__ void conflicts(int pitch) {
@@ -272,6 +282,13 @@ def test_a_product_in_bfloat16(cuda, kernel, order):
     exact = d + np.matmul(*(np.ldexp(m.astype("float64"), e) for m, e in mantissas))
     assert np.allclose(there.get(), exact, atol=1e-5)
     assert not np.allclose(there.get(), d + a @ b, atol=1e-4)
+
+
+def test_matrices_of_halves_are_turned(cuda, kernel, order):
+    x, y = np.arange(256, dtype="uint16"), cuda.empty((4, 8, 4), "uint32")
+    kernel("turned")((1,), (32,), (cuda.asarray(x), y))
+    pairs = x.reshape(4, 8, 8).swapaxes(1, 2).copy().view("uint32")
+    assert (y.get() == pairs).all()
 
 
 @pytest.mark.parametrize("pitch, extra", [(16, 0), (32, 4), (64, 12), (128, 28), (144, 0)])
@@ -489,19 +506,18 @@ def test_nvidia_compiles(file, constants, arch):
 def test_all_products_of_a_kernel_are_in_one_loop():
     """As many as a warp, of four, has of the tile; and what is kept tells of every body."""
     constants = gpu_instructions.BODIES[-1]
-    depth = 8 << constants["BF16"]
     log, binary = compiled(source("conv_mma"), "-arch=sm_90",
                            *(f"-D{k}={v}" for k, v in constants.items()))
     found = gpu_instructions.bodies(binary)
     assert found.keys() == signatures("conv_mma").keys() == gpu_instructions.registers(log).keys()
     for body in found.values():
-        assert body.mma == TERMS // depth * ROWS // 16 * constants["COLUMNS"] // 8 // 4
+        assert body.mma == LINE // 32 * ROWS // 16 * constants["COLUMNS"] // 8 // 4
         assert body.loop > body.mma and min(body.before, body.behind) > 0
     kept = (ROOT / "benchmarks/results/gpu/instructions.md").read_text("utf-8")
     rows = [line.split("|")[1:-1] for line in kept.splitlines() if line.startswith("| correlate")]
     transposed = sum(body["SWAPPED"] for body in gpu_instructions.BODIES)  # w, which one only has
     assert len(rows) == 2 * (2 * len(gpu_instructions.BODIES) - transposed)
-    assert all(int(row[9]) << ("bf16" in row[1]) == int(row[2]) for row in rows)
+    assert all(row[9] == row[2] for row in rows)
 
 
 @needs_nvrtc
@@ -518,11 +534,14 @@ TINY = '''// A source and its header.
 #ifndef FACTOR
 #define FACTOR 2
 #endif
+#ifndef NUMBER
+#define NUMBER float
+#endif
 struct Shift { int by; float scale; };
 
 // y = FACTOR (x + by) scale + z, where there is z
 extern "C" __global__ void __launch_bounds__(128) apply(
-    const float* __restrict__ x, const float* z, float* __restrict__ y, int n, long long skip,
+    const NUMBER* __restrict__ x, const float* z, float* __restrict__ y, int n, long long skip,
     float bias, Shift shift) {
   const int i = threadIdx.x + blockIdx.x * blockDim.x;
   if (i < n)
@@ -560,12 +579,16 @@ def apply(library, grid=(2,), block=(8,), shared=0, constants=(), **changes):
 def test_a_launch(tiny):
     x = np.arange(10)
     assert signatures("tiny") == {
-        "apply": [("float*", "x"), ("float*", "z"), ("float*", "y"), ("int", "n"),
+        "apply": [("NUMBER*", "x"), ("float*", "z"), ("float*", "y"), ("int", "n"),
                   ("long long", "skip"), ("float", "bias"), ("Shift", "shift")],
         "big": [("float*", "y")]}
     assert (apply(tiny) == 6 * (x + 1) + 0.5).all()
     assert (apply(tiny, constants={"FACTOR": 5}) == 15 * (x + 1) + 0.5).all()
     assert (apply(tiny, z=tiny.asarray(x.astype("float32"))) == 7 * x + 6.5).all()
+    halves = {"constants": {"NUMBER": "unsigned short"}}
+    assert (apply(tiny, x=tiny.asarray(x.astype("uint16")), **halves) == 6 * (x + 1) + 0.5).all()
+    with pytest.raises(TypeError, match="x is float32; expected uint16"):
+        apply(tiny, **halves)
     assert (apply(tiny, n=np.int64(10), shift=np.array([(0, 0)], SHIFT)) == 0.5).all()
 
 

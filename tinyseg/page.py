@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from html import escape
-from importlib.metadata import version
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,7 +104,8 @@ def text(content: str) -> str:
 
 def made() -> str:
     """With which command, packages and machine this process works, and when it asks."""
-    packages = [f"{name} {version(name)}" for name in ("tinyseg", "numpy", "scipy", "nibabel")]
+    packages = [f"{name} {import_module(name).__version__}"  # tinyseg may be a bare checkout
+                for name in ("tinyseg", "numpy", "scipy", "nibabel")]
     return "\n".join([shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                       f"{', '.join(packages)}, Python {platform.python_version()}",
                       f"{platform.platform()}, {date.today().isoformat()}"])

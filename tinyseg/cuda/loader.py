@@ -24,7 +24,8 @@ _HERE = Path(__file__).resolve()
 FOLDER = next(f for f in (_HERE.parents[1] / "kernels", _HERE.parents[2] / "kernels")
               if f.name and f.is_dir())  # installed, or in a checkout
 POINTERS = {"float": "float32", "double": "float64", "int": "int32", "short": "int16",
-            "long long": "int64", "unsigned char": "uint8", "unsigned long long": "uint64"}
+            "long long": "int64", "unsigned char": "uint8", "unsigned short": "uint16",
+            "unsigned long long": "uint64"}
 NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
 _NULL, _OBJECT = np.uintp(0), np.dtype("O")
 _facts = attrgetter("dtype", "flags.c_contiguous", "data.device_id")
@@ -49,8 +50,8 @@ def precision(name: str) -> AbstractContextManager:
 
     "fp32": the numbers as they are. "tf32", as outside: rounded to 10 bits of mantissa for the
     tensor cores, as PyTorch's convolutions do, and an output differs by about 3e-4 of its scale.
-    "bf16": to 7 bits, about 2e-3, in half as many products of twice the terms. ValueError for
-    other names.
+    "bf16": to 7 bits, about 2e-3, where kernels have several taps and channels in eights, and as
+    in "tf32" elsewhere. ValueError for other names.
     """
     if name not in PRECISIONS:
         raise ValueError(f"found precision {name!r}; expected one of {', '.join(PRECISIONS)}")
@@ -109,11 +110,13 @@ def _module(library: ModuleType, file: str, options: tuple[str, ...]) -> Any:
 
 
 @cache
-def _parameters(file: str, kernel: str) -> list[tuple[str, str, Any, tuple | None]]:
+def _parameters(file: str, kernel: str, factor: str) -> list[tuple[str, str, Any, tuple | None]]:
     """(name, declared type, what an argument must be, the limits of a whole number) of each
-    parameter: a data type for a pointer, a scalar type for a number, None for a struct."""
+    parameter: a data type for a pointer, a scalar type for a number, None for a struct. NUMBER is
+    the macro of that name."""
     found: list = []
     for declared, name in signatures(file)[kernel]:
+        declared = declared.replace("NUMBER", factor)
         number = np.dtype(NUMBERS.get(declared, "V"))
         held = np.iinfo(number) if number.kind == "i" else None
         found.append((name, declared, np.dtype(POINTERS[declared.rstrip(" *")])
@@ -122,7 +125,7 @@ def _parameters(file: str, kernel: str) -> list[tuple[str, str, Any, tuple | Non
     return found
 
 
-def _passed(file: str, kernel: str, arguments: tuple) -> tuple[list, ModuleType]:
+def _passed(file: str, kernel: str, number: str, arguments: tuple) -> tuple[list, ModuleType]:
     """`arguments` as the kernel takes them, and the library of their arrays.
 
     This runs hundreds of times a training step: what is right passes with few questions, and what
@@ -131,7 +134,7 @@ def _passed(file: str, kernel: str, arguments: tuple) -> tuple[list, ModuleType]
     passed: list = []
     library: Any = np
     current = 0
-    parameters = _parameters(file, kernel)
+    parameters = _parameters(file, kernel, number)
     if len(arguments) != len(parameters):
         raise TypeError(f"{file}.{kernel} takes {len(parameters)} arguments, got {len(arguments)}")
     for (name, declared, wanted, limits), value in zip(parameters, arguments, strict=True):
@@ -184,15 +187,15 @@ def _refused(where: str, value: Any, dtype: np.dtype, current: int) -> Exception
 
 
 def launch(file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...],
-           *arguments: Any, shared: int = 0, **constants: int) -> None:
+           *arguments: Any, shared: int = 0, **constants: int | str) -> None:
     """Run `kernel` of kernels/`file`.cu on `grid` blocks of `block` threads.
 
     arguments: as declared; an array for a pointer (None for a null pointer), a Python number for a
     number, a structured NumPy scalar for a struct. shared: bytes of dynamic shared memory.
-    constants: macros that the source is compiled with. Raises TypeError or ValueError naming the
-    parameter, before anything runs.
+    constants: macros that the source is compiled with; declarations may name NUMBER, by default
+    float. Raises TypeError or ValueError naming the parameter, before anything runs.
     """
-    passed, library = _passed(file, kernel, arguments)
+    passed, library = _passed(file, kernel, str(constants.get("NUMBER", "float")), arguments)
     for n, limit in zip(grid, GRID_LIMIT, strict=False):
         if not 0 < n <= limit:
             raise ValueError(f"{file}.{kernel}: grid {grid}; expected at most {GRID_LIMIT}, at "

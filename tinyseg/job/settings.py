@@ -133,9 +133,6 @@ class Settings:
     precision: str = option("tf32", "what convolutions multiply in training on a GPU: fp32, tf32 "
                             "or bf16; everything else is float32", choices=list(PRECISIONS),
                             movable=True)
-    capture: bool = option(False, "repeat the passes of a training step on a GPU as one launch, "
-                           "which leaves out waiting for Python; one process only",
-                           movable=True)
     seed: int = option(0, "of all that is random", type=int)
     score_mirrored: bool = option(False, "score the mean of the answers to a scan and to its "
                                   "mirror image, in twice the time")
@@ -171,8 +168,8 @@ class Settings:
             yield f"--fold must be 0 to {self.folds - 1}, found {self.fold}"
         if (self.images is None) != (self.label_maps is None) or self.images and self.data:
             yield "--images and --labels go together, and without --data"
-        if self.device == "cpu" and (self.capture or self.precision != "tf32"):
-            yield "--capture and --precision go with --device cuda; a CPU computes in float32"
+        if self.device == "cpu" and self.precision != "tf32":
+            yield "--precision goes with --device cuda; a CPU computes in float32"
         if self.modality != "unknown" and not self.images:
             yield "--modality is for --images; with --data it stands in dataset.json"
         if self.mirror not in (("auto",), ("none",)) and not all("=" in p for p in self.mirror):

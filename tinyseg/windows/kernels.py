@@ -2,7 +2,8 @@
 
 The kernels know three axes, zero padding and the two products of `products`; lower ranks get
 leading axes of one. On the tensor cores, in TF32 or bfloat16, where the channels allow it and
-`cuda.precision` does. Partial sums of a weight gradient are added in a fixed order.
+`cuda.precision` does: bfloat16 needs them in eights, and several taps, as one gains less than
+rounding costs. Partial sums of a weight gradient are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from math import ceil, prod
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,8 @@ GEOMETRY = np.dtype(  # struct Geometry of kernels/conv.cuh
                                           "before", "grid", "start", "step")])
 ROWS = 128  # of a block's tile; its columns are 64, or 128 on the tensor cores
 BLOCKS = 2 * cuda.MULTIPROCESSORS  # that a GPU runs at once
-TERMS = 32  # of a sum that a block adds in one turn
+LINE = 128  # bytes of terms of a sum that a block adds in one turn
+BF16 = "unsigned short"  # the type that holds the bits of a bfloat16
 
 
 def serves(window: Window, *arrays: Array) -> bool:
@@ -57,14 +60,24 @@ def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
          spatial(before, 0), spatial(grid, 1), spatial(start, 0), spatial(step, 1)), GEOMETRY)
 
 
-def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, int]]:
+def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, Any]]:
     """The source that computes a convolution, its threads, and its constants."""
     columns = 128 if filters > 64 else 64
     if cuda.precision_here() == "fp32" or filters % 4:
         return "conv_simt", 256, {"COLUMNS": 64}
-    return "conv_mma", 128, {"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "STAGES": 3,
-                             "CHUNK": 1 if channels % 4 or taps > 32 else 4,
-                             "BF16": int(cuda.precision_here() == "bf16")}
+    constants = {"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "STAGES": columns // 64 + 1}
+    if cuda.precision_here() == "bf16" and 1 < taps <= 32 and not (channels % 8 or filters % 8):
+        return "conv_mma", 128, constants | {"CHUNK": 8, "NUMBER": BF16}
+    return "conv_mma", 128, constants | {"CHUNK": 1 if channels % 4 or taps > 32 else 4}
+
+
+def _rounded(a: Array, taps: tuple[int, ...] = (), walk: tuple[int, ...] = ()) -> Array:
+    """A factor in bfloat16 without gaps: its taps, if any, may stand apart, what one holds not."""
+    halves = array_module(a).empty(a.shape, "uint16")
+    block = a.size // prod(taps)
+    cuda.launch("round", "rounded", (ceil(a.size / (256 * 8)),), (256,), cuda.Strided(a), halves,
+                block, _geometry((1, 1, 1), 1, taps or (1,), (1,), 1, 1, 0, walk=walk))
+    return halves
 
 
 def _inside(kernel: str, g: np.ndarray) -> tuple[float, float]:
@@ -116,12 +129,13 @@ def _launch(kernel: str, body: tuple, x: Array, other: Array | cuda.Strided, int
     columns = constants["COLUMNS"]
     tiles = ceil(rows / ROWS), ceil(filters / columns)
     whole = file == "conv_simt" and kernel == "correlate"  # it has no slices
-    slices = 1 if whole else _slices(kernel, prod(tiles), ceil(terms / TERMS), rows * filters,
-                                     geometry.tobytes(), constants.get("CHUNK") == 4)
-    target = into if slices == 1 else array_module(x).empty((slices, rows, filters), x.dtype)
+    slices = 1 if whole else _slices(kernel, prod(tiles), ceil(terms * x.itemsize / LINE),
+                                     rows * filters, geometry.tobytes(),
+                                     constants.get("CHUNK", 1) > 1)
+    target = into if slices == 1 else array_module(x).empty((slices, rows, filters), into.dtype)
     stages = constants.get("STAGES", 0)  # float32's buffers are declared in its source
     cuda.launch(file, kernel, (*tiles, slices), (threads,), x, other, target, geometry,
-                shared=4 * TERMS * stages * (ROWS + columns + pitch), **constants)
+                shared=LINE * stages * (ROWS + columns + pitch), **constants)
     if slices > 1:
         vector = 1 if filters % 4 else 4
         cuda.launch("slices", "total", (ceil(rows * filters / (256 * vector)),), (256,), target,
@@ -130,23 +144,30 @@ def _launch(kernel: str, body: tuple, x: Array, other: Array | cuda.Strided, int
 
 def products(x: Array, problems: Iterable[Correlation]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
-    x = plain(x)
+    x, halves, problems = plain(x), None, list(problems)
+    most = max((prod(problem.w.shape[:-2]) for problem in problems), default=0)  # taps of one
     for w, into, start, step, stride, dilation, before in problems:
-        channels, filters = w.shape[-2:]
+        taps, (channels, filters) = w.shape[:-2], w.shape[-2:]
         positions = count(into.shape[1:-1], start, step)
-        file, threads, constants = _body(channels, filters, prod(w.shape[:-2]))
+        file, threads, constants = _body(channels, filters, most)
         *walk, row, column = (s // w.itemsize for s in w.strides)
-        swapped = row == 1 and channels > 1  # as the gradient in x has it
-        if constants.get("CHUNK") != 4 or w.data.ptr % 16 or not swapped and column != 1:
-            w, swapped, walk, row = plain(w), False, [0] * len(positions), filters
+        swapped = (row, column) == (1, channels) and channels > 1  # as the gradient in x has it
+        packed = [channels * filters * prod(taps[axis + 1:]) for axis in range(len(taps))]
+        if (constants.get("CHUNK", 1) == 1 or w.data.ptr % 16
+                or not swapped and (row, column) != (filters, 1)):
+            w, swapped, walk = plain(w), False, packed
+        factor = x
+        if constants.get("NUMBER") == BF16:
+            halves = _rounded(x) if halves is None else halves
+            w, factor, walk = _rounded(w, taps, tuple(walk)), halves, packed
         if file == "conv_mma":
             constants = {**constants, "SWAPPED": int(swapped)}
-        geometry = _geometry(x.shape, filters, w.shape[:-2], positions, stride, dilation, before,
-                             into.shape[1:-1], start, step, column if swapped else row,
+        geometry = _geometry(x.shape, filters, taps, positions, stride, dilation, before,
+                             into.shape[1:-1], start, step, channels if swapped else filters,
                              tuple(walk))
         shape = len(x) * prod(positions), prod(w.shape[:-1]), filters
-        _launch("correlate", (file, threads, constants), x, cuda.Strided(w), into, shape, geometry,
-                geometry, pitch=8)
+        _launch("correlate", (file, threads, constants), factor, cuda.Strided(w), into, shape,
+                geometry, geometry, pitch=8)
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
@@ -155,7 +176,10 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     positions, channels, filters = y.shape[1:-1], x.shape[-1], y.shape[-1]
     dw = array_module(x).empty((*kernel, channels, filters), x.dtype)
     shape = prod(kernel) * channels, len(y) * prod(positions), filters
-    _launch("correlate_dw", _body(channels, filters, prod(kernel)), x, y, dw, shape,
+    body = _body(channels, filters, prod(kernel))
+    if body[2].get("NUMBER") == BF16:
+        x, y = _rounded(x), _rounded(y)
+    _launch("correlate_dw", body, x, y, dw, shape,
             _geometry(x.shape, filters, kernel, positions, stride, dilation, before),
             _geometry((1, 1, 1), filters, (1,), shape[:1], 1, 1, 0), pitch=16)
     return dw
