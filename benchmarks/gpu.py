@@ -202,7 +202,7 @@ def plan(gpu: Gpu, record: Record, quick: bool) -> Iterator[tuple]:
             yield part, f"{case} {backbone}", partial(function, gpu, record, case, backbone)
 
     small, large = ([b] for b in parts.BACKBONES)
-    theirs = [s for s in SIDES if s.endswith(" captured")]  # last: what fails in one ends the run
+    theirs = [s for s in SIDES if s.endswith(" captured")]
     step = partial(parts.step, sides=[s for s in SIDES if s not in theirs])
     first, *others = parts.CASES
     yield "peaks", "", partial(parts.peaks, gpu, record)
@@ -216,13 +216,14 @@ def plan(gpu: Gpu, record: Record, quick: bool) -> Iterator[tuple]:
     yield "memory", "SGD", partial(parts.sgd, gpu, record)
     if not quick:
         yield from networks("steps", step, first, large)
-        yield from networks("inference", parts.inference, first)
+    yield from networks("steps", partial(parts.step, sides=theirs), first,
+                        small if quick else parts.BACKBONES)
+    if not quick:
         yield from layers(first, "bf16")
+        yield from networks("inference", parts.inference, first)
     yield "races", "", partial(parts.program, record, "races", [
         "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *tests,
         "tests/test_gpu.py::test_a_step_on_tensor_cores"])
-    yield from networks("steps", partial(parts.step, sides=theirs), first,
-                        small if quick else parts.BACKBONES)
     for layer in parts.TILED:
         yield "tiles", str(layer), partial(parts.tiles, gpu, record, layer)
     if quick:

@@ -205,15 +205,14 @@ def test_training_multiplies_in_the_precision_asked_for(data, tmp_path, monkeypa
     assert ts.cuda.precision_here() == "tf32"
 
 
-def test_steps_on_a_gpu_are_captured(data, tmp_path, monkeypatch):
+def test_steps_are_launched_as_a_whole(data, tmp_path, monkeypatch):
+    """Where there are launches: `train.fit` knows whether."""
     asked, fit = [], ts.train.fit
     monkeypatch.setattr(ts.train, "fit", lambda *args, capture, **options: (
-        asked.append(capture), fit(*args, **options))[1])
-    go(job.Run(tmp_path / "host", job.Settings(data=data, **SMALL)))
-    monkeypatch.setattr(stages, "array_module", lambda array: "one on a GPU")
-    with pytest.raises(AttributeError):  # it has no functions
-        go(job.Run(tmp_path / "gpu", job.Settings(data=data, **SMALL)))
-    assert asked == [False, False, True]
+        asked.append(capture), fit(*args, capture=capture, **options))[1])
+    asks = {key: value for key, value in SMALL.items() if "steps" not in key}
+    go(job.Run(tmp_path / "run", job.Settings(data=data, minutes=0.02, **asks)))
+    assert asked == [True] * 4  # two of a plan that times steps, two that train
 
 
 def test_a_run_is_stopped_grows_and_is_finished(data, tmp_path, done):

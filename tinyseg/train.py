@@ -252,8 +252,9 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     batch, and with the loss of all parts (`losses` take `ranks`). Gradients are summed over them,
     and records have the overlap of all patches, in their order.
 
-    capture: forward and backward passes of a network on the GPU run as one launch, with the same
-    results, from the third step on (`cuda.captured`): batches of one shape, no dropout, one rank.
+    capture: forward and backward passes of a network on a GPU run as one launch, with the same
+    results, from the third step on (`cuda.captured`): batches of one shape, no dropout, no loss
+    that reads from the GPU. It changes nothing on a CPU, nor of several ranks.
 
     Raises ValueError for an optimiser of parameters that are not this network's, and
     FloatingPointError where the loss or the gradient is not finite. However a step ends
@@ -291,10 +292,8 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
             value.backward(ready=ready)
         return value.data, logits.data, [p.grad for p in optimizer.parameters]
 
-    if capture and (library is np or ranks.size > 1):
-        raise ValueError("capture is for networks on a GPU and one rank; found "
-                         + ("one in host memory" if library is np else f"{ranks.size} ranks"))
-    passes = cuda.captured(passes) if capture else passes
+    if capture and library is not np and ranks.size == 1:
+        passes = cuda.captured(passes)
     try:
         with closing(prepared(batch, range(start, steps), ahead)) as batches:
             for step in range(start, steps):

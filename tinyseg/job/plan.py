@@ -30,7 +30,7 @@ WHOLE = 0.9  # one, of as many voxels as two, where it is as long as this share 
 SLICES = 16  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
 SHARE_2D = 0.6  # of the time is the 2D network's: a minute of slices teaches more than of volumes
-REPEATS = 3  # steps that are timed
+REPEATS = 3  # steps that are timed; on a GPU the third is the first that is launched as a whole
 
 
 def _whole(least: int, most: float = float("inf")) -> Any:
@@ -307,7 +307,7 @@ def _timed(net: models.Segmenter, patch: tuple[int, ...], count: int) -> tuple[f
     images = rng.standard_normal((count, *patch, net.config["in_channels"]), "float32")
     labels = rng.integers(classes, size=(count, *patch)).astype(np.uint8)
     records = train.fit(net, lambda _: (images, labels), losses.dice_cross_entropy,
-                        optim.AdamW(net.parameters(), 1e-4), REPEATS)
+                        optim.AdamW(net.parameters(), 1e-4), REPEATS, capture=True)
     step = min(record.seconds for record in records)
     volume = images[:8] if len(patch) == 2 else images[0]  # as many slices as go at a time
     times = []

@@ -123,7 +123,6 @@ def run(ranks: Alone, stage: Stage, net: Module, cases: Sequence[sampling.Prepar
     others = [p for name, p in net.named_parameters() if name.split(".")[0] not in new]
     optimizer = optim.AdamW([(others, 1), (fresh, stage.faster)], stage.rate, weight_decay=1e-2)
     average = train.Average(net, AVERAGE)
-    captured = ranks.size == 1 and array_module(net.parameters()[0].data) is not np  # on a GPU
     parts: dict[str, Any] = {"net/": net, "optimizer/": optimizer, "average/": average}
     step, arrays = place or (0, {})
     for prefix, part in parts.items():
@@ -147,7 +146,7 @@ def run(ranks: Alone, stage: Stage, net: Module, cases: Sequence[sampling.Prepar
                                     schedule=optim.warmup(stage.steps // WARM), average=average,
                                     validate=partial(patch_dice, patches=patches),
                                     every=max(LEAST, stage.steps // VALIDATIONS),
-                                    capture=captured, ranks=ranks):
+                                    capture=True, ranks=ranks):
                 bar.set_postfix_str(history.add(stage.name, record))
                 bar.update()
                 step = record.step + 1
