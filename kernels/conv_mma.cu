@@ -10,8 +10,9 @@
 // tiles are few, the sum is cut into gridDim.z slices, which kernels/slices.cu adds in order: the
 // result is the same in every run.
 //
-// Least traffic: x, w and y once, as implicit GEMM each row's patch crosses from the second-level cache
-// once for every COLUMNS filters. That is what binds: 32 KiB for 128 x 128 x TERMS products.
+// Least traffic: x, w and y once; as implicit GEMM each row's patch crosses from the second-level cache
+// once for every COLUMNS filters. On an H200 a turn takes as long in bfloat16 as in TF32, and no less
+// where the first-level cache or a tile of 256 rows saves of that traffic: it is not what binds.
 #include "common.cuh"
 #include "conv.cuh"
 
@@ -69,7 +70,8 @@ __device__ __forceinline__ int swizzled(int line, int chunk, int order) {
 #define APART (BF16 ? 1 : 4)
 __device__ __forceinline__ int spread(int i, int group) { return i / APART * 8 * APART + group * APART + i % APART; }
 
-__device__ __forceinline__ unsigned rounded(unsigned bits) { return BF16 ? bits : tf32(__uint_as_float(bits)); }
+// What lies in a buffer as the tensor cores take it.
+__device__ __forceinline__ unsigned factor(unsigned bits) { return BF16 ? bits : tf32(__uint_as_float(bits)); }
 
 // Four neighbours of a buffer with one row per term: of fragments i to i + 3, for this lane's term.
 template <int PITCH> __device__ __forceinline__ float4 neighbours(const NUMBER* buffer, int term, int at, int i) {
@@ -87,7 +89,7 @@ __device__ __forceinline__ void load_b_swapped(B& b, const NUMBER* buffer, int t
     const int line = column + spread(j + lane / 16, lane % 8);
     load_matrices(r, buffer + swizzled(line, term / WIDE + lane / 8 % 2, line / APART));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) b[j + e / 2][e % 2] = rounded(r[e]);
+    for (int e = 0; e < 4; ++e) b[j + e / 2][e % 2] = factor(r[e]);
   }
 }
 
@@ -287,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     for (int i = 0; i < FRAGMENTS_DOWN; ++i) {
       load_matrices(left[i], a + swizzled(row + i * 16 + lane % 16, term / WIDE + lane / 16, lane));
 #pragma unroll
-      for (int e = 0; e < 4; ++e) left[i][e] = rounded(left[i][e]);
+      for (int e = 0; e < 4; ++e) left[i][e] = factor(left[i][e]);
     }
     if (SWAPPED)
       load_b_swapped(right, a + ROWS * TERMS, term, column);

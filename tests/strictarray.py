@@ -97,8 +97,8 @@ def taped(function, args, options=None):
     if emulator.tape is not None:
         def again():
             fresh = function(*args, **(options or {}))
-            if isinstance(value, np.ndarray) and fresh is not value:
-                value[...] = fresh
+            if isinstance(value, np.ndarray) and fresh is not value and value.flags.writeable:
+                value[...] = fresh  # what may not be written, as of broadcast_to, is a view
 
         emulator.tape.append(again)
     return value

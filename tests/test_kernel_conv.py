@@ -390,7 +390,7 @@ BUGS = [
     ("conv_mma", "begin = min(begin, max(0, ", "begin = min(begin, max(1, "),
     ("conv_mma", "a[i][2 * half] = tf32(v.x), a[i][2 * half + 1] = tf32(v.y)",
      "a[i][2 * half] = tf32(v.y), a[i][2 * half + 1] = tf32(v.x)"),
-    ("conv_mma", "= rounded(left[i][e])", "= left[i][e]"),
+    ("conv_mma", "= factor(left[i][e])", "= left[i][e]"),
     ("conv_mma", "(term + lane % 16) * B_PITCH", "(term + lane % 8) * B_PITCH"),
     ("conv_mma", "spread(j + lane / 16, 0)", "spread(j, 0)"),
     ("conv_mma", "(term + lane / 16 * 8 + lane % 8) * A_PITCH", "(term + lane % 16) * A_PITCH"),

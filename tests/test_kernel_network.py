@@ -74,14 +74,19 @@ def test_training(cuda, tiny, launched, rank, size, make, options):
     assert launched["conv_mma"] == launched["conv_simt"] == {"correlate", "correlate_dw"}
 
 
-def test_a_captured_step_gives_the_same_bits(cuda, tiny):
+@pytest.mark.parametrize("rank, options", [
+    (2, {}), (2, {"head": "fcn"}), (2, {"head": "deeplabv3"}), (2, {"head": "unet"}),
+    (3, {"depth_padding": "edge", "depth_stride": 1}),
+])
+def test_a_captured_step_gives_the_same_bits(cuda, tiny, rank, options):
     """Batches of two shapes: each is first run, then captured, then launched again."""
-    curves, states = [], []
+    curves, states, head = [], [], {"width": 8} if options else {}
     for capture in False, True:
-        net = nn.to_device(models.resnet_seg(tiny, rank=2, in_channels=1, classes=3), cuda)
-        rng = np.random.default_rng(3)
-        batches = [(rng.standard_normal((2, 9, 8 + i % 2, 1), "float32"),
-                    rng.integers(0, 3, (2, 9, 8 + i % 2))) for i in range(7)]
+        net = nn.to_device(models.resnet_seg(tiny, rank=rank, in_channels=1, classes=3, **options,
+                                             **head), cuda)
+        rng, size = np.random.default_rng(3), (9, 8)[:rank] if rank == 2 else (2, 9, 8)
+        batches = [(rng.standard_normal((2, *size[:-1], 8 + i % 2, 1), "float32"),
+                    rng.integers(0, 3, (2, *size[:-1], 8 + i % 2))) for i in range(7)]
         curves.append([record.loss for record in train.fit(
             net, batches.__getitem__, losses.dice_cross_entropy, optim.SGD(net.parameters(), 1e-2),
             7, capture=capture)])
