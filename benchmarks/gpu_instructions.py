@@ -29,12 +29,11 @@ sys.path.insert(0, str(ROOT))  # a bare checkout will do
 from gpu_counts import keep  # noqa: E402
 
 from tinyseg.cuda import loader  # noqa: E402
-from tinyseg.windows.kernels import BF16  # noqa: E402
+from tinyseg.windows.kernels import BF16, tile  # noqa: E402
 
 PACKAGES = "nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm"
 ARCHITECTURES = "sm_80", "sm_90"
-BODIES = [{"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "CHUNK": chunk, "SWAPPED": swapped,
-           "NUMBER": number}
+BODIES = [{**tile(columns), "CHUNK": chunk, "SWAPPED": swapped, "NUMBER": number}
           for number, chunk, swapped in (("float", 1, 0), ("float", 4, 0), ("float", 4, 1),
                                          (BF16, 8, 0), (BF16, 8, 1)) for columns in (64, 128)]
 
@@ -127,7 +126,7 @@ def table() -> str:
             "before", "loop", "mma", "others a mma", "behind")
     lines = [versions, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for constants, arch in product(BODIES, ARCHITECTURES):
-        log, binary = compiled(loader.source("conv_mma"), f"-arch={arch}", "-DSTAGES=3",
+        log, binary = compiled(loader.source("conv_mma"), f"-arch={arch}",
                                *(f"-D{name}={value}" for name, value in constants.items()))
         used = registers(log)
         for kernel, body in sorted(bodies(binary).items()):

@@ -11,8 +11,7 @@
 // result is the same in every run.
 //
 // Least traffic: x, w and y once; as implicit GEMM each row's patch crosses from the second-level cache
-// once for every COLUMNS filters. On an H200 a turn takes as long in bfloat16 as in TF32, and no less
-// where the first-level cache or a tile of 256 rows saves of that traffic: it is not what binds.
+// once for every COLUMNS filters.
 #include "common.cuh"
 #include "conv.cuh"
 
@@ -46,6 +45,7 @@
 #define BF16 (sizeof(NUMBER) == 2)                           // or TF32
 #define TERMS (8 * WIDE)                                     // 128 bytes of channels
 #define DEPTH (2 * WIDE)                                     // terms of a product of the tensor cores
+static_assert(!BF16 || CHUNK == WIDE, "two bytes cannot be copied alone");
 #define THREADS (ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
 #define FRAGMENTS_DOWN (WARP_ROWS / 16)
 #define FRAGMENTS_ACROSS (WARP_COLUMNS / 8)

@@ -152,3 +152,30 @@ gradient(const float* __restrict__ logits, const int* __restrict__ labels, long 
       dx[v * CLASSES + c] = w * (p[c] - (c == label)) + p[c] * (q[c] - along);
   }
 }
+
+// counts (N, C, C + 1), from zeros: the voxels of each patch by their prediction, the first of the largest
+// logits (NaN is larger), and by their label, where what is no class is one more. train._confusion on
+// NumPy specifies it. grid (any, N), a block for some voxels of one patch; shared C (C + 1) integers,
+// of which sums come out the same in any order.
+extern "C" __global__ void __launch_bounds__(256)
+confusion(const float* __restrict__ logits, const int* __restrict__ labels, int classes, long long voxels,
+          int* __restrict__ counts) {
+  DYNAMIC_SHARED(memory);
+  int* const table = (int*)memory;
+  const int cells = classes * (classes + 1);
+  for (int i = threadIdx.x; i < cells; i += blockDim.x) table[i] = 0;
+  __syncthreads();
+  const long long first = blockIdx.y * voxels, step = (long long)gridDim.x * blockDim.x;
+  for (long long v = (long long)blockIdx.x * blockDim.x + threadIdx.x; v < voxels; v += step) {
+    const float* x = logits + (first + v) * classes;
+    float top = x[0];
+    int best = 0;
+    for (int c = 1; c < classes && top == top; c++)
+      if (!(x[c] <= top)) top = x[best = c];
+    const int label = labels[first + v];
+    atomicAdd(table + best * (classes + 1) + (label >= 0 && label < classes ? label : classes), 1);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < cells; i += blockDim.x)
+    if (table[i]) atomicAdd(counts + blockIdx.y * cells + i, table[i]);
+}

@@ -1,5 +1,6 @@
-// The numbers of a factor in bfloat16, for the tensor cores in conv_mma.cu: rounded once, and not at
-// every product that they take part in.
+// The numbers of a factor in bfloat16, for the tensor cores in conv_mma.cu: rounded once for a
+// convolution, and not at every product that they take part in. bf16 in tests/test_kernel_conv.py, on
+// NumPy, specifies it.
 //
 //   to[k, i] = the bfloat16 nearest to  from[k . walk + i],  of two the even one
 //

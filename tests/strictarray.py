@@ -41,7 +41,13 @@ class ndarray:
         self._array = array
 
     def __getitem__(self, key):
-        return wrap(self._array[unwrap(key)], type(self))
+        key = unwrap(key)
+        parts = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(part, np.ndarray) for part in parts):  # a copy
+            return wrap(taped(operator.getitem, [self._array, key]), type(self))
+        view = self._array[key]
+        view = self._array[(*parts, ...)] if isinstance(view, np.generic) else view  # of a number
+        return wrap(view, type(self))
 
     def __setitem__(self, key, value):
         taped(operator.setitem, [self._array, unwrap(key), unwrap(value)])
@@ -94,6 +100,7 @@ def taped(function, args, options=None):
     """The value of a function, which a graph that is being captured will compute again, into the
     same memory."""
     value = function(*args, **(options or {}))
+    value = np.asarray(value) if isinstance(value, np.generic) else value  # to be written again
     if emulator.tape is not None:
         def again():
             fresh = function(*args, **(options or {}))

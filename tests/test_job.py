@@ -210,9 +210,8 @@ def test_steps_are_launched_as_a_whole(data, tmp_path, monkeypatch):
     asked, fit = [], ts.train.fit
     monkeypatch.setattr(ts.train, "fit", lambda *args, capture, **options: (
         asked.append(capture), fit(*args, capture=capture, **options))[1])
-    asks = {key: value for key, value in SMALL.items() if "steps" not in key}
-    go(job.Run(tmp_path / "run", job.Settings(data=data, minutes=0.02, **asks)))
-    assert asked == [True] * 4  # two of a plan that times steps, two that train
+    go(job.Run(tmp_path / "run", job.Settings(data=data, **SMALL)))
+    assert asked == [True, True]
 
 
 def test_a_run_is_stopped_grows_and_is_finished(data, tmp_path, done):
@@ -337,16 +336,18 @@ def test_a_plan_with_another_head_has_the_strides_and_the_decoder_of_that(data, 
 def test_minutes_are_filled_by_steps_of_what_is_trained(data, tmp_path, monkeypatch):
     timed = []
 
-    def measure(plan, *_):
-        timed.append(plan)
+    def measure(plan, *told):
+        timed.append((plan, *told[-1:]))
         return {"step_2d": 0.1 * plan.batch_2d, "step_3d": plan.batch_3d}
 
     monkeypatch.setattr(prepare, "measure", measure)
-    asked = job.Settings(data=data, folds=2, quick=True, batch=3, minutes=2)
+    monkeypatch.setattr(ts.ranks.Alone, "device", lambda self, name: np)
+    asked = job.Settings(data=data, folds=2, quick=True, batch=3, minutes=2, device="cuda",
+                         precision="bf16")
     with job.Run(tmp_path / "run", asked) as run:
         plan = run.decide()
-    ours, = timed
-    assert (ours.batch_2d, ours.batch_3d, ours.patch_3d) == (24, 3, (24, 96, 96))
+    (ours, *told), = timed
+    assert (ours.batch_2d, ours.batch_3d, ours.patch_3d, *told) == (24, 3, (24, 96, 96), "bf16")
     assert plan == plans.within(ours, 2, measure(ours)) and plan.steps_3d > 0
 
 

@@ -321,17 +321,19 @@ def test_unaligned_and_strided_arrays(cuda):
 
 @pytest.mark.parametrize("multiplied", PRECISIONS)
 def test_kernels_that_lie_anywhere(cuda, multiplied):
-    """Not where 16-byte loads start, as a part of more filters, in another order of axes."""
+    """Not where 16-byte loads start, as a part of more filters, in another order of axes, or with
+    taps that do not start there."""
     x, w = arrays((5, 6), 2, 8, 16, (3, 3), 7)
     window = Window.of((3, 3), 1, 1)
     flat = cuda.asarray(np.concatenate([[0], w.ravel()]).astype("float32"))[1:].reshape(w.shape)
     wide = cuda.asarray(np.concatenate([w, w], axis=-1))[..., :16]
     turned = cuda.asarray(np.ascontiguousarray(w.transpose(3, 1, 0, 2))).transpose(2, 1, 3, 0)
+    apart = cuda.asarray(np.pad(w.reshape(9, -1), [(0, 0), (0, 1)]))[:, :-1].reshape(w.shape)
     with precision(multiplied):
         right = [a.get() for a in (windows.correlate(cuda.asarray(x), cuda.asarray(w), window),
                                    windows.correlate_dx(cuda.asarray(np.ones((2, 5, 6, 16), "f4")),
                                                         cuda.asarray(w), (5, 6), window))]
-        for lying in flat, wide, turned:
+        for lying in flat, wide, turned, apart:
             y = windows.correlate(cuda.asarray(x), lying, window)
             dx = windows.correlate_dx(cuda.asarray(np.ones((2, 5, 6, 16), "f4")), lying, (5, 6),
                                       window)

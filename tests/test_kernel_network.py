@@ -3,6 +3,7 @@ and gives what NumPy gives."""
 
 import re
 import sys
+from unittest import mock
 
 import emulator
 import numpy as np
@@ -76,14 +77,16 @@ def test_training(cuda, tiny, launched, rank, size, make, options):
 
 @pytest.mark.parametrize("rank, options", [
     (2, {}), (2, {"head": "fcn"}), (2, {"head": "deeplabv3"}), (2, {"head": "unet"}),
-    (3, {"depth_padding": "edge", "depth_stride": 1}),
+    (3, {"depth_padding": "edge", "depth_stride": 1}), (2, {"classes": 40}),
 ])
-def test_a_captured_step_gives_the_same_bits(cuda, tiny, rank, options):
-    """Batches of two shapes: each is first run, then captured, then launched again."""
-    curves, states, head = [], [], {"width": 8} if options else {}
+def test_a_captured_step_gives_the_same_bits(cuda, tiny, monkeypatch, rank, options):
+    """Batches of two shapes: each is first run, then captured, then launched again. The host reads
+    once a step."""
+    curves, states, read, to_numpy = [], [], [], train.to_numpy
+    monkeypatch.setattr(train, "to_numpy", lambda a: read.append(1) or to_numpy(a))
+    options = {"classes": 3} | ({"width": 8} if options else {}) | options
     for capture in False, True:
-        net = nn.to_device(models.resnet_seg(tiny, rank=rank, in_channels=1, classes=3, **options,
-                                             **head), cuda)
+        net = nn.to_device(models.resnet_seg(tiny, rank=rank, in_channels=1, **options), cuda)
         rng, size = np.random.default_rng(3), (9, 8)[:rank] if rank == 2 else (2, 9, 8)
         batches = [(rng.standard_normal((2, *size[:-1], 8 + i % 2, 1), "float32"),
                     rng.integers(0, 3, (2, *size[:-1], 8 + i % 2))) for i in range(7)]
@@ -91,7 +94,7 @@ def test_a_captured_step_gives_the_same_bits(cuda, tiny, rank, options):
             net, batches.__getitem__, losses.dice_cross_entropy, optim.SGD(net.parameters(), 1e-2),
             7, capture=capture)])
         states.append({name: a.get() for name, a in net.state().items()})
-    assert curves[0] == curves[1] and len({*curves[0]}) == 7
+    assert curves[0] == curves[1] and len({*curves[0]}) == 7 and len(read) == 2 * 7
     for name, array in states[0].items():
         assert array.tobytes() == states[1][name].tobytes(), name
 
@@ -107,14 +110,27 @@ def test_what_a_captured_step_cannot_do(cuda, tiny):
 
     with pytest.raises(ValueError, match="labels hold 3; expected 0 to 2"):
         steps(losses.dice_cross_entropy)
+    with mock.patch.object(ts.cuda.loss, "MAX_CLASSES", 2):  # as where there are more classes
+        with pytest.raises(ValueError, match="labels hold 3; expected 0 to 2"):
+            steps(losses.dice_cross_entropy)
     generator = np.random.default_rng(1)
     with pytest.raises(RuntimeError, match="dropout draws on the host"):
         steps(lambda z, t: losses.dice(ts.ops.dropout(z, p=0.5, rng=generator), t),
               labels=lambda _: 1)
     with pytest.raises(RuntimeError, match="capturing"):  # CUDA's own
         steps(lambda z, t: losses.dice(z, t) * float(z.data[0, 0, 0, 0]), labels=lambda _: 1)
-    assert len(steps(losses.dice, models.resnet_seg(tiny, rank=2, in_channels=1, classes=3),
-                     labels=lambda step: step % 3)) == 5
+    curves = []
+    for capture in True, False:
+        host = models.resnet_seg(tiny, rank=2, in_channels=1, classes=3)
+        curves.append([record.loss for record in train.fit(
+            host, lambda step: (images, np.full((2, 9, 8), step % 3)), losses.dice,
+            optim.SGD(host.parameters(), 1e-2), 5, capture=capture)])
+    assert curves[0] == curves[1]
+    with mock.patch.object(train.cuda, "captured", None):  # nor with several ranks
+        several = mock.Mock(wraps=ts.ranks.ALONE, size=2)
+        several.gather.side_effect = lambda value: [value]
+        list(train.fit(net, lambda step: (images, np.full((2, 9, 8), 1)), losses.dice,
+                       optim.SGD(net.parameters(), 1e-2), 2, capture=True, ranks=several))
 
 
 def traced_step(library, rank, precision):

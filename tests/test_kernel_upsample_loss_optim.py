@@ -336,6 +336,48 @@ def test_every_order_of_warps_gives_the_same_bits(cuda, monkeypatch):
     assert results[0] == results[1] == results[2]
 
 
+# The confusion of predictions and labels
+
+
+def check_confusion(cuda, logits, labels):
+    counts = loss_kernels.confusion(cuda.asarray(logits), cuda.asarray(labels)).get()
+    classes, expected = logits.shape[-1], np.zeros(0)
+    expected = np.zeros((len(labels), classes, classes + 1), int)
+    for n, *at in np.ndindex(labels.shape):
+        label = labels[(n, *at)]
+        expected[n, logits[(n, *at)].argmax(), label if 0 <= label < classes else classes] += 1
+    assert (counts == expected).all() and counts.dtype == "int32"
+    assert (train._confusion(logits, labels) == expected).all()
+
+
+def few_logits(shape, classes, seed=1):
+    """Many are equal, some are NaN or infinite."""
+    rng = np.random.default_rng(seed)
+    values = np.array([-np.inf, -1, 0, 1, 1, np.inf, np.nan], "float32")
+    return values[rng.integers(0, 7, (*shape, classes))]
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(1, 40),
+       st.sampled_from(["uint8", "int16", "int64", "uint64"]), ORDERS, st.integers(0, 99))
+@few(40)
+def test_confusion(cuda, monkeypatch, shape, classes, dtype, order, seed):
+    monkeypatch.setattr(emulator, "order", order)
+    labels = drawn(shape, classes + 1, 255 if dtype == "uint8" else 2**15 - 1, dtype, seed)[1]
+    check_confusion(cuda, few_logits(shape, classes, seed), labels)
+
+
+def test_confusion_of_more_classes_than_a_block_holds(cuda):
+    """NumPy's way then; up to there it is a kernel's."""
+    for classes in 240, 241:
+        found = loss_kernels.confusion(cuda.zeros((1, 2, classes), "float32"),
+                                       cuda.zeros((1, 2), "int64"))
+        assert (found is None) == (classes == 241)
+
+
+def confusions(cuda):
+    check_confusion(cuda, few_logits((3, 700), 3), drawn((3, 700), 5)[1] - 1)
+
+
 # Would these tests see an error?
 
 
@@ -367,6 +409,16 @@ adamw = partial(check_optimizer, kind=optim.AdamW, lr=0.1, shapes=[(300,), (7,)]
     ("loss", "dx[v * CLASSES + c] = 0;", ";", training),
     ("loss", "if (mass == 0) mass = 1;", "", test_loss_where_nothing_counts),
     ("loss", "!weight || weight[c] != 0", "true", test_loss_of_a_label_that_weighs_nothing),
+    ("loss", "top == top; c++", "true; c++", confusions),
+    ("loss", "!(x[c] <= top)", "x[c] > top", confusions),
+    ("loss", "!(x[c] <= top)", "!(x[c] < top)", confusions),
+    ("loss", "label >= 0 && label < classes ? label : classes", "label < classes ? label : classes",
+     confusions),
+    ("loss", "blockIdx.y * cells + i", "i", confusions),
+    ("loss", "table[i] = 0;\n  __syncthreads();", "table[i] = 0;", confusions),
+    ("loss", "  }\n  __syncthreads();\n  for (int i = threadIdx.x; i < cells",
+     "  }\n  for (int i = threadIdx.x; i < cells", confusions),
+    ("loss", "(first + v) * classes", "v * classes", confusions),
     ("optim", "chunk[1] + threadIdx.x; i < chunk[2]; i += blockDim.x) {\n    float p",
      "chunk[1] + threadIdx.x; i <= chunk[2]; i += blockDim.x) {\n    float p", sgd),
     ("optim", "g + momentum * v : v", "v : v", sgd),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyseg import __main__ as commands
-from tinyseg import models, nn, report
+from tinyseg import cuda, models, nn, report, train
 from tinyseg.data import ct, decathlon, nifti, phantom
 from tinyseg.job import fingerprint, rules
 from tinyseg.job import plan as plans
@@ -398,7 +398,9 @@ def test_patches_are_varied_where_training_sees_the_same_voxels_often(source):
 
 
 def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
-    asked, seen = [], []
+    asked, seen, precisions, captured, fit = [], [], set(), [], train.fit
+    monkeypatch.setattr(train, "fit", lambda *args, capture, **options: (
+        captured.append(capture), fit(*args, capture=capture, **options))[1])
 
     class Pointwise(nn.Module):
         def __init__(self, rank, in_channels, classes):
@@ -407,6 +409,7 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
 
         def forward(self, x):
             seen.append((self.training, x.shape))
+            precisions.add((self.training, cuda.precision_here()))
             return self.conv(x)
 
     def resnet_seg(backbone, *, rank, in_channels, classes, **options):
@@ -424,15 +427,19 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
                          (True, (2, 32, 64, 56, 1)), (False, (1, 32, 64, 56, 1))}
     assert set(made.seconds) == {"step_2d", "step_3d", "scan_2d", "scan_3d"}
     assert made.steps_2d == int(36 / made.seconds["step_2d"]) > 0
+    assert captured == [True, True] and precisions == {(True, "tf32"), (False, "tf32")}
+    plans.measure(made, found, ranks=2, precision="bf16")  # as they train, and predict
+    assert captured[2:] == [False, False] and (True, "bf16") in precisions
+    assert (False, "bf16") not in precisions
 
     times = iter(range(0, 10**6, 4))  # seconds
     monkeypatch.setattr(plans, "perf_counter", lambda: next(times))
     for patch, window in (((64, 56), 4 / 8), ((32, 64, 56), 4)):  # eight slices go at a time
-        assert plans._timed(Pointwise(len(patch), 1, 3), patch, 9)[1] == window
+        assert plans._timed(Pointwise(len(patch), 1, 3), patch, 9, True, "tf32")[1] == window
 
     windows = [(made, 28, 1), (dataclasses.replace(made, patch_2d=(32, 56), patch_3d=(16, 64, 56)),
                                28 * 3, 3)]  # 28 x 60 x 52 voxels: windows of half overlap
-    monkeypatch.setattr(plans, "_timed", lambda net, patch, count: (count, 1.0))
+    monkeypatch.setattr(plans, "_timed", lambda net, patch, count, *_: (count, 1.0))
     for each, slices, volumes in windows:
         assert plans.measure(each, found) == {"step_2d": 16, "scan_2d": slices,
                                               "step_3d": 2, "scan_3d": volumes}

@@ -82,7 +82,8 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
     shape, labels, rows = labels.shape, labels.reshape(-1), logits.reshape(-1, classes)
     counted = library.ones_like(labels, dtype=bool) if ignore is None else labels != ignore
     known = ((labels >= 0) & (labels < classes)) | ~counted
-    if not known.all():
+    right = known.all()
+    if not cuda.is_capturing() and not right:
         raise ValueError(f"labels hold {int(labels[~known][0])}; expected 0 to {classes - 1}"
                          + ("" if ignore is None else f", or {ignore} to ignore"))
     # Slabs of voxels that stay in cache, classes first: sums over a last axis of three are slow.
@@ -116,7 +117,7 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
             library.copyto(p, 0, where=~counted[slab])
         probabilities[i] = p
         if entropy:
-            y = library.where(counted[slab], labels[slab], 0).astype("int64")
+            y = library.where(counted[slab] & known[slab], labels[slab], 0).astype("int64")
             found = log_p.reshape(-1)[y * len(y) + library.arange(len(y))]
             surprise = library.where(voxel > 0, library.log(mass) - found, 0)  # else maybe infinite
             sums[0, i], sums[1, i] = voxel.sum(), (voxel * surprise).sum()
@@ -133,6 +134,8 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
     both, either = 2 * both + smooth, either + smooth
     if overlap:
         value = value + 1 - (both / either)[first:].mean()
+    if cuda.is_capturing():  # nothing may be read: the value tells
+        value = library.where(right, value, np.nan)
 
     def pull(g):
         gradient = library.empty(rows.shape, rows.dtype)

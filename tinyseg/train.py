@@ -95,9 +95,8 @@ class Average:
         else:
             parallel.run(lambda piece: approach(*piece), [
                 piece for pair in floats for piece in parallel.pieces(*pair)])
-        for a, x in pairs:
-            if a.dtype.kind != "f":
-                a[...] = x
+        for a, x in (pair for pair in pairs if pair[0].dtype.kind != "f"):
+            a[...] = x
         self.steps += 1
 
     @contextmanager
@@ -128,6 +127,20 @@ def _kinds(arrays: Mapping[str, Array]) -> dict[str, tuple]:
     return {name: (array_module(a), a.dtype, a.shape) for name, a in arrays.items()}
 
 
+def _confusion(logits: Array, labels: Array) -> Array:
+    """(N, classes, classes + 1) integers, where the logits are: the voxels of every patch by their
+    prediction, the largest of the logits (N, *S, classes), and label (N, *S), if no class one more.
+    """
+    library, n, classes = array_module(logits), len(labels), logits.shape[-1]
+    counts = cuda.loss.confusion(logits, labels) if cuda.serves(logits) else None
+    if counts is None:  # one count of all triples (patch, prediction, label)
+        known = library.where((labels >= 0) & (labels < classes), labels.astype("int64"), classes)
+        triples = (logits.argmax(axis=-1) * (classes + 1) + known).reshape(n, -1)
+        triples += library.arange(n)[:, None] * (classes * (classes + 1))
+        counts = library.bincount(triples.reshape(-1), minlength=n * classes * (classes + 1))
+    return counts.reshape(n, classes, classes + 1)
+
+
 def overlap(logits: Array, labels: Array) -> np.ndarray:
     """(N, classes - 1, 2) integers: 2 |P and T| and |P| + |T| of the hard prediction P and the
     labels T, for every patch and class but 0, over the voxels that are labelled with a class.
@@ -136,16 +149,13 @@ def overlap(logits: Array, labels: Array) -> np.ndarray:
     >>> ts.train.overlap(logits, np.array([[0, 0, 1, 1]])).tolist()
     [[[4, 5]]]
     """
-    library, n, classes = array_module(logits), len(labels), logits.shape[-1]
-    # One count of all triples (patch, prediction, label); what is no class is one label more.
-    known = library.where((labels >= 0) & (labels < classes), labels.astype("int64"), classes)
-    triples = logits.argmax(axis=-1) * (classes + 1) + known
-    triples = triples.reshape(n, -1) + library.arange(n)[:, None] * (classes * (classes + 1))
-    counts = library.bincount(triples.reshape(-1), minlength=n * classes * (classes + 1))
-    table = to_numpy(counts).reshape(n, classes, classes + 1)[:, :, :classes]
-    sums = np.stack([2 * table.diagonal(axis1=1, axis2=2), table.sum(axis=1) + table.sum(axis=2)],
-                    axis=-1)
-    return sums[:, 1:]
+    return _overlap(to_numpy(_confusion(logits, labels)))
+
+
+def _overlap(table: np.ndarray) -> np.ndarray:
+    table = table[:, :, :-1]
+    return np.stack([2 * table.diagonal(axis1=1, axis2=2), table.sum(axis=1) + table.sum(axis=2)],
+                    axis=-1)[:, 1:]
 
 
 def dice(overlap: np.ndarray) -> dict[int, float]:
@@ -158,24 +168,29 @@ def dice(overlap: np.ndarray) -> dict[int, float]:
     return {c: float(b / n) for c, (b, n) in enumerate(zip(both, sizes, strict=True), 1) if n}
 
 
-def clip_norm(parameters: list[Tensor], limit: float) -> float:
+def _norm(gradients: Sequence[Array]) -> Array:
+    """The joint Euclidean norm, () float64 where the gradients are."""
+    if cuda.serves(*gradients):
+        return cuda.optim.norm(gradients)
+    parts = [piece.reshape(-1) for g in gradients for piece, in parallel.pieces(g)]
+    return sum(parallel.run(lambda g: (g @ g).astype("float64"), parts)) ** 0.5
+
+
+def clip_norm(parameters: list[Tensor], limit: float, before: float | None = None) -> float:
     """Scale all gradients so that their joint Euclidean norm is at most `limit`; returns the norm
-    before. Gradients are replaced, not written into.
+    `before`, or takes it where it is known. Gradients are replaced, not written into.
 
     >>> p = ts.Tensor(np.zeros(2), requires_grad=True)
     >>> p.grad = np.array([3.0, 4.0])
     >>> ts.train.clip_norm([p], limit=2.5), p.grad
     (5.0, array([1.5, 2. ]))
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = (float(cuda.optim.norm(grads)) if cuda.serves(*grads)
-            else sum(parallel.run(lambda g: float(g @ g), [
-                piece.reshape(-1) for g in grads for piece, in parallel.pieces(g)])) ** 0.5)
-    if norm > limit:
+    if before is None:
+        before = float(_norm([p.grad for p in parameters if p.grad is not None]))
+    if before > limit:
         for p in parameters:
-            if p.grad is not None:
-                p.grad = p.grad * (limit / norm)
-    return norm
+            p.grad = p.grad if p.grad is None else p.grad * (limit / before)
+    return before
 
 
 def prepared(batch: Callable[[int], Any], steps: Sequence[int], ahead: int
@@ -206,13 +221,14 @@ def prepared(batch: Callable[[int], Any], steps: Sequence[int], ahead: int
 @contextmanager
 def _whole(optimizer: Optimizer, statistics: list[Array]) -> Iterator[None]:
     """A step in the block is taken whole, or what it has done to the running statistics undone."""
-    taken, before = optimizer.steps, [array.copy() for array in statistics]
+    taken, flat = optimizer.steps, [array.reshape(-1) for array in statistics]  # views
+    before: Any = array_module(flat[0]).concatenate(flat) if flat else None  # one launch on a GPU
     try:
         yield
     except BaseException:  # Ctrl-C too may come at any time
         if optimizer.steps == taken:
-            for array, good in zip(statistics, before, strict=True):
-                array[...] = good
+            for array in flat:
+                array[...], before = before[: array.size], before[array.size :]
         raise
 
 
@@ -240,8 +256,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
     steps before their turn; 0 makes each when it is its turn, with the same results. The learning
     rate of a step is the optimiser's rate at the start of this call times schedule(step, steps);
     the gradients of its parameters are clipped to the norm `clip` (nnU-Net's 12). The network's
-    train or eval mode is the caller's choice. An `average` of the network is updated after each
-    step.
+    train or eval mode is the caller's choice. An `average` of it is updated after each step.
 
     validate(net) -> {class: Dice} is asked after every `every` steps and after the last, of the
     average where there is one, in evaluation mode; the network is then again as it was. With
@@ -254,7 +269,7 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
 
     capture: forward and backward passes of a network on a GPU run as one launch, with the same
     results, from the third step on (`cuda.captured`): batches of one shape, no dropout, no loss
-    that reads from the GPU. It changes nothing on a CPU, nor of several ranks.
+    that reads from the GPU. It changes nothing on a CPU, nor with several ranks.
 
     Raises ValueError for an optimiser of parameters that are not this network's, and
     FloatingPointError where the loss or the gradient is not finite. However a step ends
@@ -284,16 +299,19 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
                          "patience with validate only")
     library, scores = array_module(parameters[0].data), [*past]
 
+    def joined(*arrays: Array) -> Array:  # what the host reads of a step, at once
+        return library.concatenate([library.asarray(a, "float64").reshape(-1) for a in arrays])
+
     def passes(images: Array, labels: Array) -> tuple:
         optimizer.zero_grad()
         logits = net(images)
         value = loss(logits, labels)
         with ranks.summing() as ready:
             value.backward(ready=ready)
-        return value.data, logits.data, [p.grad for p in optimizer.parameters]
+        told = joined(value.data, _confusion(logits.data, labels))
+        return told, logits.data, [p.grad for p in optimizer.parameters]
 
-    if capture and library is not np and ranks.size == 1:
-        passes = cuda.captured(passes)
+    passes = cuda.captured(passes) if capture and library is not np and ranks.size == 1 else passes
     try:
         with closing(prepared(batch, range(start, steps), ahead)) as batches:
             for step in range(start, steps):
@@ -304,17 +322,19 @@ def fit(net: Module, batch: Callable[[int], tuple[Array, Array]],
                 waited = perf_counter() - began
                 images, labels = to_library(images, library), to_library(labels, library)
                 with _whole(optimizer, statistics):
-                    value, logits, gradients = passes(images, labels)
-                    number = float(value)
-                    counts = np.concatenate(ranks.gather(overlap(logits, labels)))
+                    told, logits, gradients = passes(images, labels)
+                    told = to_numpy(joined(told, _norm([g for g in gradients if g is not None])))
+                    number, length, table = *map(float, told[[0, -1]]), told[1:-1].astype("int64")
+                    counts = np.concatenate(ranks.gather(_overlap(
+                        table.reshape(len(labels), logits.shape[-1], -1))))
                     for p, g in zip(optimizer.parameters, gradients, strict=True):
                         p.grad = g  # of a captured step: where they were made anew
-                    norm = clip_norm(optimizer.parameters, clip)
-                    if not (isfinite(number) and isfinite(norm)):
+                    clip_norm(optimizer.parameters, clip, length)
+                    if not (isfinite(number) and isfinite(length)):
                         loss(Tensor(logits), labels)  # of a captured step: labels out of range
                         raise FloatingPointError(
-                            f"loss {number}, norm of the gradient {norm} at step {step}; lower the "
-                            "learning rate or look at this step's images")
+                            f"loss {number}, norm of the gradient {length} at step {step}; lower "
+                            "the learning rate or look at this step's images")
                     optimizer.lr = base * schedule(step, steps)
                     optimizer.step()
                 if average:

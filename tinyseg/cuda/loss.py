@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backend import Array, array_module
 from .capture import is_capturing
-from .loader import MULTIPROCESSORS, launch
+from .loader import MULTIPROCESSORS, SHARED_LIMIT, launch
 
 MAX_CLASSES = 32  # a thread holds all classes of a voxel in registers
 THREADS, BLOCKS = 256, 8 * MULTIPROCESSORS  # as many threads as are in flight at once
@@ -23,6 +23,22 @@ def _narrow(labels: Array) -> Array:
     if held.min < fits.min:
         labels = library.maximum(labels, fits.min)
     return library.array(labels, dtype="int32", order="C")
+
+
+def confusion(logits: Array, labels: Array) -> Array | None:
+    """train._confusion, (N, C, C + 1) int32 on the GPU; None for more classes than a block holds.
+
+    logits (N, *S, C), labels (N, *S) of any integers.
+    """
+    library, classes, n = array_module(logits), logits.shape[-1], len(labels)
+    voxels, shared = labels.size // n, 4 * classes * (classes + 1)
+    if shared > SHARED_LIMIT:
+        return None
+    counts = library.zeros((n, classes, classes + 1), "int32")
+    launch("loss", "confusion", (min(-(-voxels // THREADS), max(1, BLOCKS // n)), n), (THREADS,),
+           library.ascontiguousarray(logits), _narrow(labels), classes, voxels, counts,
+           shared=shared)
+    return counts
 
 
 def segmentation(logits: Array, labels: Array, *, entropy: bool = False, overlap: bool = False,

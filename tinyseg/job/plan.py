@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import infer, losses, models, optim, train
+from .. import cuda, infer, losses, models, optim, train
 from ..data import ct
 from ..files import read_json, whole
 from ..infer.windows import OVERLAP, Progress
@@ -30,7 +30,7 @@ WHOLE = 0.9  # one, of as many voxels as two, where it is as long as this share 
 SLICES = 16  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
 SHARE_2D = 0.6  # of the time is the 2D network's: a minute of slices teaches more than of volumes
-REPEATS = 3  # steps that are timed; on a GPU the third is the first that is launched as a whole
+REPEATS = 4  # steps that are timed; on a GPU all but two are launched as a whole
 
 
 def _whole(least: int, most: float = float("inf")) -> Any:
@@ -276,14 +276,14 @@ def varied(plan: Plan, fingerprint: Fingerprint) -> Plan:
         seen / prod(shape) / len(fingerprint.digests)))
 
 
-def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu",
-            progress: Progress = iter, ranks: int = 1) -> dict[str, float]:
+def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu", progress: Progress = iter,
+            ranks: int = 1, precision: str = "tf32") -> dict[str, float]:
     """Seconds that a training step and the prediction of the median case take here, by rank:
     "step_2d", "step_3d", "scan_2d", "scan_3d".
 
     Networks of random weights see noise, a few steps each and a group of windows, of which the
     fastest counts; a scan takes as many as cover the median case. Of a step that several ranks
-    share, what one of them has of it.
+    share, what one of them has of it. precision: that of training (`cuda.precision`).
     """
     seconds: dict[str, float] = {}
     shape = median_shape(fingerprint, plan.preprocessing)
@@ -294,21 +294,23 @@ def measure(plan: Plan, fingerprint: Fingerprint, device: str = "cpu",
                                 classes=len(fingerprint.labels), **plan.architecture, **along)
         part = ceil(count / ranks)  # of a single value per channel there is no variance
         part += any(starved(patch, plan.strides[-rank:], part))
-        step, window = _timed(to_device(net, device), patch, part)
+        step, window = _timed(to_device(net, device), patch, part, ranks == 1, precision)
         windows = prod(len(infer.starts(max(n, p), p, OVERLAP))
                        for n, p in zip(shape, (1, *patch)[-3:], strict=True))
         seconds |= {f"step_{rank}d": round(step, 4), f"scan_{rank}d": round(window * windows, 4)}
     return seconds
 
 
-def _timed(net: models.Segmenter, patch: tuple[int, ...], count: int) -> tuple[float, float]:
+def _timed(net: models.Segmenter, patch: tuple[int, ...], count: int, capture: bool,
+           precision: str) -> tuple[float, float]:
     """Seconds of a step of `count` patches, and of the prediction of a window."""
     rng, classes = np.random.default_rng(0), net.config["classes"]
     images = rng.standard_normal((count, *patch, net.config["in_channels"]), "float32")
     labels = rng.integers(classes, size=(count, *patch)).astype(np.uint8)
-    records = train.fit(net, lambda _: (images, labels), losses.dice_cross_entropy,
-                        optim.AdamW(net.parameters(), 1e-4), REPEATS, capture=True)
-    step = min(record.seconds for record in records)
+    with cuda.precision(precision):
+        step = min(record.seconds for record in train.fit(
+            net, lambda _: (images, labels), losses.dice_cross_entropy,
+            optim.AdamW(net.parameters(), 1e-4), REPEATS, capture=capture))
     volume = images[:8] if len(patch) == 2 else images[0]  # as many slices as go at a time
     times = []
     for _ in range(2):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .. import cuda, models, pretrained
+from .. import models, pretrained
 from ..data import augment, decathlon, phantom, sampling
 from ..files import read_json
 from ..inflate import inflate
@@ -103,9 +103,8 @@ def decide(asked: Settings, training: decathlon.Dataset,
             asked = replace(asked, batch=ranks)
         if asked.minutes is not None:
             plan = adjusted(plan, asked, mirror)  # what is trained is what is timed
-            with cuda.precision(asked.precision):
-                seconds = measure(plan, found, asked.device,
-                                  partial(tqdm, desc="measure", unit="network"), ranks)
+            seconds = measure(plan, found, asked.device, partial(
+                tqdm, desc="measure", unit="network"), ranks, asked.precision)
             plan = within(plan, asked.minutes, seconds)
         plan = varied(adjusted(plan, asked, mirror), found)
         if plan.augmentation == "none" and not asked.augment and mirror is not None:

@@ -2,8 +2,9 @@
 
 The kernels know three axes, zero padding and the two products of `products`; lower ranks get
 leading axes of one. On the tensor cores, in TF32 or bfloat16, where the channels allow it and
-`cuda.precision` does: bfloat16 needs them in eights, and several taps, as one gains less than
-rounding costs. Partial sums of a weight gradient are added in a fixed order.
+`cuda.precision` does: bfloat16 needs them in eights, and a kernel of several taps (of one, an H200
+took no longer in TF32 than for rounding and bfloat16). Partial sums of a weight gradient are added
+in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GEOMETRY = np.dtype(  # struct Geometry of kernels/conv.cuh
     + [(name, "int32", AXES) for name in ("walk", "size", "positions", "taps", "stride", "dilation",
                                           "before", "grid", "start", "step")])
 ROWS = 128  # of a block's tile; its columns are 64, or 128 on the tensor cores
-BLOCKS = 2 * cuda.MULTIPROCESSORS  # that a GPU runs at once
+BLOCKS = 2 * cuda.MULTIPROCESSORS  # that a GPU runs at once, of the widest tile
 LINE = 128  # bytes of terms of a sum that a block adds in one turn
 BF16 = "unsigned short"  # the type that holds the bits of a bfloat16
 
@@ -60,19 +61,23 @@ def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
          spatial(before, 0), spatial(grid, 1), spatial(start, 0), spatial(step, 1)), GEOMETRY)
 
 
+def tile(columns: int) -> dict[str, Any]:
+    """The constants of conv_mma for a tile of 64 or 128 columns."""
+    return {"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "STAGES": columns // 64 + 1}
+
+
 def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, Any]]:
     """The source that computes a convolution, its threads, and its constants."""
-    columns = 128 if filters > 64 else 64
     if cuda.precision_here() == "fp32" or filters % 4:
         return "conv_simt", 256, {"COLUMNS": 64}
-    constants = {"COLUMNS": columns, "WARP_COLUMNS": columns // 2, "STAGES": columns // 64 + 1}
+    constants = tile(128 if filters > 64 else 64)
     if cuda.precision_here() == "bf16" and 1 < taps <= 32 and not (channels % 8 or filters % 8):
         return "conv_mma", 128, constants | {"CHUNK": 8, "NUMBER": BF16}
     return "conv_mma", 128, constants | {"CHUNK": 1 if channels % 4 or taps > 32 else 4}
 
 
 def _rounded(a: Array, taps: tuple[int, ...] = (), walk: tuple[int, ...] = ()) -> Array:
-    """A factor in bfloat16 without gaps: its taps, if any, may stand apart, what one holds not."""
+    """A factor in bfloat16, as it lies in memory; its taps, if any, may stand apart by `walk`."""
     halves = array_module(a).empty(a.shape, "uint16")
     block = a.size // prod(taps)
     cuda.launch("round", "rounded", (ceil(a.size / (256 * 8)),), (256,), cuda.Strided(a), halves,
@@ -145,15 +150,15 @@ def _launch(kernel: str, body: tuple, x: Array, other: Array | cuda.Strided, int
 def products(x: Array, problems: Iterable[Correlation]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
     x, halves, problems = plain(x), None, list(problems)
-    most = max((prod(problem.w.shape[:-2]) for problem in problems), default=0)  # taps of one
+    several = any(prod(problem.w.shape[:-2]) > 1 for problem in problems)  # taps, in one of them
     for w, into, start, step, stride, dilation, before in problems:
         taps, (channels, filters) = w.shape[:-2], w.shape[-2:]
         positions = count(into.shape[1:-1], start, step)
-        file, threads, constants = _body(channels, filters, most)
+        file, threads, constants = _body(channels, filters, max(prod(taps), 1 + several))
         *walk, row, column = (s // w.itemsize for s in w.strides)
         swapped = (row, column) == (1, channels) and channels > 1  # as the gradient in x has it
         packed = [channels * filters * prod(taps[axis + 1:]) for axis in range(len(taps))]
-        if (constants.get("CHUNK", 1) == 1 or w.data.ptr % 16
+        if (constants.get("CHUNK", 1) == 1 or w.data.ptr % 16 or any(step % 4 for step in walk)
                 or not swapped and (row, column) != (filters, 1)):
             w, swapped, walk = plain(w), False, packed
         factor = x
