@@ -120,6 +120,17 @@ def test_the_shapes_of_networks(cuda, multiplied, size, channels, filters, kerne
     check(cuda, x, w, Window.of(kernel, **options), multiplied=multiplied)
 
 
+@pytest.mark.parametrize("multiplied", ["tf32", "bf16"])
+@pytest.mark.parametrize("channels, filters", [(72, 136), (136, 40)])
+def test_lanes_that_read_together_find_different_banks(cuda, multiplied, channels, filters):
+    emulator.statistics.clear()
+    check(cuda, *arrays((3, 9, 8), 1, channels, filters, (3, 3, 3), 1), Window.of((3, 3, 3), 1, 1),
+          multiplied=multiplied)
+    kernels = ["correlate"] if multiplied == "tf32" else ["correlate", "correlate_dw"]
+    for name in kernels:  # TF32's correlate_dw reads numbers, not matrices
+        assert emulator.statistics[name]["matrices"] > 0 == emulator.statistics[name]["conflicts"]
+
+
 # Infinities and NaNs in all their bits: the GPU's own, with either sign; quiet and signalling
 # ones of few bits; of the low thirteen alone, which the tensor cores do not see.
 NOT_FINITE = [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7F801000,

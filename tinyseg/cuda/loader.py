@@ -114,15 +114,15 @@ def _parameters(file: str, kernel: str, factor: str) -> list[tuple[str, str, Any
     """(name, declared type, what an argument must be, the limits of a whole number) of each
     parameter: a data type for a pointer, a scalar type for a number, None for a struct. NUMBER is
     the macro of that name."""
-    found: list = []
+    rows: list = []
     for declared, name in signatures(file)[kernel]:
         declared = declared.replace("NUMBER", factor)
         number = np.dtype(NUMBERS.get(declared, "V"))
         held = np.iinfo(number) if number.kind == "i" else None
-        found.append((name, declared, np.dtype(POINTERS[declared.rstrip(" *")])
+        rows.append((name, declared, np.dtype(POINTERS[declared.rstrip(" *")])
                       if declared.endswith("*") else number.type if declared in NUMBERS else None,
                       held and (int(held.min), int(held.max))))
-    return found
+    return rows
 
 
 def _passed(file: str, kernel: str, number: str, arguments: tuple) -> tuple[list, ModuleType]:
@@ -161,13 +161,13 @@ def _passed(file: str, kernel: str, number: str, arguments: tuple) -> tuple[list
             if isinstance(value, Strided):
                 value = value.array
                 contiguous = value.flags.c_contiguous
-            if _found(value) != (wanted, contiguous, current):
+            if found(value) != (wanted, contiguous, current):
                 raise _refused(f"{file}.{kernel}: {name}", value, wanted, current)
         passed.append(value)
     return passed, library
 
 
-def _found(value: Any) -> tuple | None:
+def found(value: Any) -> tuple | None:
     """(data type, whether it is contiguous, number of its GPU) of an array on one."""
     try:
         return _facts(value)

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 
 from ..backend import Array, array_module
-from .loader import launch
+from .loader import found, launch
 
 THREADS, CHUNK = 256, 16384  # a block's threads and the elements that they share
 _FLOAT = np.dtype("float32")
@@ -37,16 +37,15 @@ def _addresses(rows: tuple[tuple[int, ...], ...], library: ModuleType, device: i
 def _launch(kernel: str, gradients: Sequence[Array], written: Sequence[Sequence[Array]],
             *arguments: float | int | Array) -> None:
     """Run `kernel` on the chunks of all gradients and of the arrays beside them that it writes."""
-    library, device = array_module(gradients[0]), gradients[0].device.id
+    library, device = array_module(gradients[0]), gradients[0].data.device_id
     gradients = [library.ascontiguousarray(g) for g in gradients]  # alive until the launch below
     rows = list(zip(gradients, *written, strict=True))
     for row in rows:  # the kernel gets bare addresses, so that the launch cannot look
         for a in row:
-            if (a.dtype, a.shape, a.device.id) != (_FLOAT, row[0].shape, device) \
-                    or not a.flags.c_contiguous:
+            if found(a) != (_FLOAT, True, device) or a.shape != row[0].shape:
                 raise ValueError(f"{kernel}: found {a.dtype} {a.shape} with strides {a.strides} on "
-                                 f"GPU {a.device.id} beside a gradient {row[0].shape}; expected "
-                                 f"contiguous float32 arrays of equal shape on GPU {device}")
+                                 f"GPU {a.data.device_id} beside a gradient {row[0].shape}; "
+                                 f"expected contiguous float32 of equal shape on GPU {device}")
     chunks = _chunks(tuple(g.size for g in gradients), CHUNK, library, device)
     addresses = _addresses(tuple(tuple(a.data.ptr for a in row) for row in rows), library, device)
     if len(chunks):
