@@ -45,7 +45,8 @@ def _launch(kernel: str, gradients: Sequence[Array], written: Sequence[Sequence[
             if found(a) != (_FLOAT, True, device) or a.shape != row[0].shape:
                 raise ValueError(f"{kernel}: found {a.dtype} {a.shape} with strides {a.strides} on "
                                  f"GPU {a.data.device_id} beside a gradient {row[0].shape}; "
-                                 f"expected contiguous float32 of equal shape on GPU {device}")
+                                 "expected contiguous float32 arrays of equal shape on GPU "
+                                 f"{device}")
     chunks = _chunks(tuple(g.size for g in gradients), CHUNK, library, device)
     addresses = _addresses(tuple(tuple(a.data.ptr for a in row) for row in rows), library, device)
     if len(chunks):
