@@ -110,18 +110,18 @@ def _module(library: ModuleType, file: str, options: tuple[str, ...]) -> Any:
 
 
 @cache
-def _parameters(file: str, kernel: str, factor: str) -> list[tuple[str, str, Any, tuple | None]]:
+def _parameters(file: str, kernel: str, number: str) -> list[tuple[str, str, Any, tuple | None]]:
     """(name, declared type, what an argument must be, the limits of a whole number) of each
     parameter: a data type for a pointer, a scalar type for a number, None for a struct. NUMBER is
     the macro of that name."""
     rows: list = []
     for declared, name in signatures(file)[kernel]:
-        declared = declared.replace("NUMBER", factor)
-        number = np.dtype(NUMBERS.get(declared, "V"))
-        held = np.iinfo(number) if number.kind == "i" else None
+        declared = declared.replace("NUMBER", number)
+        kind = np.dtype(NUMBERS.get(declared, "V"))
+        held = np.iinfo(kind) if kind.kind == "i" else None
         rows.append((name, declared, np.dtype(POINTERS[declared.rstrip(" *")])
-                      if declared.endswith("*") else number.type if declared in NUMBERS else None,
-                      held and (int(held.min), int(held.max))))
+                     if declared.endswith("*") else kind.type if declared in NUMBERS else None,
+                     held and (int(held.min), int(held.max))))
     return rows
 
 
