@@ -169,6 +169,38 @@ def test_alone_there_is_nothing_to_do():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_what_works_in_a_pool_ends_with_who_began_it(tmp_path, ending):
+    code = ("import time, tinyseg\nif __name__ == '__main__':\n"
+            "    with tinyseg.ranks.Alone().pool(1) as pool:\n"
+            f"        open({str(tmp_path / 'pid')!r}, 'w').write(str(pool.submit(\n"
+            "            __import__('os').getpid).result()))\n"
+            "        pool.submit(time.sleep, 100)\n"
+            f"        open({str(tmp_path / 'begun')!r}, 'w')\n"
+            "        time.sleep(100)\n")
+    (tmp_path / "program.py").write_text(code)
+    begun = subprocess.Popen([sys.executable, tmp_path / "program.py"])
+    try:
+        for path in tmp_path / "begun", tmp_path / "pid":
+            while not path.exists():
+                assert begun.poll() is None
+                time.sleep(0.05)
+        worker = int((tmp_path / "pid").read_text())
+        begun.send_signal(ending)
+        begun.wait(10)
+        for _ in range(200):
+            with suppress(ProcessLookupError):
+                os.kill(worker, 0)
+                time.sleep(0.05)
+                continue
+            break
+        else:
+            raise AssertionError("the worker lives on")
+    finally:
+        begun.kill()
+
+
 @pytest.mark.parametrize("module, told", [
     ("raise ImportError('none')", "need mpi4py to work together: pip install tinyseg[mpi] (none)"),
     ("class MPI:\n    class COMM_WORLD:\n        size = 1",

@@ -22,7 +22,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from types import ModuleType
 from typing import Any, Self
 
@@ -98,7 +99,7 @@ class Alone:
     def pool(self, jobs: int) -> Iterator[Executor]:
         """An executor (concurrent.futures) of work that does not meet: `jobs` processes, or of
         several ranks all but this one. An error in the block ends it, with what was not begun."""
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _follow) as pool:
             try:
                 yield pool
             except BaseException:
@@ -108,6 +109,11 @@ class Alone:
     def device(self, name: str) -> ModuleType:
         """`backend.device`; of several GPUs in a machine, each rank there takes another."""
         return backend.device(name)
+
+
+def _follow() -> None:  # ends with the process that began this one, however that ends
+    parent: Any = parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 ALONE = Alone()
