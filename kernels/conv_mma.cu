@@ -68,13 +68,18 @@ __device__ __forceinline__ int swizzled(int line, int chunk, int order) {
 // agree. In TF32 four neighbours belong to four fragments, so that a lane moves them as one float4;
 // in bfloat16 eight belong to one, as its instruction has them.
 #define APART (BF16 ? 1 : 4)
-__device__ __forceinline__ int spread(int i, int group) { return i / APART * 8 * APART + group * APART + i % APART; }
+__device__ __forceinline__ int spread(int i, int group) {
+  return i / APART * 8 * APART + group * APART + i % APART;
+}
 
 // What lies in a buffer as the tensor cores take it.
-__device__ __forceinline__ unsigned factor(unsigned bits) { return BF16 ? bits : tf32(__uint_as_float(bits)); }
+__device__ __forceinline__ unsigned factor(unsigned bits) {
+  return BF16 ? bits : tf32(__uint_as_float(bits));
+}
 
 // Four neighbours of a buffer with one row per term: of fragments i to i + 3, for this lane's term.
-template <int PITCH> __device__ __forceinline__ float4 neighbours(const NUMBER* buffer, int term, int at, int i) {
+template <int PITCH>
+__device__ __forceinline__ float4 neighbours(const NUMBER* buffer, int term, int at, int i) {
   const int lane = threadIdx.x & 31;
   return *(const float4*)(buffer + (term + lane % 4) * PITCH + at + spread(i, lane / 4));
 }
@@ -123,7 +128,8 @@ __device__ __forceinline__ void load_a(A& a, const NUMBER* buffer, int term, int
   if (BF16) {
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_DOWN; ++i)
-      load_turned(a[i], buffer + (term + lane / 16 * 8 + lane % 8) * A_PITCH + row + spread(2 * i + lane / 8 % 2, 0));
+      load_turned(a[i], buffer + (term + lane / 16 * 8 + lane % 8) * A_PITCH + row +
+                            spread(2 * i + lane / 8 % 2, 0));
   } else {
 #pragma unroll
     for (int i = 0; i < FRAGMENTS_DOWN; i += 2)
@@ -148,7 +154,8 @@ __device__ __forceinline__ void multiply(Sums& sum, const A& a, const B& b) {
 // sum = all turns of a tile's sum. fill(turn) brings one into buffer turn % STAGES, STAGES - 1 of them
 // ahead of the one that is multiplied; load(a, b, turn, term) takes the fragments of DEPTH terms from
 // there.
-template <class Fill, class Load> __device__ __forceinline__ void accumulate(Sums& sum, int turns, Fill fill, Load load) {
+template <class Fill, class Load>
+__device__ __forceinline__ void accumulate(Sums& sum, int turns, Fill fill, Load load) {
 #pragma unroll 1
   for (int turn = 0; turn < STAGES - 1; ++turn) {
     if (turn < turns) fill(turn);
@@ -193,7 +200,8 @@ __device__ __forceinline__ void store(const Sums& sum, Where place, Out out, int
 }
 
 // y = correlate(x, w). Rows: positions; columns: filters; the sum over (TERMS channels, tap), without
-// the taps that no row of the tile sees, or one by one over (tap, channel). grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), slices);
+// the taps that no row of the tile sees, or one by one over (tap, channel).
+// grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), slices);
 // with more than one slice y is (slices, N P, C_out).
 // shared STAGES TERMS (ROWS + B_PITCH) numbers
 extern "C" __global__ void __launch_bounds__(THREADS) correlate(
@@ -249,14 +257,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     const NUMBER* from_w;                                    // the first row, and how many terms there are
     int count_here;
     if (CHUNK > 1) {
-      const int next_tap = __ffs(left) - 1, channel = next_channel + t % A_CHUNKS * CHUNK, step = reach[next_tap];
+      const int next_tap = __ffs(left) - 1, step = reach[next_tap];
+      const int channel = next_channel + t % A_CHUNKS * CHUNK;
       const unsigned bit = channel < g.channels ? 1u << next_tap : 0;
-      from_w = w + (shift[next_tap] + next_channel * (SWAPPED ? 1 : g.pitch)), count_here = g.channels - next_channel;
+      from_w = w + (shift[next_tap] + next_channel * (SWAPPED ? 1 : g.pitch));
+      count_here = g.channels - next_channel;
 #pragma unroll
       for (int i = 0; i < A_LOADS; ++i) {
         const int row = t / A_CHUNKS + i * (THREADS / A_CHUNKS);
-        copy_async(a + swizzled(row, t % A_CHUNKS, row), x + ((long long)(from[i] + step) * g.channels + channel),
-                   valid[i] & bit);
+        copy_async(a + swizzled(row, t % A_CHUNKS, row),
+                   x + ((long long)(from[i] + step) * g.channels + channel), valid[i] & bit);
       }
       if (!(left &= left - 1)) left = live, next_channel += TERMS;
     } else {
@@ -266,7 +276,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       from_w = w + (long long)next_term * g.pitch, count_here = terms - next_term;
 #pragma unroll 4
       for (int row = warp; row < ROWS; row += THREADS / 32) {
-        copy_async<4>(a + swizzled(row, lane / 4, row) + lane % 4, x + ((long long)points[row] * g.channels + reached),
+        copy_async<4>(a + swizzled(row, lane / 4, row) + lane % 4,
+                      x + ((long long)points[row] * g.channels + reached),
                       lane < count_here && inside(corners[row] + step, g));
       }
       next_term += TERMS;
@@ -274,9 +285,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {
       const int at = t + i * THREADS;
-      const int term = SWAPPED ? at % 8 * WIDE : at / B_CHUNKS, column = SWAPPED ? at / 8 : at % B_CHUNKS * WIDE;
+      const int term = SWAPPED ? at % 8 * WIDE : at / B_CHUNKS;
+      const int column = SWAPPED ? at / 8 : at % B_CHUNKS * WIDE;
       copy_async(b + (SWAPPED ? swizzled(column, term / WIDE, column / APART) : term * B_PITCH + column),
-                 from_w + (SWAPPED ? (first_column + column) * g.pitch + term : term * g.pitch + first_column + column),
+                 from_w + (SWAPPED ? (first_column + column) * g.pitch + term
+                                   : term * g.pitch + first_column + column),
                  term < count_here && first_column + column < g.filters);
     }
   };
@@ -367,7 +380,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
       const int term = t / A_CHUNKS + i * (THREADS / A_CHUNKS);
       copy_async<(int)sizeof(NUMBER) * CHUNK>(a + term * A_PITCH + t % A_CHUNKS * CHUNK,
                             x + ((long long)(points[slot][first + term] + step) * g.channels + channel),
-                            CHUNK > 1 ? masks[slot][first + term] & bit : inside(corners[slot][first + term] + way, g));
+                            CHUNK > 1 ? masks[slot][first + term] & bit
+                                      : inside(corners[slot][first + term] + way, g));
     }
 #pragma unroll
     for (int i = 0; i < B_LOADS; ++i) {

@@ -83,7 +83,8 @@ sums(const float* __restrict__ logits, const int* __restrict__ labels, long long
   partials[(long long)blockIdx.x * SUMS + threadIdx.x] = total;
 }
 
-// The value of the loss, NaN if a label is out of range, whether one is, and what the gradient needs per class:
+// The value of the loss, NaN if a label is out of range, whether one is, and what the gradient needs
+// per class:
 // factors (3, CLASSES) holds w / Σ w, R / (E K) and 2 / (E K). One block, a warp for each sum,
 // in double: millions of voxels count one by one. No weight means a weight of one.
 extern "C" __global__ void __launch_bounds__(1024)

@@ -16,5 +16,6 @@ extern "C" __global__ void __launch_bounds__(256) rounded(
   const Place k = place(int(at / count), g.taps);
   from += (long long)k.d * g.walk[0] + (long long)k.h * g.walk[1] + (long long)k.w * g.walk[2] + at % count;
   const float4 low = *(const float4*)from, high = *(const float4*)(from + 4);
-  *(uint4*)(to + at) = make_uint4(bf16(low.x, low.y), bf16(low.z, low.w), bf16(high.x, high.y), bf16(high.z, high.w));
+  *(uint4*)(to + at) = make_uint4(bf16(low.x, low.y), bf16(low.z, low.w), bf16(high.x, high.y),
+                                  bf16(high.z, high.w));
 }

@@ -496,7 +496,8 @@ struct Lane {
   unsigned* r;
   const char* row;
 };
-// number h of two of what lane l receives of a matrix of 16-bit numbers: its row, its column
+// Of each of four matrices, 8 x 8 numbers of 16 bits, a lane receives two that are neighbours in a
+// row or, turned, in a column.
 template <bool TURNED> UNSEEN static void matrices(Lane* const* lanes) {
   ++job->matrices;
   for (int m = 0; m < 4; ++m) {
