@@ -253,7 +253,7 @@ def draw(path: Path, rows: Sequence[dict], title: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     budgets = sorted({float(row["minutes"]) for row in rows})
     scores = [key for key in rows[0] if key.startswith("Dice ")]
@@ -275,7 +275,7 @@ def draw(path: Path, rows: Sequence[dict], title: str) -> None:
         panel.minorticks_off()
         panel.set_xlabel("minutes of training")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     panels[0].set_ylabel("Dice of whole held-out volumes")
     figure.suptitle(title)
     with files.whole(path) as draft:
