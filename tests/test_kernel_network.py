@@ -87,9 +87,9 @@ def test_a_captured_step_gives_the_same_bits(cuda, tiny, monkeypatch, rank, opti
     options = {"classes": 3} | ({"width": 8} if options else {}) | options
     for capture in False, True:
         net = nn.to_device(models.resnet_seg(tiny, rank=rank, in_channels=1, **options), cuda)
-        rng, size = np.random.default_rng(3), (9, 8)[:rank] if rank == 2 else (2, 9, 8)
-        batches = [(rng.standard_normal((2, *size[:-1], 8 + i % 2, 1), "float32"),
-                    rng.integers(0, 3, (2, *size[:-1], 8 + i % 2))) for i in range(7)]
+        rng, size = np.random.default_rng(3), (2, 2, 9)[-rank:]
+        batches = [(rng.standard_normal((*size, 8 + i % 2, 1), "float32"),
+                    rng.integers(0, 3, (*size, 8 + i % 2))) for i in range(7)]
         curves.append([record.loss for record in train.fit(
             net, batches.__getitem__, losses.dice_cross_entropy, optim.SGD(net.parameters(), 1e-2),
             7, capture=capture)])
@@ -104,7 +104,7 @@ def test_what_a_captured_step_cannot_do(cuda, tiny):
     net = nn.to_device(models.resnet_seg(tiny, rank=2, in_channels=1, classes=3), cuda)
     images = np.ones((2, 9, 8, 1), "float32")
 
-    def steps(loss, net=net, labels=lambda step: step % 4):
+    def steps(loss, labels=lambda step: step % 4):
         return list(train.fit(net, lambda step: (images, np.full((2, 9, 8), labels(step))), loss,
                               optim.SGD(net.parameters(), 1e-2), 5, capture=True))
 

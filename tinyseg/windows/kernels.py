@@ -81,7 +81,7 @@ def _rounded(a: Array, taps: tuple[int, ...] = (), walk: tuple[int, ...] = ()) -
     halves = array_module(a).empty(a.shape, "uint16")
     block = a.size // prod(taps)
     cuda.launch("round", "rounded", (ceil(a.size / (256 * 8)),), (256,), cuda.Strided(a), halves,
-                block, _geometry((1, 1, 1), 1, taps or (1,), (1,), 1, 1, 0, walk=walk))
+                block, _geometry((1, 1, 1), 1, taps, (1,), 1, 1, 0, walk=walk))
     return halves
 
 
@@ -158,7 +158,7 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
         *walk, row, column = (s // w.itemsize for s in w.strides)
         swapped = (row, column) == (1, channels) and channels > 1  # as the gradient in x has it
         packed = [channels * filters * prod(taps[axis + 1:]) for axis in range(len(taps))]
-        if (constants.get("CHUNK", 1) == 1 or w.data.ptr % 16 or any(step % 4 for step in walk)
+        if (constants.get("CHUNK", 1) == 1 or w.data.ptr % 16 or any(far % 4 for far in walk)
                 or not swapped and (row, column) != (filters, 1)):
             w, swapped, walk = plain(w), False, packed
         factor = x
