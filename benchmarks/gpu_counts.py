@@ -93,6 +93,9 @@ class Hollow:
         self._computed()
         return self
 
+    def __setitem__(self, key, value):
+        self._computed()
+
     def sum(self, axis=None):
         Hollow.asked["other"] += 1
         gone = range(self.ndim) if axis is None else np.atleast_1d(axis) % self.ndim
@@ -128,7 +131,7 @@ TERMS = LINE // 4  # of a turn in TF32
 
 
 def fragments(kernel: str, grid: tuple[int, ...], g: np.void, constants: dict) -> tuple[int, int]:
-    """(multiplied, without leaving anything out) of a launch of conv_mma."""
+    """(multiplied, without leaving anything out) of a problem of a launch of conv_mma."""
     positions, taps = (tuple(int(n) for n in g[name]) for name in ("positions", "taps"))
     turn = TERMS // 8 * ROWS // 16 * constants["COLUMNS"] // 8
     channels, batch = int(g["channels"]), int(g["batch"])
@@ -140,7 +143,7 @@ def fragments(kernel: str, grid: tuple[int, ...], g: np.void, constants: dict) -
     count, rows = prod(taps), batch * prod(positions)
     if kernel == "correlate":
         chunks = -(-channels // TERMS) if constants["CHUNK"] == 4 else -(-channels * count // TERMS)
-        whole = grid[0] * (count if constants["CHUNK"] == 4 else 1) * chunks
+        whole = -(-rows // ROWS) * (count if constants["CHUNK"] == 4 else 1) * chunks
         done = whole
         if constants["CHUNK"] == 4:
             seen = np.einsum("di,hj,wk->dhwijk", *inside).reshape(-1, count)
@@ -173,8 +176,8 @@ def counted():
         def __call__(self, grid, block, arguments, shared_mem=0):
             launches[f"{self.file}.{self.kernel}"] += 1
             if self.file == "conv_mma":
-                products[:] += fragments(self.kernel, grid, arguments[3].view(GEOMETRY)[0],
-                                         self.constants)
+                for problem in arguments[3].view(GEOMETRY):
+                    products[:] += fragments(self.kernel, grid, problem, self.constants)
 
     Hollow.asked.clear()
     with mock.patch.dict(sys.modules, cupy=library()), \

@@ -33,9 +33,11 @@ from tinyseg.windows.kernels import BF16, tile  # noqa: E402
 
 PACKAGES = "nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm"
 ARCHITECTURES = "sm_80", "sm_90"
-BODIES = [{**tile(columns), "CHUNK": chunk, "SWAPPED": swapped, "NUMBER": number}
-          for number, chunk, swapped in (("float", 1, 0), ("float", 4, 0), ("float", 4, 1),
-                                         (BF16, 8, 0), (BF16, 8, 1)) for columns in (64, 128)]
+BODIES = [{**tile(columns), "CHUNK": chunk, "SWAPPED": swapped, "PROBLEMS": problems,
+           "NUMBER": number}
+          for number, chunk, swapped, problems in (
+              ("float", 1, 0, 1), ("float", 4, 0, 1), ("float", 4, 1, 1), ("float", 4, 1, 8),
+              (BF16, 8, 0, 1), (BF16, 8, 1, 1), (BF16, 8, 1, 8)) for columns in (64, 128)]
 
 
 def found(pattern: str) -> Path | None:
@@ -122,8 +124,8 @@ def registers(log: str) -> dict[str, int]:
 def table() -> str:
     """All counts, in Markdown."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    head = ("kernel", "factors", "columns", "numbers a load", "w transposed", "for", "registers",
-            "before", "loop", "mma", "others a mma", "behind")
+    head = ("kernel", "factors", "columns", "numbers a load", "w transposed", "problems", "for",
+            "registers", "before", "loop", "mma", "others a mma", "behind")
     lines = [versions, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for constants, arch in product(BODIES, ARCHITECTURES):
         log, binary = compiled(loader.source("conv_mma"), f"-arch={arch}",
@@ -135,8 +137,8 @@ def table() -> str:
             lines.append(
                 f"| {kernel} | {'bf16' if constants['NUMBER'] == BF16 else 'TF32'} | "
                 f"{constants['COLUMNS']} | {constants['CHUNK']} | "
-                f"{'yes' if constants['SWAPPED'] else 'no'} | {arch} | {used[kernel]} | "
-                f"{body.before} | {body.loop} | {body.mma} | "
+                f"{'yes' if constants['SWAPPED'] else 'no'} | {constants['PROBLEMS']} | {arch} | "
+                f"{used[kernel]} | {body.before} | {body.loop} | {body.mma} | "
                 f"{(body.loop - body.mma) / body.mma:.2f} | {body.behind} |")
     return "\n".join(lines) + "\n"
 

@@ -6,17 +6,22 @@
 // As a matrix product (implicit im2col): rows are the positions (n, p), columns are the filters
 // o, and the sum runs over (k, c). Position p is written to point `start + p * step` of the output
 // grid: the gradient in x is this same product on y, once per residue of the stride, each residue
-// on its own comb of points (windows/kernels.py makes the combs).
+// on its own comb of points (windows/kernels.py makes the combs). All of them are one launch.
 #ifndef TINYSEG_CONV
 #define TINYSEG_CONV
 
 struct Geometry {
   int batch, channels, filters;                 // N, C_in, C_out
-  int pitch, walk[3];                           // from a row of w to the next, from a tap to the next
+  int origin, pitch, walk[3];                   // in w: the first tap, from a row and a tap to the next
   int size[3], positions[3], taps[3];           // S, P, K
   int stride[3], dilation[3], before[3];
   int grid[3], start[3], step[3];               // the output's grid, where it is written
 };
+
+#ifndef PROBLEMS
+#define PROBLEMS 1
+#endif
+struct Problems { Geometry of[PROBLEMS]; };     // convolutions of one x that write to one y
 
 struct Place { int n, d, h, w; };
 

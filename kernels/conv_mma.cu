@@ -199,24 +199,29 @@ __device__ __forceinline__ void store(const Sums& sum, Where place, Out out, int
   }
 }
 
-// y = correlate(x, w). Rows: positions; columns: filters; the sum over (TERMS channels, tap), without
-// the taps that no row of the tile sees, or one by one over (tap, channel).
-// grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), slices);
-// with more than one slice y is (slices, N P, C_out).
+// y = correlate(x, w) of each problem. Rows: positions; columns: filters; the sum over (TERMS channels,
+// tap), without the taps that no row of the tile sees, or one by one over (tap, channel).
+// grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), PROBLEMS slices), N P the most of a problem;
+// with more than one slice y is (PROBLEMS, slices, gridDim.x ROWS, C_out).
 // shared STAGES TERMS (ROWS + B_PITCH) numbers
 extern "C" __global__ void __launch_bounds__(THREADS) correlate(
-    const NUMBER* __restrict__ x, const NUMBER* __restrict__ w, float* __restrict__ y, Geometry g) {
+    const NUMBER* __restrict__ x, const NUMBER* __restrict__ w, float* __restrict__ y,
+    const __grid_constant__ Problems problems) {
   DYNAMIC_SHARED(memory);
   __shared__ int reach[32], shift[32], points[ROWS];         // of each tap, in x and in w; corners
   __shared__ unsigned masks[ROWS], any;                      // taps that a row sees, that any row sees
   __shared__ __align__(16) Place corners[ROWS];
   NUMBER* const buffers = (NUMBER*)memory;
+  const int slices = gridDim.z / PROBLEMS, problem = PROBLEMS > 1 ? blockIdx.z / slices : 0;
+  const int slice = blockIdx.z - problem * slices;
+  const Geometry& g = problems.of[problem];
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, count = rows(g);
   const int first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
+  if (PROBLEMS > 1 && first_row >= count) return;
   if (CHUNK > 1 && t < taps(g)) {
     const Place k = place(t, g.taps);
     reach[t] = point(tap(t, g), g.size);
-    shift[t] = k.d * g.walk[0] + k.h * g.walk[1] + k.w * g.walk[2];
+    shift[t] = g.origin + k.d * g.walk[0] + k.h * g.walk[1] + k.w * g.walk[2];
   }
   if (t == 0) any = 0;
   __syncthreads();
@@ -244,8 +249,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
   const unsigned live = any;
   const int terms = taps(g) * g.channels;
   const int all = CHUNK > 1 ? __popc(live) * ((g.channels + TERMS - 1) / TERMS) : (terms + TERMS - 1) / TERMS;
-  const int begin = (long long)all * blockIdx.z / gridDim.z;
-  const int turns = (int)((long long)all * (blockIdx.z + 1) / gridDim.z) - begin;
+  const int begin = (long long)all * slice / slices;
+  const int turns = (int)((long long)all * (slice + 1) / slices) - begin;
   int next_channel = CHUNK > 1 && live ? begin / __popc(live) * TERMS : 0, next_term = begin * TERMS;
   unsigned left = live;
   if (CHUNK > 1 && live)
@@ -273,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
       const int term = next_term + lane;
       const Place step = tap(min(term, terms - 1) / g.channels, g);
       const int reached = point(step, g.size) * g.channels + term % g.channels;
-      from_w = w + (long long)next_term * g.pitch, count_here = terms - next_term;
+      from_w = w + (g.origin + (long long)next_term * g.pitch), count_here = terms - next_term;
 #pragma unroll 4
       for (int row = warp; row < ROWS; row += THREADS / 32) {
         copy_async<4>(a + swizzled(row, lane / 4, row) + lane % 4,
@@ -311,15 +316,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
   });
   const auto out = [&](int i) -> float* {
     if (first_row + i >= count) return nullptr;
-    return y + first_column + (gridDim.z == 1 ? output(first_row + i, g)
-        : ((long long)blockIdx.z * count + first_row + i) * g.filters);
+    return y + first_column + (slices == 1 ? output(first_row + i, g)
+        : ((long long)blockIdx.z * gridDim.x * ROWS + first_row + i) * g.filters);
   };
   store(sum, [&](int q) { return row + q * 8 + lane / 4; }, out, column, g.filters - first_column);
 }
 
 // slices[s] = a part of correlate_dw(x, y). Rows: (tap, channel); columns: filters; the sum over the
 // box of positions where a tap of the tile lies inside, a part of which each slice has.
-// slices (gridDim.z, K C_in, C_out); grid (ceil(K C_in / ROWS), ceil(C_out / COLUMNS), slices);
+// slices (gridDim.z, gridDim.x ROWS, C_out); grid (ceil(K C_in / ROWS), ceil(C_out / COLUMNS), slices);
 // shared STAGES TERMS (A_PITCH + B_PITCH) numbers
 extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
     const NUMBER* __restrict__ x, const NUMBER* __restrict__ y, float* __restrict__ slices, Geometry g) {
@@ -403,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
   });
   const auto out = [&](int i) -> float* {
     if (first_row + i >= count) return nullptr;
-    return slices + ((long long)blockIdx.z * count + first_row + i) * g.filters + first_column;
+    return slices + ((long long)blockIdx.z * gridDim.x * ROWS + first_row + i) * g.filters + first_column;
   };
   store(sum, [&](int q) { return row + spread(q, lane / 4); }, out, column, g.filters - first_column);
 }

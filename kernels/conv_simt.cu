@@ -39,13 +39,16 @@ __device__ __forceinline__ void multiply(float (&sum)[8][4], const float (&a)[DE
   }
 }
 
-// y = correlate(x, w). Rows: positions; columns: filters; the sum over (tap, channel).
-// grid (ceil(N P / ROWS), ceil(C_out / COLUMNS))
+// y = correlate(x, w) of each problem. Rows: positions; columns: filters; the sum over (tap, channel).
+// grid (ceil(N P / ROWS), ceil(C_out / COLUMNS), PROBLEMS), N P the most of a problem
 extern "C" __global__ void __launch_bounds__(THREADS) correlate(
-    const float* __restrict__ x, const float* __restrict__ w, float* __restrict__ y, Geometry g) {
+    const float* __restrict__ x, const float* __restrict__ w, float* __restrict__ y,
+    const __grid_constant__ Problems problems) {
   __shared__ __align__(16) float a[2][DEPTH][ROWS + 4], b[2][DEPTH][COLUMNS];
+  const Geometry& g = problems.of[blockIdx.z];
   const int t = threadIdx.x, first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
   const int count = rows(g), terms = taps(g) * g.channels;
+  if (PROBLEMS > 1 && first_row >= count) return;
   const int a_term = t % DEPTH, a_row = t / DEPTH;              // DEPTH neighbours read one patch
   const int b_column = t % COLUMNS, b_term = t / COLUMNS;
 
@@ -70,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     for (int i = 0; i < B_LOADS; ++i) {
       const int row = first_term + b_term + i * (THREADS / COLUMNS), column = first_column + b_column;
       const bool valid = row < terms && column < g.filters;
-      next_b[i] = valid ? __ldg(w + (long long)row * g.filters + column) : 0.f;
+      next_b[i] = valid ? __ldg(w + g.origin + (long long)row * g.filters + column) : 0.f;
     }
   };
   auto store = [&](int buffer) {
@@ -106,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
 // slices[s] = the part of correlate_dw(x, y) that the s-th part of the positions gives. Rows: (tap,
 // channel); columns: filters; the sum over positions, cut into slices that fill the GPU and that
 // slices.cu adds in order.
-// slices (gridDim.z, K C_in, C_out); grid (ceil(K C_in / ROWS), ceil(C_out / COLUMNS), slices)
+// slices (gridDim.z, gridDim.x ROWS, C_out); grid (ceil(K C_in / ROWS), ceil(C_out / COLUMNS), slices)
 extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
     const float* __restrict__ x, const float* __restrict__ y, float* __restrict__ slices, Geometry g) {
   __shared__ __align__(16) float a[2][DEPTH][ROWS + 4], b[2][DEPTH][COLUMNS];
@@ -168,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate_dw(
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (out_row + i >= count) break;
-    float* out = slices + ((long long)blockIdx.z * count + out_row + i) * g.filters;
+    float* out = slices + ((long long)blockIdx.z * gridDim.x * ROWS + out_row + i) * g.filters;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (column + j < g.filters) out[column + j] = sum[i][j];

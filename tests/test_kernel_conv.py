@@ -114,6 +114,8 @@ def test_on_tensor_cores(cuda, monkeypatch, order, problem, multiplied, seed):
                                    "padding_mode": ("edge", "zero", "zero")}),
     ((17, 15), 3, 64, (7, 7), {"stride": 2, "padding": 3}),  # stems: number by number
     ((5, 12, 9), 1, 68, (3, 7, 7), {"stride": (1, 2, 2), "padding": (1, 3, 3)}),
+    ((9, 11, 7), 72, 40, (3, 3, 3), {"stride": 2, "padding": 1}),  # eight residues, of odd sizes
+    ((7, 8, 10), 8, 16, (3, 4, 5), {"stride": (3, 2, 4), "padding": 2, "dilation": (1, 3, 1)}),
 ])
 def test_the_shapes_of_networks(cuda, multiplied, size, channels, filters, kernel, options):
     x, w = arrays(size, 2, channels, filters, kernel, 1)
@@ -286,14 +288,14 @@ def test_geometry_is_the_struct_of_the_source():
     fields = re.findall(r"(\w+)(\[3\])?[,;]", re.sub(r"//.*", "", struct))
     assert [name for name, _ in fields] == list(kernels.GEOMETRY.names)
     assert all((kernels.GEOMETRY[name].shape == (3,)) == bool(axes) for name, axes in fields)
-    assert kernels.GEOMETRY.itemsize == 4 * (4 + 3 * 10)
+    assert kernels.GEOMETRY.itemsize == 4 * (5 + 3 * 10)
 
 
 def test_what_the_kernels_do_not_count_is_refused():
     with pytest.raises(ValueError, match="smaller batch or patch"):
-        kernels._geometry((2, 2**10, 2**10, 2**10, 8), 8, (1, 1, 1), (1, 1, 1), 1, 1, 0)
+        kernels._geometry((((2, 2**10, 2**10, 2**10, 8), 8, (1, 1, 1), (1, 1, 1), 1, 1, 0),))
     with pytest.raises(ValueError, match="output"):
-        kernels._geometry((2, 8, 8, 8, 8), 8, (1, 1, 1), (1, 1, 1), 1, 1, 0, (2**10,) * 3)
+        kernels._geometry((((2, 8, 8, 8, 8), 8, (1, 1, 1), (1, 1, 1), 1, 1, 0, (2**10,) * 3),))
 
 
 def test_who_computes_what(cuda, monkeypatch):
@@ -385,7 +387,7 @@ BUGS = [
     ("conv_mma", "valid[i] & bit", "true"),
     ("conv_mma", "left = live, next", "left = ~0u, next"),
     ("conv_mma", "skipped; --skipped", "0; --skipped"),
-    ("conv_mma", "(gridDim.z == 1 ? output(first_row + i, g)", "(true ? output(first_row + i, g)"),
+    ("conv_mma", "(slices == 1 ? output(first_row + i, g)", "(true ? output(first_row + i, g)"),
     ("conv_mma", "term < count_here && first_column + column < g.filters",
      "first_column + column < g.filters"),
     ("conv_mma", "term < count_here && first_column + column < g.filters", "term < count_here"),
@@ -413,12 +415,17 @@ BUGS = [
     ("conv_mma", "APART (BF16 ? 1 : 4)", "APART 4"),
     ("conv_mma", "term += DEPTH", "term += 8"),
     ("round", "bf16(low.x, low.y)", "bf16(low.y, low.x)"),
-    ("round", "if (at >= count * taps(g)) return;", ""),
-    ("round", " + (long long)k.w * g.walk[2]", ""),
-    ("round", "+ at % count", "+ at"),
+    ("round", "if (at >= count) return;", ""),
+    ("round", "from + at + 4", "from + at"),
     ("conv_mma", "v * (1 + 3 / 8192.f)", "v"),
+    ("conv_simt", "w + g.origin +", "w +"),
+    ("conv_mma", "shift[t] = g.origin +", "shift[t] ="),
+    ("conv_mma", "w + (g.origin +", "w + ("),
+    ("conv_mma", "slice = blockIdx.z - problem * slices", "slice = problem"),
+    ("conv_mma", "(slice + 1) / slices", "slice / slices + 1"),
     ("slices", "s * numbers", "(s - 1) * numbers"),
-    ("slices", "if (at >= numbers) return;", ""),
+    ("slices", "if (at >= (long long)rows(g) * g.filters) return;", ""),
+    ("slices", "blockIdx.y * count", "blockIdx.y"),
     ("unfold", "from % stride == 0 &&", ""),
     ("unfold", "&& from / stride < positions", ""),
 ]
@@ -435,6 +442,12 @@ def every_body(cuda):
     with mock.patch.object(kernels, "_slices", lambda *_: 1):  # and taps that no tile sees
         check(cuda, *arrays((1, 9, 7), 1, 40, 24, (3, 3, 3), 5), window, multiplied="tf32")
         check(cuda, *arrays((5, 9, 7), 1, 3, 8, (3, 3, 3), 5), window, multiplied="tf32")
+    two = Window.of((3, 3, 3), 2, 1)  # the residues of a stride in a launch
+    for filters, slices in ((24, 1), (24, 2), (6, 1)):
+        with mock.patch.object(kernels, "_slices", lambda *_, n=slices: n):
+            check(cuda, *arrays((9, 7, 5), 1, 8, filters, (3, 3, 3), 5), two, multiplied="tf32")
+    for name in "fp32", "bf16":
+        check(cuda, *arrays((9, 7, 5), 1, 72, 24, (3, 3, 3), 5), two, multiplied=name)
     window = Window.of((3, 2), 2, 1)
     x, _ = arrays((6, 7), 1, 5, 3, (3, 2), 6)
     columns = kernels.unfold(cuda.asarray(x), window)

@@ -25,7 +25,8 @@ from gpu_instructions import compiled, nvrtc  # noqa: E402
 FILES = sorted(path.stem for path in loader.FOLDER.glob("*.cu"))
 VARIANTS = {  # {file: [constants of each way that the library compiles it]}; otherwise [{}]
     "conv_mma": gpu_instructions.BODIES,
-    "slices": [{}, {"VECTOR": 1}],
+    "conv_simt": [{}, {"PROBLEMS": 8}],
+    "slices": [{}, {"VECTOR": 1}, {"PROBLEMS": 8}],
     "norm": [{}, {"VECTOR": 1}],
     "pool": [{}, {"VECTOR": 1}],
     "upsample": [{"ROWS": rows} for rows in (1, 2, 4)],
@@ -517,7 +518,7 @@ def test_all_products_of_a_kernel_are_in_one_loop():
     rows = [line.split("|")[1:-1] for line in kept.splitlines() if line.startswith("| correlate")]
     transposed = sum(body["SWAPPED"] for body in gpu_instructions.BODIES)  # w, which one only has
     assert len(rows) == 2 * (2 * len(gpu_instructions.BODIES) - transposed)
-    assert all(row[9] == row[2] for row in rows)
+    assert all(row[10] == row[2] for row in rows)
 
 
 @needs_nvrtc

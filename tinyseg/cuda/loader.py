@@ -93,7 +93,8 @@ def signatures(file: str) -> dict[str, list[tuple[str, str]]]:
     """{kernel: [(type, name) of each parameter]} as kernels/`file`.cu declares them."""
     declaration = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?'
                              r"(\w+)\(([^)]*)\)")
-    parameter = re.compile(r"\s*(?:const )?(\w[\w ]*?\*?)\s+(?:__restrict__ )?(\w+)\s*")
+    parameter = re.compile(r"\s*(?:const )?(?:__grid_constant__ )?(\w[\w ]*?\*?)\s+"
+                           r"(?:__restrict__ )?(\w+)\s*")
     return {kernel: [(m[1], m[2]) for p in parameters.split(",") if (m := parameter.fullmatch(p))]
             for kernel, parameters in declaration.findall(source(file))}
 
@@ -142,7 +143,7 @@ def _passed(file: str, kernel: str, number: str, arguments: tuple) -> tuple[list
             if getattr(value, "dtype", _OBJECT).names is None:
                 raise TypeError(f"{file}.{kernel}: {name} is {value!r}; expected the fields of "
                                 f"struct {declared}")
-            value = np.asarray(value).reshape(1).view(f"V{value.dtype.itemsize}")
+            value = np.asarray(value).reshape(-1).view(f"V{value.nbytes}")
         elif type(wanted) is type:  # a number
             if limits:
                 if type(value) is not int and not hasattr(value, "__index__"):

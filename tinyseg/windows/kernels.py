@@ -25,12 +25,13 @@ from .reference import pad, pad_adjoint
 
 AXES = 3
 GEOMETRY = np.dtype(  # struct Geometry of kernels/conv.cuh
-    [(name, "int32") for name in ("batch", "channels", "filters", "pitch")]
+    [(name, "int32") for name in ("batch", "channels", "filters", "origin", "pitch")]
     + [(name, "int32", AXES) for name in ("walk", "size", "positions", "taps", "stride", "dilation",
                                           "before", "grid", "start", "step")])
 ROWS = 128  # of a block's tile; its columns are 64, or 128 on the tensor cores
 BLOCKS = 2 * cuda.MULTIPROCESSORS  # that a GPU runs at once, of the widest tile
 LINE = 128  # bytes of terms of a sum that a block adds in one turn
+MOST = 27  # problems of a launch, which takes 4 KiB of arguments
 BF16 = "unsigned short"  # the type that holds the bits of a bfloat16
 
 
@@ -40,10 +41,15 @@ def serves(window: Window, *arrays: Array) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
-              grid=None, start=0, step=1, pitch=0, walk=0) -> np.ndarray:
-    """struct Geometry, scalars repeated and leading axes of one added; the grid is by default
-    the positions."""
+def _geometry(problems: tuple[tuple, ...]) -> np.ndarray:
+    """struct Geometry of each problem, see `_fields`."""
+    return np.array([_fields(*problem) for problem in problems], GEOMETRY)
+
+
+def _fields(x_shape, filters, taps, positions, stride, dilation, before,
+            grid=None, start=0, step=1, origin=0, pitch=0, walk=0) -> tuple:
+    """The fields of a struct Geometry, scalars repeated and leading axes of one added; the grid is
+    by default the positions."""
 
     def spatial(values, fill):
         values = (values,) * len(taps) if isinstance(values, int) else tuple(values)
@@ -55,10 +61,9 @@ def _geometry(x_shape, filters, taps, positions, stride, dilation, before,
         if batch * prod(shape) >= 2**31 - 2**16:  # the last tile of rows reaches past the end
             raise ValueError(f"convolution: an {name} of {batch} x {tuple(shape)} points is more "
                              "than the kernels count; use a smaller batch or patch")
-    return np.array(
-        (batch, channels, filters, pitch, spatial(walk, 0), spatial(size, 1),
-         spatial(positions, 1), spatial(taps, 1), spatial(stride, 1), spatial(dilation, 1),
-         spatial(before, 0), spatial(grid, 1), spatial(start, 0), spatial(step, 1)), GEOMETRY)
+    return (batch, channels, filters, origin, pitch, spatial(walk, 0), spatial(size, 1),
+            spatial(positions, 1), spatial(taps, 1), spatial(stride, 1), spatial(dilation, 1),
+            spatial(before, 0), spatial(grid, 1), spatial(start, 0), spatial(step, 1))
 
 
 def tile(columns: int) -> dict[str, Any]:
@@ -76,12 +81,11 @@ def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, A
     return "conv_mma", 128, constants | {"CHUNK": 1 if channels % 4 or taps > 32 else 4}
 
 
-def _rounded(a: Array, taps: tuple[int, ...] = (), walk: tuple[int, ...] = ()) -> Array:
-    """A factor in bfloat16, as it lies in memory; its taps, if any, may stand apart by `walk`."""
-    halves = array_module(a).empty(a.shape, "uint16")
-    block = a.size // prod(taps)
-    cuda.launch("round", "rounded", (ceil(a.size / (256 * 8)),), (256,), cuda.Strided(a), halves,
-                block, _geometry((1, 1, 1), 1, taps, (1,), 1, 1, 0, walk=walk))
+def _rounded(a: Array, count: int = 0) -> Array:
+    """A factor in bfloat16: all of it, or so many numbers from where it begins."""
+    halves = array_module(a).empty(count or a.shape, "uint16")
+    cuda.launch("round", "rounded", (ceil(halves.size / (256 * 8)),), (256,), cuda.Strided(a),
+                halves, halves.size)
     return halves
 
 
@@ -102,77 +106,113 @@ def _inside(kernel: str, g: np.ndarray) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=4096)
-def _slices(kernel: str, tiles: int, turns: int, numbers: int, geometry: bytes, sparse: bool
-            ) -> int:
-    """Into how many slices a sum of so many turns is cut, where a block does one tile of one slice.
+def _slices(kernel: str, tiles: int, turns: tuple[int, ...], numbers: int, geometry: bytes,
+            sparse: bool) -> int:
+    """Into how many slices a sum of so many turns, of each problem, is cut, where a block does one
+    tile of one slice.
 
     As many as make the whole quickest, counted in turns: BLOCKS run at once, each begins and ends
     in the time of 8 turns, and 900,000 of the `numbers` of a slice are moved in one. sparse:
     whether terms outside the grid are left out.
     """
-    mean, most = _inside(kernel, np.frombuffer(geometry, GEOMETRY)[0]) if sparse else (1.0, 1.0)
+    shares = [_inside(kernel, g) if sparse else (1.0, 1.0)
+              for g in np.frombuffer(geometry, GEOMETRY)]
+    mean = sum(n * some for n, (some, _) in zip(turns, shares, strict=True)) / len(turns)
+    most = max(n * some for n, (_, some) in zip(turns, shares, strict=True))
 
     def took(n):
-        waves, longest = tiles * n / BLOCKS, turns * most / n + 8
+        waves, longest = tiles * n / BLOCKS, most / n + 8
         moved = (n + 1) * numbers / 900_000 if n > 1 else 0
         if waves <= 1:
             return longest + moved
-        return waves * (turns * mean / n + 8) + longest / 2 + moved
+        return waves * (mean / n + 8) + longest / 2 + moved
 
-    return min(range(1, max(1, turns // 4) + 1), key=took)
+    return min(range(1, max(1, max(turns) // 4) + 1), key=took)
 
 
 def _launch(kernel: str, body: tuple, x: Array, other: Array | cuda.Strided, into: Array,
-            shape: tuple[int, int, int], geometry: np.ndarray, written: np.ndarray, pitch: int
+            rows: int, terms: list[int], geometry: np.ndarray, written: np.ndarray, pitch: int
             ) -> None:
-    """`kernel`, a matrix product of `shape` (rows, terms, columns), in slices if need be.
+    """`kernel`, the matrix products of one or several problems, in slices if need be.
 
-    written: the geometry of the output, where slices are added up. pitch: what a term of a tile
-    takes in shared memory beside its numbers.
+    rows: the most of a problem. terms: of the sums of each. written: the geometry of the outputs,
+    where slices are added up. pitch: what a term of a tile takes in shared memory beside its
+    numbers.
     """
-    (rows, terms, filters), (file, threads, constants) = shape, body
-    columns = constants["COLUMNS"]
-    tiles = ceil(rows / ROWS), ceil(filters / columns)
+    file, threads, constants = body
+    columns, filters = constants["COLUMNS"], into.shape[-1]
+    tiles, number = (ceil(rows / ROWS), ceil(filters / columns)), len(terms)
     whole = file == "conv_simt" and kernel == "correlate"  # it has no slices
-    slices = 1 if whole else _slices(kernel, prod(tiles), ceil(terms * x.itemsize / LINE),
-                                     rows * filters, geometry.tobytes(),
-                                     constants.get("CHUNK", 1) > 1)
-    target = into if slices == 1 else array_module(x).empty((slices, rows, filters), into.dtype)
+    slices = 1 if whole else _slices(
+        kernel, prod(tiles) * number, tuple(ceil(n * x.itemsize / LINE) for n in terms),
+        number * rows * filters, geometry.tobytes(), constants.get("CHUNK", 1) > 1)
+    apart = tiles[0] * ROWS  # rows from a slice to the next
+    target = into if slices == 1 else array_module(x).empty((number, slices, apart, filters),
+                                                            into.dtype)
     stages = constants.get("STAGES", 0)  # float32's buffers are declared in its source
-    cuda.launch(file, kernel, (*tiles, slices), (threads,), x, other, target, geometry,
-                shared=LINE * stages * (ROWS + columns + pitch), **constants)
+    several = {"PROBLEMS": number} if number > 1 else {}
+    cuda.launch(file, kernel, (*tiles, number * slices), (threads,), x, other, target, geometry,
+                shared=LINE * stages * (ROWS + columns + pitch), **constants, **several)
     if slices > 1:
         vector = 1 if filters % 4 else 4
-        cuda.launch("slices", "total", (ceil(rows * filters / (256 * vector)),), (256,), target,
-                    slices, written, into, VECTOR=vector, THREADS=256)
+        cuda.launch("slices", "total", (ceil(rows * filters / (256 * vector)), number), (256,),
+                    target, slices, apart, written, into, VECTOR=vector, THREADS=256, **several)
+
+
+def _joined(kernels: list[Array], strided: bool) -> tuple[Array, int, bool, list[tuple]]:
+    """Kernels (*K, C, F), parts of one array: that array from the first number that they hold, how
+    many numbers it has, whether channels stand beside each other in it and not filters, and of each
+    kernel where its first tap stands and how far apart its taps are.
+
+    A copy where the sources could not read it. Whole rows of eight numbers they can, from 16 bytes
+    on, and, if `strided`, in any order of taps and turned by a gradient in x.
+    """
+    *_, channels, filters = kernels[0].shape
+    size = kernels[0].itemsize
+    walks = [tuple(s // size for s in w.strides[:-2]) for w in kernels]
+    first = min((w[tuple(slice(None, None, -1 if far < 0 else 1) for far in walk)]
+                 if min(walk) < 0 else w for w, walk in zip(kernels, walks, strict=True)),
+                key=lambda w: w.data.ptr)
+    begins = [(w.data.ptr - first.data.ptr) // size for w in kernels]
+    row, column = (s // size for s in first.strides[-2:])
+    swapped = strided and (row, column) == (1, channels) and channels > 1
+    fits = all(w.flags.c_contiguous for w in kernels) or strided and (
+        swapped or (row, column) == (filters, 1)) and not any(
+            far % 8 for far in sum(walks, tuple(begins)))
+    if not fits or first.data.ptr % 16:
+        ends = np.cumsum([0, *(w.size for w in kernels)]).tolist()
+        first, swapped, begins = array_module(first).empty(ends[-1], first.dtype), False, ends[:-1]
+        for w, begin, end in zip(kernels, begins, ends[1:], strict=True):
+            first[begin:end].reshape(w.shape)[...] = w
+        walks = [tuple(prod(w.shape[i + 1:]) for i in range(w.ndim - 2)) for w in kernels]
+    last = max(begin + sum((k - 1) * max(0, far) for k, far in zip(w.shape, walk, strict=False))
+               for w, begin, walk in zip(kernels, begins, walks, strict=True))
+    return first, last + channels * filters, swapped, list(zip(begins, walks, strict=True))
 
 
 def products(x: Array, problems: Iterable[Correlation]) -> None:
     """See products: into[:, start::step] = correlate(x, w) of each."""
-    x, halves, problems = plain(x), None, list(problems)
-    several = any(prod(problem.w.shape[:-2]) > 1 for problem in problems)  # taps, in one of them
-    for w, into, start, step, stride, dilation, before in problems:
-        taps, (channels, filters) = w.shape[:-2], w.shape[-2:]
-        positions = count(into.shape[1:-1], start, step)
-        file, threads, constants = _body(channels, filters, max(prod(taps), 1 + several))
-        *walk, row, column = (s // w.itemsize for s in w.strides)
-        swapped = (row, column) == (1, channels) and channels > 1  # as the gradient in x has it
-        packed = [channels * filters * prod(taps[axis + 1:]) for axis in range(len(taps))]
-        if (constants.get("CHUNK", 1) == 1 or w.data.ptr % 16 or any(far % 4 for far in walk)
-                or not swapped and (row, column) != (filters, 1)):
-            w, swapped, walk = plain(w), False, packed
-        factor = x
-        if constants.get("NUMBER") == BF16:
-            halves = _rounded(x) if halves is None else halves
-            w, factor, walk = _rounded(w, taps, tuple(walk)), halves, packed
-        if file == "conv_mma":
-            constants = {**constants, "SWAPPED": int(swapped)}
-        geometry = _geometry(x.shape, filters, taps, positions, stride, dilation, before,
-                             into.shape[1:-1], start, step, channels if swapped else filters,
-                             tuple(walk))
-        shape = len(x) * prod(positions), prod(w.shape[:-1]), filters
-        _launch("correlate", (file, threads, constants), factor, cuda.Strided(w), into, shape,
-                geometry, geometry, pitch=8)
+    problems = sorted(problems, key=lambda problem: -problem.w.size)  # the longest blocks first
+    if not problems:
+        return
+    x, into, w = plain(x), problems[0].into, problems[0].w
+    channels, filters = w.shape[-2:]
+    file, threads, constants = _body(channels, filters, prod(w.shape[:-2]))
+    w, numbers, swapped, places = _joined([problem.w for problem in problems],
+                                          constants.get("CHUNK", 1) > 1)
+    if constants.get("NUMBER") == BF16:
+        x, w = _rounded(x), _rounded(w, numbers)
+    if file == "conv_mma":
+        constants = {**constants, "SWAPPED": int(swapped)}
+    for i in range(0, len(problems), MOST):
+        geometry = _geometry(tuple(
+            (x.shape, filters, p.w.shape[:-2], count(into.shape[1:-1], p.start, p.step), p.stride,
+             p.dilation, p.before, into.shape[1:-1], p.start, p.step, origin,
+             channels if swapped else filters, walk)
+            for p, (origin, walk) in zip(problems[i:i + MOST], places[i:i + MOST], strict=True)))
+        _launch("correlate", (file, threads, constants), x, cuda.Strided(w), into,
+                len(x) * int(geometry["positions"].prod(axis=1).max()),
+                (geometry["taps"].prod(axis=1) * channels).tolist(), geometry, geometry, pitch=8)
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
@@ -180,13 +220,13 @@ def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
     x, y = plain(x), plain(y)
     positions, channels, filters = y.shape[1:-1], x.shape[-1], y.shape[-1]
     dw = array_module(x).empty((*kernel, channels, filters), x.dtype)
-    shape = prod(kernel) * channels, len(y) * prod(positions), filters
+    rows, terms = prod(kernel) * channels, len(y) * prod(positions)
+    geometry = _geometry(((x.shape, filters, kernel, positions, stride, dilation, before),))
     body = _body(channels, filters, prod(kernel))
     if body[2].get("NUMBER") == BF16:
         x, y = _rounded(x), _rounded(y)
-    _launch("correlate_dw", body, x, y, dw, shape,
-            _geometry(x.shape, filters, kernel, positions, stride, dilation, before),
-            _geometry((1, 1, 1), filters, (1,), shape[:1], 1, 1, 0), pitch=16)
+    _launch("correlate_dw", body, x, y, dw, rows, [terms], geometry,
+            _geometry((((1, 1, 1), filters, (1,), (rows,), 1, 1, 0),)), pitch=16)
     return dw
 
 
@@ -197,8 +237,8 @@ def unfold(x: Array, window: Window) -> Array:
     positions = window.positions(x.shape[1:-1])
     columns = array_module(x).empty((len(x), *positions, *window.kernel, x.shape[-1]), x.dtype)
     cuda.launch("unfold", "unfold", (min(ceil(columns.size / 256), 1 << 20),), (256,), x, columns,
-                _geometry(x.shape, 1, window.kernel, positions, window.stride, window.dilation,
-                          tuple(p[0] for p in window.padding)))
+                _geometry(((x.shape, 1, window.kernel, positions, window.stride, window.dilation,
+                            tuple(p[0] for p in window.padding)),)))
     return columns
 
 
@@ -209,8 +249,8 @@ def fold(columns: Array, size: tuple[int, ...], window: Window) -> Array:
     grid = tuple(n + sum(b) for n, b in zip(size, border[1:], strict=True))
     x = array_module(columns).empty((len(columns), *grid, columns.shape[-1]), columns.dtype)
     cuda.launch("unfold", "fold", (min(ceil(x.size / 256), 1 << 20),), (256,), plain(columns), x,
-                _geometry(x.shape, 1, window.kernel, columns.shape[1:1 + rank], window.stride,
-                          window.dilation, tuple(p[0] for p in window.padding)))
+                _geometry(((x.shape, 1, window.kernel, columns.shape[1:1 + rank], window.stride,
+                            window.dilation, tuple(p[0] for p in window.padding)),)))
     return array_module(x).ascontiguousarray(pad_adjoint(x, border, [True] * len(border)))
 
 
