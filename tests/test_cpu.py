@@ -32,11 +32,18 @@ def setting():
 def check(x, w, window, seed=0, tolerance=1e-5):
     """All three readings of one convolution: the norm of the difference against that of the truth,
     or of the terms that it sums where it is smaller, because they cancel but their rounding does
-    not."""
+    not. What an engine does to its outputs as it goes is what would be done to them afterwards."""
     assert cpu.serves(window, x, w)
-    size = x.shape[1:-1]
-    g = np.random.default_rng(seed).standard_normal(
-        (len(x), *window.positions(size), w.shape[-1])).astype("float32")
+    size, rng = x.shape[1:-1], np.random.default_rng(seed)
+    g = rng.standard_normal((len(x), *window.positions(size), w.shape[-1])).astype("float32")
+    bias, residual = (rng.standard_normal(shape).astype("float32") for shape in (
+        w.shape[-1:], g.shape))
+    y = windows.correlate(x, w, window) + bias
+    for added, relu in ((None, seed % 2 == 0), (residual, seed % 2 == 1)):
+        truth = y if added is None else y + added
+        finished = windows.correlate(x, w, window, windows.Finish(bias, added, relu))
+        np.testing.assert_allclose(finished, np.maximum(truth, 0) if relu else truth,
+                                   rtol=1e-6, atol=tolerance * abs(y).max())
     for name, *factors, more in (("correlate", x, w, ()), ("correlate_dx", g, w, (size,)),
                                  ("correlate_dw", x, g, ())):
         ours = getattr(windows, name)(*factors, *more, window)

@@ -38,12 +38,21 @@ def test_phases_are_the_convolution_of_the_doubled_grid(problem, batch, c_in, c_
     assert ops.phases(window, before, size).steps == tuple(
         1 + (n != m) for n, m in zip(before, size, strict=True))
 
-    def phases(x, w, b):
-        return ops.conv_phases(x, w, b, window=window, size=size)
+    def phases(x, w, b, relu=False):
+        return ops.conv_phases(x, w, b, window=window, size=size, relu=relu)
 
     written = ops.conv(ops.double(x, size=size), w, b, **window.options).data
     np.testing.assert_allclose(phases(x, w, b).data, written, atol=1e-12)
     assert check_gradients(phases, x, w, b, seed=seed) < 1e-8
+    cut = []  # in the convolution, and after it
+    for relu in (True, False):
+        leaves = [Tensor(a, requires_grad=True) for a in (x, w, b)]
+        y = phases(*leaves, relu=relu)
+        y = y if relu else ops.relu(y)
+        y.backward(np.cos(np.arange(y.data.size)).reshape(y.shape))
+        cut.append((y.data, *(leaf.grad for leaf in leaves)))
+    for ours, truth in zip(*cut, strict=True):
+        np.testing.assert_array_equal(ours, truth)
     single = ops.conv_phases(*(a.astype("float32") for a in (x, w)), window=window, size=size)
     assert single.dtype == "float32"
     np.testing.assert_allclose(single.data + b, written, atol=1e-4)

@@ -53,7 +53,9 @@ def test_onnx_of_every_head_and_rank(head, rank, size):
 def test_onnx_of_options(options):
     net = models.resnet_seg(**{"backbone": "resnet18", "rank": 2, "in_channels": 1, "classes": 4,
                                "width": 8} | options)
-    assert difference(trained(net), (37, 50)) < 1e-4
+    net = trained(net)
+    assert difference(net, (37, 50)) < 1e-4
+    assert difference(ts.infer.fold(net), (37, 50)) < 1e-4
 
 
 def test_onnx_of_a_classifier():

@@ -16,7 +16,7 @@ HOUSE = Path(tinyseg.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in FILES}
 ORDER = ["backend", "parallel", "ranks", "files", "cuda", "windows", "graph", "arithmetic",
-         "tensor", "gradients", "normalisation", "doubling", "ops", "losses", "module", "nn",
+         "tensor", "gradients", "normalisation", "convolution", "ops", "losses", "module", "nn",
          "summary", "models", "profiles", "inflate", "export", "checkpoint", "pretrained", "optim",
          "train", "infer", "report", "pictures", "page", "job", "__main__"]
 ARRAYS_ONLY = {"data", "facets", "intervals", "metrics"}

@@ -266,6 +266,14 @@ def test_conv(size, kernel, options):
     close(ops.conv(Tensor(x), Tensor(w), Tensor(b), **options).data, expected + b)
     check(lambda x, w, b: ops.conv(x, w, b, **options), x, w, b)
     check(lambda x, w: ops.conv(x, w, **options), x, w)
+    r = normal(*expected.shape, seed=4)
+    for bias in (Tensor(b), None):
+        truth = expected + r if bias is None else expected + b + r
+        close(ops.conv(Tensor(x), Tensor(w), bias, Tensor(r), **options).data, truth)
+        close(ops.conv(Tensor(x), Tensor(w), bias, Tensor(r), relu=True, **options).data,
+              np.maximum(truth, 0))
+    check(lambda x, w, b, r: ops.conv(x, w, b, r, relu=True, **options), x, w, b, r)
+    check(lambda x, w, r: ops.conv(x, w, None, r, **options), x, w, r)
 
 
 def test_conv_refuses_what_does_not_fit():
@@ -275,6 +283,9 @@ def test_conv_refuses_what_does_not_fit():
             ops.conv(x, Tensor(normal(*shape)))
     with pytest.raises(ValueError, match=r"and bias; .*\(C_out,\)"):
         ops.conv(x, Tensor(normal(3, 3, 3, 2)), Tensor(normal(3)))
+    with pytest.raises(ValueError, match=r"residual \(2, 3, 4\) does not fit the output, of 2 x "
+                                         r"\(3, 4\) positions and 2 filters"):
+        ops.conv(x, Tensor(normal(3, 3, 3, 2)), None, Tensor(normal(2, 3, 4)))
     with pytest.raises(ValueError, match="no window fits"):
         ops.conv(x, Tensor(normal(3, 7, 3, 2)))
     with pytest.raises(ValueError, match="^stride"):

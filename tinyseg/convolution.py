@@ -1,4 +1,5 @@
-"""Every position twice, as decoders go back up, and the convolution of that; `ops` offers both."""
+"""Convolution, of a grid and of a grid that has every position twice, as decoders go back up; `ops`
+offers all of it."""
 
 from __future__ import annotations
 
@@ -11,9 +12,45 @@ import numpy as np
 
 from . import parallel, windows
 from .backend import Array, array_module
-from .normalisation import column_sums, shift
+from .normalisation import column_sums
 from .tensor import op
-from .windows import Window
+from .windows import Finish, Window
+
+
+@op
+def conv(x, w, b=None, residual=None, *, relu: bool = False, stride=1, padding=0, dilation=1,
+         padding_mode="zero"):
+    """Cross-correlation, as every framework's convolution: see windows.reference.correlate.
+
+    x (N, *S, C_in), w (*K, C_in, C_out), b (C_out,) or None -> (N, *P, C_out) with
+    P = floor((S + before + after - dilation (K-1) - 1) / stride) + 1. Options are a number or a
+    tuple with one entry per spatial axis; a padding entry is an int or (before, after), a
+    padding_mode entry "zero" or "edge". What follows in a residual block without a batch-norm can
+    be part of it: `residual`, in the shape of the output, is added, and `relu` cuts at 0. Raises
+    ValueError where shapes do not fit.
+
+    >>> ts.ops.conv(np.ones((1, 8, 9, 2)), np.ones((3, 4, 2, 5)), stride=(2, 1)).shape
+    (1, 3, 6, 5)
+    """
+    if (x.ndim != w.ndim or x.shape[-1] != w.shape[-2]
+            or getattr(b, "shape", w.shape[-1:]) != w.shape[-1:]):
+        raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape} and bias; expected "
+                         f"(N, *S, C_in) and (*K, C_in, C_out) with equal rank and C_in, (C_out,)")
+    window, size = Window.of(w.shape[:-2], stride, padding, dilation, padding_mode), x.shape[1:-1]
+    if residual is not None and residual.shape != (len(x), *window.positions(size), w.shape[-1]):
+        raise ValueError(f"conv: residual {residual.shape} does not fit the output, of "
+                         f"{len(x)} x {window.positions(size)} positions and {w.shape[-1]} filters")
+    y = windows.correlate(x, w, window, Finish(b, residual, relu))
+    cut, shifted, added = y if relu else None, b is not None, residual is not None
+
+    def pull(g, wanted):
+        g = g if cut is None else g * (cut > 0)
+        return (windows.correlate_dx(g, w, size, window) if wanted[0] else None,
+                windows.correlate_dw(x, g, window) if wanted[1] else None,
+                column_sums(g.reshape(-1, g.shape[-1])) if shifted and wanted[2] else None,
+                g if added else None)
+
+    return y, pull
 
 
 @op
@@ -140,10 +177,10 @@ def phases(window: Window, before: tuple[int, ...], size: tuple[int, ...]) -> Ph
 
 
 @op
-def conv_phases(x, w, b=None, *, window, size):
-    """conv(double(x, size=size), w, b) of NumPy arrays, with a window of which there are `phases`:
-    the doubled grid is never written, and the engine shares what it makes of x among all phases.
-    Of 3 x 3 x 3 taps of a phase 2 x 2 x 2 are not zero. ValueError where there are no phases.
+def conv_phases(x, w, b=None, *, window, size, relu: bool = False):
+    """conv(double(x, size=size), w, b, relu=relu) of NumPy arrays, with a window of which there are
+    `phases`: the doubled grid is never written, and the engine shares what it makes of x among all
+    phases. Of 3 x 3 x 3 taps of a phase 2 x 2 x 2 are not zero. ValueError where there are none.
 
     >>> x, w = np.ones((1, 5, 6, 2)), np.ones((3, 3, 2, 4))
     >>> window, size = ts.windows.Window.of((3, 3), padding=1), (10, 12)
@@ -157,11 +194,12 @@ def conv_phases(x, w, b=None, *, window, size):
                          "keep that; use conv of double")
     kernel = parts.kernel(w)
     y = np.empty((len(x), *window.positions(size), w.shape[-1]), np.result_type(x, w))
-    _copy(windows.correlate(x, kernel, parts.window), parts.apart(y))
-    if b is not None:
-        y = shift(y, b)
+    each = None if b is None else np.tile(b, prod(parts.steps))  # the bias of each phase
+    _copy(windows.correlate(x, kernel, parts.window, Finish(each, relu=relu)),
+          parts.apart(y))
 
     def pull(g, wanted):
+        g = g * (y > 0) if relu else g
         apart = parts.apart(g)
         rows = np.empty(apart.shape, g.dtype)
         _copy(apart, rows)

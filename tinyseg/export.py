@@ -190,9 +190,16 @@ def _convolved(graph: Graph, x: str, node: Node, window: Window) -> str:
     x, pads = _padded(graph, x, window, True), _pads(window, False)
     weights = [graph.constant(channels_first(_array(node, 1)))]
     weights += [] if _array(node, 2) is None else [graph.constant(_array(node, 2))]
-    return graph.add("Conv", [x, *weights], kernel_shape=window.kernel, strides=window.stride,
-                     dilations=window.dilation, pads=[n for pair in zip(*pads, strict=True)
-                                                      for n in pair])
+    return _finished(graph, graph.add(
+        "Conv", [x, *weights], kernel_shape=window.kernel, strides=window.stride,
+        dilations=window.dilation, pads=sum(zip(*pads, strict=True), ())), node)
+
+
+def _finished(graph: Graph, y: str, node: Node) -> str:
+    """[+ residual], the fourth input, then max(., 0), as the options ask for it."""
+    added = [graph.names[parent] for parent, i in node.edges if i == 3]
+    y = graph.add("Add", [y, *added]) if added else y
+    return graph.add("Relu", [y]) if node.options.get("relu") else y
 
 
 def _pads(window: Window, edge: bool) -> list[tuple[int, int]]:
@@ -210,8 +217,9 @@ def _padded(graph: Graph, x: str, window: Window, edge: bool) -> str:
 
 
 def _options(node: Node) -> dict[str, Any]:
-    """The options of an operation that were given."""
-    return {name: value for name, value in node.options.items() if isinstance(name, str)}
+    """The options of an operation that were given, but `relu`."""
+    return {name: value for name, value in node.options.items()
+            if isinstance(name, str) and name != "relu"}
 
 
 def _conv(graph: Graph, node: Node) -> str:
@@ -249,13 +257,11 @@ def _conv_phases(graph: Graph, node: Node) -> str:
 
 
 def _batch_norm(graph: Graph, node: Node) -> str:
-    named = {i: graph.names[parent] for parent, i in node.edges}
+    given = node.options
     numbers = [graph.constant(to_numpy(a)) for a in (
-        _array(node, 1), _array(node, 2), node.options["running_mean"],
-        node.options["running_var"])]
-    y = graph.add("BatchNormalization", [named[0], *numbers], epsilon=node.options.get("eps", 1e-5))
-    y = graph.add("Add", [y, named[3]]) if 3 in named else y
-    return graph.add("Relu", [y]) if node.options.get("relu") else y
+        _array(node, 1), _array(node, 2), given["running_mean"], given["running_var"])]
+    return _finished(graph, graph.add("BatchNormalization", [_first(graph, node), *numbers],
+                                      epsilon=given.get("eps", 1e-5)), node)
 
 
 def _group_norm(graph: Graph, node: Node) -> str:
@@ -300,9 +306,9 @@ def _index(graph: Graph, node: Node) -> str:
         key = (*key[:at], *[slice(None)] * (rank - len(key) + 1), *key[at + 1 :])
     if not all(isinstance(k, slice) and (k.step or 1) > 0 for k in key):
         raise ValueError(f"the index {key} has no form in ONNX here; expected slices forwards")
-    cuts = [(_axis(i, rank), *k.indices(parent.shape[i])) for i, k in enumerate(key)
-            if k != slice(None)]
-    return _cut(graph, graph.names[parent], cuts) if cuts else graph.names[parent]
+    x, cuts = graph.names[parent], [(_axis(i, rank), *k.indices(parent.shape[i]))
+                                    for i, k in enumerate(key) if k != slice(None)]
+    return _cut(graph, x, cuts) if cuts else x
 
 
 def _sum(graph: Graph, node: Node) -> str:
@@ -326,11 +332,11 @@ def _matmul(graph: Graph, node: Node) -> str:
     w = _array(node, 1)
     if [i for _, i in node.edges] != [0] or np.ndim(w) != 2:
         raise ValueError("this matmul has no form in ONNX here; expected x @ a constant matrix")
-    if len(node.shape) == 2:
-        return graph.add("MatMul", [_first(graph, node), graph.constant(w)])
-    ones = (1,) * (len(node.shape) - 2)  # channels stand first there: a kernel of one tap
-    kernel = channels_first(np.reshape(w, (*ones, *w.shape)))
-    return graph.add("Conv", [_first(graph, node), graph.constant(kernel)], kernel_shape=ones)
+    x, ones = _first(graph, node), (1,) * (len(node.shape) - 2)
+    if not ones:
+        return graph.add("MatMul", [x, graph.constant(w)])
+    kernel = channels_first(np.reshape(w, (*ones, *w.shape)))  # channels stand first there
+    return graph.add("Conv", [x, graph.constant(kernel)], kernel_shape=ones)
 
 
 OPERATORS: dict[str, Callable[[Graph, Node], str]] = {

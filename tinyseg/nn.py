@@ -17,7 +17,7 @@ from .tensor import Tensor
 from .windows import Window
 
 __all__ = ["BatchNorm", "Conv", "GlobalAverage", "GroupNorm", "Identity", "Linear", "MaxPool",
-           "Module", "Network", "ReLU", "Sequential", "to_device"]
+           "Module", "Network", "ReLU", "Sequential", "normalised", "to_device"]
 
 
 def _normal(rng: np.random.Generator | int, std: float, shape: tuple[int, ...]) -> Tensor:
@@ -75,19 +75,24 @@ class Conv(Module):
                               (*kernel, c_in, c_out))
         self.bias = Tensor(np.zeros(c_out, "float32"), requires_grad=True) if bias else None
 
-    def forward(self, x: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
-        """Of x, or of x with every position twice (see ops.double), to that size."""
+    def forward(self, x: Tensor, size: tuple[int, ...] | None = None,
+                residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Of x, or of x with every position twice (see ops.double), to that size; then [+ residual]
+        and max(., 0), where asked."""
         x = _floats(x, self.weight)
         if size is not None:
             # Where their kernel is no larger than the doubled grid, which a CPU need not write.
             small = self.weight.data.size << len(size) <= len(x) * prod(size) * x.shape[-1]
-            if (small and self.along is None and array_module(x.data) is np
+            if (small and self.along is residual is None and array_module(x.data) is np
                     and ops.phases(self.window, x.shape[1:-1], size)):
-                return ops.conv_phases(x, self.weight, self.bias, window=self.window, size=size)
+                return ops.conv_phases(x, self.weight, self.bias, window=self.window, size=size,
+                                       relu=relu)
             x = ops.double(x, size=size)
-        if self.along is not None:
-            return self.along.apply(x, self)
-        return ops.conv(x, self.weight, self.bias, **self.window.options)
+        if self.along is None:
+            return ops.conv(x, self.weight, self.bias, residual, relu=relu, **self.window.options)
+        y = self.along.apply(x, self)
+        y = y if residual is None else y + residual
+        return ops.relu(y) if relu else y
 
 
 class Linear(Module):
@@ -216,6 +221,22 @@ class Identity(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+def normalised(conv: Module, norm: Module, x: Tensor, residual: Tensor | None = None, *,
+               relu: bool = False, size: tuple[int, ...] | None = None) -> Tensor:
+    """norm(conv(x)) [+ residual], then max(., 0) where asked, in one pass: a batch-norm's or, where
+    one was folded into the convolution and Identity stands in its place, the convolution's. `size`:
+    see Conv.
+
+    >>> conv, x = ts.nn.Conv(1, 2, (3,), rng=0), np.ones((1, 4, 1), "float32")
+    >>> y = ts.nn.normalised(conv, ts.nn.Identity(), ts.Tensor(x), relu=True)
+    >>> np.allclose(y.data, np.maximum(conv(x).data, 0))
+    True
+    """
+    if isinstance(norm, Identity):
+        return conv(x, size, residual, relu)
+    return norm(conv(x, size), residual, relu=relu)
 
 
 class GlobalAverage(Module):

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from math import gcd
 
 import numpy as np
 
 from . import cuda, parallel
 from .backend import array_module
+from .parallel import widened
 from .ranks import ALONE, Alone
 from .tensor import op
-
-WIDE = 512  # numbers in a row, up to which NumPy's loops take longer for each
-
-
-def widened(rows, *columns):
-    """Rows (M, C) as (M / k, k C), and each of the columns (C,) k times over, so that few channels
-    do not make short loops; k, a power of two, is 1 where the array is not NumPy's."""
-    library, channels = array_module(rows), rows.shape[-1]
-    most = 1 << max(1, WIDE // channels).bit_length() - 1
-    k = gcd(len(rows), most) if library is np else 1
-    wide = [library.tile(column, k) for column in columns] if k > 1 else columns
-    return rows.reshape(-1, k * channels), *wide
 
 
 def row_slabs(rows) -> list[slice]:
@@ -30,26 +18,6 @@ def row_slabs(rows) -> list[slice]:
     where the array is not NumPy's."""
     size = max(1, parallel.SLAB // rows.shape[-1]) if array_module(rows) is np else len(rows)
     return parallel.parts(len(rows), size)
-
-
-def shift(x, bias, residual=None, relu=False):
-    """x (N, *S, C) + bias (C,) [+ residual], then max(., 0) where asked; written over x, if that is
-    contiguous."""
-    rows, bias = widened(x.reshape(-1, x.shape[-1]), bias)
-    library = array_module(x)
-    zero = np.zeros_like(bias) if library is np else 0
-    residual = residual.reshape(rows.shape) if residual is not None else None
-
-    def add(slab):
-        part = rows[slab]
-        part += bias
-        if residual is not None:
-            part += residual[slab]
-        if relu:
-            library.maximum(part, zero, out=part)  # NumPy takes thrice as long for the number 0
-
-    parallel.run(add, row_slabs(rows))
-    return rows.reshape(x.shape)
 
 
 def column_sums(rows):

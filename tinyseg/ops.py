@@ -14,8 +14,8 @@ import numpy as np
 
 from . import cuda, parallel, windows
 from .backend import array_module
-from .doubling import conv_phases, double, phases
-from .normalisation import batch_norm, column_sums, group_norm, shift
+from .convolution import conv, conv_phases, double, phases
+from .normalisation import batch_norm, group_norm
 from .tensor import Tensor, op, recording
 from .windows import Window, reference
 
@@ -205,32 +205,6 @@ def _softmax(x, axis=-1):
     e = array_module(x).exp(e)
     e /= e.sum(axis=axis, keepdims=True)
     return e
-
-
-@op
-def conv(x, w, b=None, *, stride=1, padding=0, dilation=1, padding_mode="zero"):
-    """Cross-correlation, as every framework's convolution: see windows.reference.correlate.
-
-    x (N, *S, C_in), w (*K, C_in, C_out), b (C_out,) or None -> (N, *P, C_out) with
-    P = floor((S + before + after - dilation (K-1) - 1) / stride) + 1. Options are a number or a
-    tuple with one entry per spatial axis; a padding entry is an int or (before, after), a
-    padding_mode entry "zero" or "edge". Raises ValueError where shapes do not fit.
-
-    >>> ts.ops.conv(np.ones((1, 8, 9, 2)), np.ones((3, 4, 2, 5)), stride=(2, 1)).shape
-    (1, 3, 6, 5)
-    """
-    if (x.ndim != w.ndim or x.shape[-1] != w.shape[-2]
-            or getattr(b, "shape", w.shape[-1:]) != w.shape[-1:]):
-        raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape} and bias; expected "
-                         f"(N, *S, C_in) and (*K, C_in, C_out) with equal rank and C_in, (C_out,)")
-    window, size = Window.of(w.shape[:-2], stride, padding, dilation, padding_mode), x.shape[1:-1]
-    y = windows.correlate(x, w, window)
-    y = y if b is None else shift(y, b)
-    return y, (
-        lambda g: windows.correlate_dx(g, w, size, window),
-        lambda g: windows.correlate_dw(x, g, window),
-        lambda g: column_sums(g.reshape(-1, g.shape[-1])),
-    )
 
 
 def _pooling(rank, kernel, stride=None, padding=0, dilation=1) -> Window:

@@ -30,7 +30,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from math import ceil, prod
+from math import ceil, gcd, prod
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from threadpoolctl import OpenBLASController, ThreadpoolController
 from .backend import Array, array_module
 
 SLAB = 2**18  # numbers: few enough for the cache, enough that threads seldom meet in Python
+WIDE = 512  # numbers in a row, up to which NumPy's loops take longer for each
 
 _setting = 0
 _here = threading.local()
@@ -74,6 +75,16 @@ def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
     flat = [a.reshape(-1) for a in arrays]
     for part in parts(flat[0].size, SLAB):
         yield tuple(a[part] for a in flat)
+
+
+def widened(rows: Array, *columns: Array) -> tuple[Array, ...]:
+    """Rows (M, C) as (M / k, k C), and each of the columns (C,) k times over, so that few channels
+    do not make short loops; k, a power of two, is 1 where the array is not NumPy's."""
+    library, channels = array_module(rows), rows.shape[-1]
+    most = 1 << max(1, WIDE // channels).bit_length() - 1
+    k = gcd(len(rows), most) if library is np else 1
+    wide = [library.tile(column, k) for column in columns] if k > 1 else columns
+    return rows.reshape(-1, k * channels), *wide
 
 
 def share(grid: tuple[int, ...], number: int) -> int:

@@ -11,25 +11,12 @@ from ..backend import array_module
 from ..models import Classifier, Residual, ResNet, Segmenter
 from ..models.decoders import Block, Decoder, Normalised, Pyramid
 from ..module import held
-from ..nn import BatchNorm, Conv, Module, Network, Sequential
-from ..normalisation import shift
+from ..nn import BatchNorm, Conv, Identity, Module, Network, Sequential
 from ..tensor import Tensor
 
 CHAINS = Sequential, Normalised  # each part is read by the next alone
 NAMED = Residual, ResNet, Classifier, Segmenter  # conv1 is read by bn1 alone, and so on
 KNOWN = *CHAINS, *NAMED, Pyramid, Decoder, Block  # which call their parts as a whole
-
-
-class Shift(Module):
-    """x + bias [+ residual], then max(., 0) where asked: what is left of a batch-norm whose scale
-    is in the kernel before it. Written over x (N, *S, C), and without a gradient."""
-
-    def __init__(self, bias: Tensor):
-        self.bias = bias
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        return Tensor(shift(x.data, self.bias.data,
-                            None if residual is None else residual.data, relu))
 
 
 def fold(net: Network) -> Network:
@@ -60,8 +47,9 @@ def fold(net: Network) -> Network:
             library = array_module(norm.running_var)
             scale = norm.weight.data / library.sqrt(norm.running_var + norm.eps)
             before = -norm.running_mean if conv.bias is None else conv.bias.data - norm.running_mean
-            conv.weight, conv.bias = Tensor(conv.weight.data * scale), None
-            setattr(holder, second, Shift(Tensor(before * scale + norm.bias.data)))
+            conv.weight = Tensor(conv.weight.data * scale)
+            conv.bias = Tensor(before * scale + norm.bias.data)
+            setattr(holder, second, Identity())
     for module in net.modules():
         if type(module) is Conv and isinstance(module.weight.data, np.ndarray):
             module.weight.data.flags.writeable = False  # what is made of it is kept with it

@@ -11,7 +11,16 @@ from math import gcd
 from typing import Any
 
 from .. import ops
-from ..nn import BatchNorm, GlobalAverage, GroupNorm, Identity, Module, ReLU, Sequential
+from ..nn import (
+    BatchNorm,
+    GlobalAverage,
+    GroupNorm,
+    Identity,
+    Module,
+    ReLU,
+    Sequential,
+    normalised,
+)
 from ..tensor import Tensor
 from .depth import STAGES, Builder, positive
 
@@ -127,14 +136,13 @@ class Block(Module):
 
 
 class Normalised(Sequential):
-    """Convolution, normalisation, ReLU; the ReLU in the pass of a batch-norm, or of what `fold`
-    puts in its place."""
+    """Convolution, normalisation, ReLU; the ReLU in the pass of a batch-norm."""
 
     def forward(self, x: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
         conv, norm = self
         if isinstance(norm, GroupNorm):
             return ops.relu(norm(conv(x, size)))
-        return norm(conv(x, size), relu=True)
+        return normalised(conv, norm, x, relu=True, size=size)
 
 
 HEADS = {

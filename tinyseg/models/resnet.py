@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from ..nn import BatchNorm, Module, Sequential
+from ..nn import BatchNorm, Module, Sequential, normalised
 from ..tensor import Tensor
 from .depth import STAGES, Builder, expect_positive
 
@@ -59,8 +59,8 @@ class Residual(Module):
     def forward(self, x: Tensor) -> Tensor:
         y, shortcut = x, x if self.downsample is None else self.downsample(x)
         for i in range(1, self.layers + 1):
-            y = getattr(self, f"conv{i}")(y)
-            y = getattr(self, f"bn{i}")(y, shortcut if i == self.layers else None, relu=True)
+            y = normalised(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"), y,
+                           shortcut if i == self.layers else None, relu=True)
         return y
 
 
@@ -112,7 +112,7 @@ class ResNet(Module):
         return tuple(found)
 
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
-        x = self.bn1(self.conv1(x), relu=True)
+        x = normalised(self.conv1, self.bn1, x, relu=True)
         yield x
         x = self.maxpool(x)
         for i in range(1, STAGES):

@@ -12,20 +12,26 @@ from . import cpu, kernels, products, reference
 from .cpu import without
 from .explanation import explain
 from .geometry import Window
+from .products import PLAIN, Finish
 
-__all__ = ["Window", "correlate", "correlate_dw", "correlate_dx", "explain", "maximum",
+__all__ = ["Finish", "Window", "correlate", "correlate_dw", "correlate_dx", "explain", "maximum",
            "maximum_adjoint", "without"]
 
 
-def correlate(x: Array, w: Array, window: Window) -> Array:
-    """(N, *S, C_in), (*K, C_in, C_out) -> (N, *P, C_out); see reference.correlate.
+def correlate(x: Array, w: Array, window: Window, finish: Finish = PLAIN) -> Array:
+    """(N, *S, C_in), (*K, C_in, C_out) -> (N, *P, C_out), finished; see reference.correlate.
 
     >>> x, w = np.arange(5.0).reshape(1, 5, 1), np.array([1.0, 10.0]).reshape(2, 1, 1)
     >>> ts.windows.correlate(x, w, ts.windows.Window.of((2,))).ravel()  # x[p] + 10 x[p + 1]
     array([10., 21., 32., 43.])
     """
     engine = _engine(window, x, w)
-    return products.correlate(engine, x, w, window) if engine else reference.correlate(x, w, window)
+    if engine:
+        return products.correlate(engine, x, w, window, finish)
+    y = reference.correlate(x, w, window)
+    if not finish.plain:
+        finish(y, y)
+    return y
 
 
 def correlate_dx(y: Array, w: Array, size: tuple[int, ...], window: Window) -> Array:

@@ -30,7 +30,7 @@ from . import lines, winograd
 from .columns import BLOCK, ROWS, Columns, boxes, shape, volume
 from .geometry import Box, Window, blocks
 from .pooling import maximum, maximum_adjoint
-from .products import Correlation, constant
+from .products import Correlation, Finish, constant, outputs
 
 __all__ = ["maximum", "maximum_adjoint", "products", "serves", "weights"]  # the engine
 
@@ -100,12 +100,6 @@ def _points(x: Array, positions, stride) -> Array:
     return x[(slice(None), *seen)].reshape(-1, x.shape[-1])
 
 
-def outputs(problem: Correlation) -> Array:
-    """Where the outputs of a problem stand, (N, *P, C_out): a view."""
-    return problem.into[(slice(None), *(slice(a, None, s) for a, s in zip(
-        problem.start, problem.step, strict=True)))]
-
-
 def method(x: Array, problem: Correlation) -> Method:
     """How a problem is computed; see `choose`."""
     w, out = problem.w, outputs(problem)
@@ -119,39 +113,51 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
     jobs: list = []
     for problem in sorted(problems, key=lambda problem: -problem.w.size):  # the longest jobs first
         w, out, (name, plan) = problem.w, outputs(problem), method(x, problem)
-        *_, stride, dilation, before = problem
+        *_, stride, dilation, before, finish = problem
         if name == "lines":
-            lines.product(products, x, w, out, plan, stride, dilation, before)
+            lines.product(products, x, w, out, plan, stride, dilation, before, finish)
         elif name == "tiles":
-            winograd.product(plan, x, w, out, before)
+            winograd.product(plan, x, w, out, before, finish)
         elif name == "point":
             points, matrix = _points(x, out.shape[1:-1], stride), w.reshape(w.shape[-2:])
             y = out.reshape(-1, out.shape[-1])
-            jobs += [partial(np.matmul, points[rows], matrix, out=y[rows])
-                     for rows in parallel.parts(len(points))]
+            if finish.residual is not None:
+                finish = finish._replace(residual=finish.residual.reshape(y.shape))
+            jobs += [partial(_multiply, points, matrix, rows, y, finish)
+                     for rows in parallel.parts(len(points), max(ROWS, BLOCK // max(matrix.shape)))]
         else:
             terms, boxes = (_taps(x, w, out, dilation, before) if name == "taps" else
                             _columns(x, w, out, stride, dilation, before))
             one, filters = out[..., 0].size < ROWS, w.shape[-1]
             size = max(64, ceil(filters / parallel.threads())) if one else filters
-            jobs += [partial(_add, terms, block, part, out) for block in boxes
+            jobs += [partial(_add, terms, block, part, out, finish) for block in boxes
                      for part in parallel.parts(filters, size)]
     parallel.run(lambda job: job(), jobs)
 
 
+def _multiply(points: Array, matrix: Array, rows: slice, out: Array, finish: Finish) -> None:
+    """Write some rows of points @ matrix, finished, to those of `out`."""
+    np.matmul(points[rows], matrix, out=out[rows])
+    if not finish.plain:
+        finish(out[rows], out, rows)
+
+
 def _add(terms: Callable[[Box, slice], Iterator[tuple[Box, Array]]], block: Box, part: slice,
-         out: Array) -> None:
-    """Write the sum of its terms, each an array in its box, to a block of `out`, some filters."""
-    out, total = out[..., part], None
+         out: Array, finish: Finish) -> None:
+    """Write the sum of its terms, each an array in its box, finished, to a block of `out`, some
+    filters."""
+    total = None
     for box, term in terms(block, part):
         if total is None and box == block:
             total = term
             continue
         if total is None:
-            total = np.zeros((*shape(block), out.shape[-1]), out.dtype)
+            total = np.zeros((*shape(block), term.shape[-1]), out.dtype)
         total[tuple(slice(a.start - b.start, a.stop - b.start)
                     for a, b in zip(box, block, strict=True))] += term
-    out[block] = 0 if total is None else total
+    if total is None:
+        total = np.zeros((*shape(block), out[..., part].shape[-1]), out.dtype)
+    finish(total, out, block, part)
 
 
 def _columns(x: Array, w: Array, out: Array, stride, dilation, before):

@@ -35,8 +35,9 @@ def explain(x_shape: tuple[int, ...], w_shape: tuple[int, ...], window: Window) 
 
         def products(self, x, problems) -> None:
             for problem in problems:
-                positions = cpu.outputs(problem).shape[1:-1]
-                self.note(cpu.method(x, problem), x, problem.w.shape[:-2], positions, *problem[4:])
+                positions = products.outputs(problem).shape[1:-1]
+                self.note(cpu.method(x, problem), x, problem.w.shape[:-2], positions,
+                          problem.stride, problem.dilation, problem.before)
 
         def weights(self, x, y, kernel, *geometry) -> None:
             positions = y.shape[1:-1]

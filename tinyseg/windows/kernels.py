@@ -20,7 +20,7 @@ from .. import cuda
 from ..backend import Array, array_module
 from ..cuda import plain, pool
 from .geometry import Window
-from .products import Correlation, count, repeated
+from .products import Correlation, count, outputs, repeated
 from .reference import pad, pad_adjoint
 
 AXES = 3
@@ -213,6 +213,9 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
         _launch("correlate", (file, threads, constants), x, cuda.Strided(w), into,
                 len(x) * int(geometry["positions"].prod(axis=1).max()),
                 (geometry["taps"].prod(axis=1) * channels).tolist(), geometry, geometry, pitch=8)
+    for problem in problems:
+        if not problem.finish.plain:
+            problem.finish(outputs(problem), outputs(problem))
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:

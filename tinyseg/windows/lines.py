@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import parallel
 from ..backend import Array
-from .products import Correlation
+from .products import Correlation, Finish
 from .reference import pad
 from .winograd import FILTERS, direct, per_pair, tiling, transform
 
@@ -90,9 +90,9 @@ def combined(w: Array, row: Array) -> Array:
 
 
 def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, dilation,
-            before) -> None:
-    """Write correlate(x, w), stride one along the first axis, to `out` (N, *P, C_out); `others`
-    gives the products over the other axes."""
+            before, finish: Finish) -> None:
+    """Write correlate(x, w), stride one along the first axis, finished, to `out` (N, *P, C_out);
+    `others` gives the products over the other axes."""
     output, _, kernel = FILTERS[m]
     tiles = ceil(out.shape[1] / m)
     seen = spectrum(x, m, tiles, before[0])
@@ -108,7 +108,8 @@ def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, di
             m, *here.shape[1:-2], len(x), tiles, -1)
         lines = np.moveaxis(lines, (-3, -2, 0), (0, 1, 2))
         lines = lines.reshape(len(x), tiles * m, *lines.shape[3:])
-        out[:, :, part] = lines[:, : out.shape[1]]
+        lines = lines[:, : out.shape[1]]
+        finish(lines, out, (slice(None), slice(None), part))
 
     parallel.run(back, parallel.parts(out.shape[2]))
 

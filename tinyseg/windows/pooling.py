@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 
@@ -17,7 +17,7 @@ BLOCK = 1 << 20  # numbers that a block sees: 4 MiB, where what neighbours see t
 
 def maximum(x: Array, window: Window, *, taps: bool = True) -> tuple[Array, Array | None]:
     """See reference.maximum: in blocks that stay in cache, side by side. Without taps (None in
-    their place) one axis after another, which takes a third of the time."""
+    their place) one axis after another, which takes a fourth of the time."""
     if taps:
         return reference.maximum(x, window, x.itemsize * parallel.SLAB, parallel.run)
     y = np.empty((len(x), *window.positions(x.shape[1:-1]), x.shape[-1]), x.dtype)
@@ -25,17 +25,36 @@ def maximum(x: Array, window: Window, *, taps: bool = True) -> tuple[Array, Arra
 
     def compute(block: Box) -> None:
         inside, missing = over.region(block, x.shape[:-1])
-        seen = reference.pad(x[inside], missing, over.edge, fill=-np.inf)
-        for axis, (k, s, d, here) in enumerate(zip(over.kernel, over.stride, over.dilation, block,
-                                                   strict=True)):
-            reach, before = (here.stop - here.start - 1) * s + 1, (slice(None),) * axis
-            seen = reduce(np.maximum, (seen[(*before, slice(i * d, i * d + reach, s))]
-                                       for i in range(k)))
+        seen = x[inside]
+        for axis, (here, (before, _), *steps) in enumerate(zip(
+                block, missing, over.kernel, over.stride, over.dilation, strict=True)):
+            seen = _along(seen.swapaxes(0, axis), here.stop - here.start, before, *steps)
+            seen = seen.swapaxes(0, axis)
         y[block] = seen
 
     first = prod(window.stride) * x.shape[-1]  # numbers that a window sees for the first time
     parallel.run(compute, list(blocks(y.shape[:-1], max(1, BLOCK // first))))
     return y, None
+
+
+def _along(x: Array, positions: int, before: int, kernel: int, stride: int, dilation: int) -> Array:
+    """The largest numbers of `kernel` taps along the first axis, of which the first stands `before`
+    x; x itself where there is one. What lies outside of x is not read."""
+    whole: list[tuple[slice, Array]] = []
+    parts: list[tuple[slice, Array]] = []
+    for first in range(-before, kernel * dilation - before, dilation):
+        low = max(0, ceil(-first / stride))
+        high = min(positions, (len(x) - 1 - first) // stride + 1)
+        if low < high:
+            points = x[first + low * stride : first + (high - 1) * stride + 1 : stride]
+            (whole if high - low == positions else parts).append((slice(low, high), points))
+    if not parts and len(whole) == 1:
+        return whole[0][1]
+    y = (reduce(np.maximum, [points for _, points in whole]) if len(whole) > 1 else
+         whole[0][1].copy("K") if whole else np.full((positions, *x.shape[1:]), -np.inf, x.dtype))
+    for here, points in parts:
+        np.maximum(y[here], points, out=y[here])
+    return y
 
 
 def maximum_adjoint(g: Array, winner: Array, size: tuple[int, ...], window: Window) -> Array:

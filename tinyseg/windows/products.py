@@ -18,17 +18,53 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from math import ceil, gcd
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..backend import Array, array_module
+from ..parallel import widened
 from .geometry import Window
 from .reference import pad, pad_adjoint
+
+
+class Finish(NamedTuple):
+    """max(y [+ bias] [+ residual], 0), the maximum where asked, of outputs y (N, *P, C_out): bias
+    (C_out,), residual (N, *P, C_out). An engine does it block by block, each in cache."""
+
+    bias: Array | None = None
+    residual: Array | None = None
+    relu: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether outputs stay as they are."""
+        return self.bias is None and self.residual is None and not self.relu
+
+    def __call__(self, y: Array, out: Array, where: Any = ..., filters: slice = slice(None)
+                 ) -> None:
+        """Written to out[where][..., filters], and over y, on the way."""
+        if self.bias is not None:
+            rows, bias = y, self.bias[filters]
+            if y.flags.c_contiguous:
+                rows, bias = widened(y.reshape(-1, y.shape[-1]), bias)
+            rows += bias
+        if self.residual is not None:
+            y += self.residual[where][..., filters]
+        if self.relu:  # NumPy takes a third as long with zeros of two axes as with the number
+            library = array_module(y)
+            zero = library.zeros(y.shape[-2:], y.dtype)
+            library.maximum(y, zero, out=out[where][..., filters])
+        else:
+            out[where][..., filters] = y
+
+
+PLAIN = Finish()
 
 
 class Correlation(NamedTuple):
     """into[:, start::step] = correlate(x, w): w (*K, C_in, C_out), into (N, *S, C_out), and for
     each axis where the outputs begin and how far apart they stand in `into`, stride and dilation of
-    the kernel, and how far before the grid (of zeros outside) its first tap stands."""
+    the kernel, and how far before the grid (of zeros outside) its first tap stands; and what is
+    done to the outputs."""
 
     w: Array
     into: Array
@@ -37,13 +73,21 @@ class Correlation(NamedTuple):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     before: tuple[int, ...]
+    finish: Finish = PLAIN
+
+
+def outputs(problem: Correlation) -> Array:
+    """Where the outputs of a problem stand, (N, *P, C_out): a view."""
+    return problem.into[(slice(None), *(slice(a, None, s) for a, s in zip(
+        problem.start, problem.step, strict=True)))]
 
 
 class Engine(Protocol):
     """What computes the two primitives."""
 
     def products(self, x: Array, problems: Iterable[Correlation]) -> None:
-        """Each of the problems, for x (N, *S, C_in)."""
+        """Each of the problems, for x (N, *S, C_in); their kernels are parts of one array, and so
+        are their outputs."""
 
     def weights(self, x: Array, y: Array, kernel: tuple[int, ...], stride: tuple[int, ...],
                 dilation: tuple[int, ...], before: tuple[int, ...]) -> Array:
@@ -78,13 +122,14 @@ def kept(w: Array, way: tuple, make: Callable[[Array], Array]) -> Array:
     return made
 
 
-def correlate(engine: Engine, x: Array, w: Array, window: Window) -> Array:
-    """See reference.correlate."""
+def correlate(engine: Engine, x: Array, w: Array, window: Window, finish: Finish = PLAIN
+              ) -> Array:
+    """See reference.correlate; its outputs finished."""
     window, border = repeated(window)
     x, rank = pad(x, border, [True] * len(border)), len(window.kernel)
     y = array_module(x).empty((len(x), *window.positions(x.shape[1:-1]), w.shape[-1]), x.dtype)
     engine.products(x, [Correlation(w, y, (0,) * rank, (1,) * rank, window.stride, window.dilation,
-                                    tuple(p[0] for p in window.padding))])
+                                    tuple(p[0] for p in window.padding), finish)])
     return y
 
 

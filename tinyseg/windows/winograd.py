@@ -10,16 +10,15 @@ Each of the products ⊙ is one over channels for all tiles of a block: a matrix
 frequency. All transforms are one function: axis after axis, a small matrix times rows of channels
 that it reads where they lie. Where channels are few, these cost most, and the last axis is not
 transformed: its three taps stand beside the channels of each product, and rows are whole lines.
-Rounding is about 2e-6 of the output's scale.
-
-Dilation d sees every d-th point only: the d phases of an axis are computed as so many more images.
+Rounding is about 2e-6 of the output's scale. Dilation d sees every d-th point only: the d phases of
+an axis are computed as so many more images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product as every
 from math import ceil, prod
 
@@ -28,14 +27,14 @@ import numpy as np
 from .. import parallel
 from ..backend import Array
 from .geometry import Box, blocks
-from .products import kept
+from .products import Finish, kept
 
 BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
 ROW = 1 << 14  # numbers in a row that a transform takes at a time
 IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products; measured on Zen 5, 2 threads
 FIXED = 45  # that of one of a kernel that is transformed already: it is read, and takes memory
 SHORT = 48  # channels: rows of fewer cost more
-GATHER = 20  # cost of copying a column, in products; where filters are few it tells
+GATHER = 20  # cost of copying a column, in products
 SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
 SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
 WHOLE = 10 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 40 MiB
@@ -216,8 +215,12 @@ class Tiling:
         out[...] = np.ndarray(out.shape, out.dtype, lines, 0, [
             lines[0].nbytes, length * point, point])
 
-    def write(self, answers: Array, box: Box, out: Array) -> None:
-        """Aᵀ of a box's products (frequencies, tiles, F), to its windows in `out` (N, *P, F)."""
+    def write(self, answers: Array, box: Box, out: Array, finish: Finish) -> None:
+        """Aᵀ of a box's products (frequencies, tiles, F), finished, to its windows in `out`."""
+        if finish.bias is not None:  # at the points 1, whose powers are ones: added to each output
+            answers[reduce(lambda f, s: f * (s + 2) + 1, [s for s in self.steps if s > 1], 0)
+                    ] += finish.bias
+            finish = finish._replace(bias=None)
         images, *tiles = box
         count, axes = [s.stop - s.start for s in box], len(tiles)
         values = whole(transform([FILTERS[m][0] for m in self.steps], answers.reshape(
@@ -228,10 +231,15 @@ class Tiling:
             axes, *(i for axis in range(axes) for i in (axes + 1 + axis, axis)))
         values = values.reshape(
             count[0], *(c * s for c, s in zip(count[1:], self.steps, strict=True)))
+        numbers = values.view(np.dtype((out.dtype, out.shape[-1])))
         for phase, here, batch in self.pieces(images):
-            inside = out[(batch, *(slice(a + t.start * s * d, a + t.stop * s * d, d) for a, t, s, d
-                                   in zip(phase, tiles, self.steps, self.apart, strict=True)))]
-            whole(inside)[...] = values[(here, *map(slice, inside.shape[1:-1]))]
+            where = (batch, *(slice(a + t.start * s * d, a + t.stop * s * d, d) for a, t, s, d
+                              in zip(phase, tiles, self.steps, self.apart, strict=True)))
+            part = here, *map(slice, out[where].shape[1:-1])
+            if finish.plain:
+                whole(out[where])[...] = values[part]
+            else:
+                finish(numbers[part], out, where)
 
 
 @lru_cache(1024)
@@ -258,8 +266,7 @@ def tiling(kernel, images: int, channels: int, filters: int, positions, stride, 
 def transformed(w: Array, steps: tuple[int, ...], width: int) -> Array:
     """G w, (*K, C, F) -> (frequencies, F / width, C, width): the filters in slabs.
 
-    In this order in memory whatever that of w: products with a transposed view take 20 % longer.
-    """
+    So in memory whatever the order of w: products with a transposed view take 20 % longer."""
     *kernel, channels, filters = w.shape
     matrices = [FILTERS[m][2] for m in steps]
     factors = np.empty((prod(map(len, matrices)), filters // width, channels, width), w.dtype)
@@ -280,8 +287,8 @@ def portions(factors: Array) -> list[slice]:
     return parallel.parts(channels, max(1, BLOCK // (frequencies * filters)))
 
 
-def product(way: Tiling, x: Array, w: Array, out: Array, before) -> None:
-    """Write correlate(x, w), stride one, zero padding `before`, to `out` (N, *P, C_out)."""
+def product(way: Tiling, x: Array, w: Array, out: Array, before, finish: Finish) -> None:
+    """Write correlate(x, w), stride one, padded with zeros, finished, to `out` (N, *P, C_out)."""
     channels, filters = way.taps * way.channels, way.filters
     width = SLAB if filters % SLAB == 0 and 48 * channels * SLAB <= SMALL else filters
     factors = kept(w, (way.steps, width), lambda w: transformed(
@@ -297,11 +304,11 @@ def product(way: Tiling, x: Array, w: Array, out: Array, before) -> None:
         left = seen.reshape(len(factors), 1, -1, rows, channels)
         parts = answers.reshape(len(factors), -1, rows, filters // width, width)
         parts = parts.transpose(0, 3, 1, 2, 4)
-        parallel.run(lambda i: way.spectrum(x, boxes[i], before, seen[:, places[i]]),
-                     range(len(boxes)))
+        every_box = range(len(boxes))
+        parallel.run(lambda i: way.spectrum(x, boxes[i], before, seen[:, places[i]]), every_box)
         parallel.run(lambda f: np.matmul(left[f], factors[f, :, None], out=parts[f]),
                      parallel.parts(len(factors)))
-        parallel.run(lambda i: way.write(answers[:, places[i]], boxes[i], out), range(len(boxes)))
+        parallel.run(lambda i: way.write(answers[:, places[i]], boxes[i], out, finish), every_box)
 
     parallel.run(compute, way.groups())
 
