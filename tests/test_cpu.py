@@ -19,7 +19,17 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from tinyseg import Tensor, losses, models, no_grad, ops, optim, parallel, train, windows
 from tinyseg.data import phantom
-from tinyseg.windows import Window, columns, cpu, lines, pooling, products, reference, winograd
+from tinyseg.windows import (
+    Window,
+    columns,
+    cpu,
+    lines,
+    pooling,
+    products,
+    reference,
+    transforms,
+    winograd,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -195,9 +205,9 @@ def test_transform(axes, count, channels, row, seed):
     truth = truth.reshape(prod(map(len, matrices)), -1, channels)
     wide = np.full((len(truth), truth.shape[1] + 3, channels), np.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "ROW", row)
-        assert np.allclose(winograd.transform(matrices, x, steps), truth)
-        winograd.transform(matrices, x, steps, wide[:, 2:-1])
+        patch.setattr(transforms, "ROW", row)
+        assert np.allclose(transforms.transform(matrices, x, steps), truth)
+        transforms.transform(matrices, x, steps, wide[:, 2:-1])
     assert np.allclose(wide[:, 2:-1], truth)
     assert np.isnan(wide[:, :2]).all() and np.isnan(wide[:, -1]).all()
 
@@ -205,7 +215,7 @@ def test_transform(axes, count, channels, row, seed):
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 def test_the_matrices_are_a_minimal_filter(m):
     """y = Aᵀ [(G w) ⊙ (Bᵀ x)] is the correlation of m + 2 numbers with 3, for any numbers."""
-    a, b, g = winograd.filtering(m)
+    a, b, g = transforms.filtering(m)
     rng = np.random.default_rng(0)
     for _ in range(20):
         x, w = rng.standard_normal(m + 2), rng.standard_normal(3)

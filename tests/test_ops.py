@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyseg import Tensor, check_gradients, normalisation, ops, windows
+from tinyseg import Tensor, check_gradients, ops, parallel, windows
 
 leaf = partial(Tensor, requires_grad=True)
 check = partial(check_gradients, tolerance=1e-8)
@@ -569,11 +569,12 @@ def test_rows_of_few_channels_are_taken_together(rows, channels, together):
     rng = np.random.default_rng(0)
     x, b, r = (rng.standard_normal(shape) for shape in (
         (rows, channels), channels, (rows, channels)))
-    lines, wide = normalisation.widened(x, b)
+    lines, wide = parallel.widened(x, b)
     assert lines.shape == (rows // together, together * channels) and wide.shape == lines.shape[1:]
     np.testing.assert_array_equal((lines + wide).reshape(x.shape), x + b)
     truth = np.maximum(x + b + r, 0)
-    np.testing.assert_array_equal(normalisation.shift(x, b, r, relu=True), truth)
-    np.testing.assert_array_equal(x, truth)  # written over it
-    ends = normalisation.shift(np.ones((4, 3)), np.array([np.inf, -np.inf, -2]), relu=True)
+    windows.Finish(b, r, relu=True)(x, x)
+    np.testing.assert_array_equal(x, truth)
+    ends = np.ones((4, 3))
+    windows.Finish(np.array([np.inf, -np.inf, -2]), relu=True)(ends, ends)
     assert ends.tolist() == [[np.inf, 0, 0]] * 4

@@ -137,27 +137,28 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
 
 def _multiply(points: Array, matrix: Array, rows: slice, out: Array, finish: Finish) -> None:
     """Write some rows of points @ matrix, finished, to those of `out`."""
-    np.matmul(points[rows], matrix, out=out[rows])
+    y = out[rows]
+    np.matmul(points[rows], matrix, out=y)
     if not finish.plain:
-        finish(out[rows], out, rows)
+        finish(y, y, rows)
 
 
 def _add(terms: Callable[[Box, slice], Iterator[tuple[Box, Array]]], block: Box, part: slice,
          out: Array, finish: Finish) -> None:
     """Write the sum of its terms, each an array in its box, finished, to a block of `out`, some
     filters."""
-    total = None
+    out, total = out[..., part], None
     for box, term in terms(block, part):
         if total is None and box == block:
             total = term
             continue
         if total is None:
-            total = np.zeros((*shape(block), term.shape[-1]), out.dtype)
+            total = np.zeros((*shape(block), out.shape[-1]), out.dtype)
         total[tuple(slice(a.start - b.start, a.stop - b.start)
                     for a, b in zip(box, block, strict=True))] += term
     if total is None:
-        total = np.zeros((*shape(block), out[..., part].shape[-1]), out.dtype)
-    finish(total, out, block, part)
+        total = np.zeros((*shape(block), out.shape[-1]), out.dtype)
+    finish(total, out[block], block, part)
 
 
 def _columns(x: Array, w: Array, out: Array, stride, dilation, before):

@@ -21,7 +21,8 @@ from .. import parallel
 from ..backend import Array
 from .products import Correlation, Finish
 from .reference import pad
-from .winograd import FILTERS, direct, per_pair, tiling, transform
+from .transforms import FILTERS, transform
+from .winograd import direct, per_pair, tiling
 
 IMAGE, KERNEL = 70, 160  # cost of a transformed number, in products; measured as in `winograd`
 
@@ -109,7 +110,7 @@ def product(others: Callable, x: Array, w: Array, out: Array, m: int, stride, di
         lines = np.moveaxis(lines, (-3, -2, 0), (0, 1, 2))
         lines = lines.reshape(len(x), tiles * m, *lines.shape[3:])
         lines = lines[:, : out.shape[1]]
-        finish(lines, out, (slice(None), slice(None), part))
+        finish(lines, out[:, :, part], (slice(None), slice(None), part))
 
     parallel.run(back, parallel.parts(out.shape[2]))
 

@@ -41,7 +41,8 @@ class Finish(NamedTuple):
 
     def __call__(self, y: Array, out: Array, where: Any = ..., filters: slice = slice(None)
                  ) -> None:
-        """Written to out[where][..., filters], and over y, on the way."""
+        """Of the outputs at the index `where`, some filters, written to `out`, and over y on the
+        way, which may be the same array."""
         if self.bias is not None:
             rows, bias = y, self.bias[filters]
             if y.flags.c_contiguous:
@@ -52,9 +53,9 @@ class Finish(NamedTuple):
         if self.relu:  # NumPy takes a third as long with zeros of two axes as with the number
             library = array_module(y)
             zero = library.zeros(y.shape[-2:], y.dtype)
-            library.maximum(y, zero, out=out[where][..., filters])
-        else:
-            out[where][..., filters] = y
+            library.maximum(y, zero, out=out)
+        elif out is not y:
+            out[...] = y
 
 
 PLAIN = Finish()

@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from itertools import accumulate
 from itertools import product as every
 from math import ceil, prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,9 +30,9 @@ from .. import parallel
 from ..backend import Array
 from .geometry import Box, blocks
 from .products import Finish, kept
+from .transforms import FILTERS, transform, whole
 
 BLOCK = 1 << 19  # numbers in a block's transformed tiles: 2 MiB
-ROW = 1 << 14  # numbers in a row that a transform takes at a time
 IMAGE, KERNEL = 40, 90  # cost of a transformed number, in products; measured on Zen 5, 2 threads
 FIXED = 45  # that of one of a kernel that is transformed already: it is read, and takes memory
 SHORT = 48  # channels: rows of fewer cost more
@@ -38,68 +40,6 @@ GATHER = 20  # cost of copying a column, in products
 SLAB = 64  # filters that lie together in a transformed kernel: products of slabs, small enough for
 SMALL = 10**6  # OpenBLAS to take them as they lie, run at its AVX-512 kernels' full speed
 WHOLE = 10 << 20  # numbers in a transformed kernel, or tiles of a weight gradient at a time: 40 MiB
-
-
-def filtering(m: int) -> tuple[Array, Array, Array]:
-    """Aᵀ (m, m + 2), Bᵀ (m + 2, m + 2) and G (m + 2, 3) of F(m, 3), by Toom and Cook.
-
-    Signals are polynomials, known by their values at the points 0, 1, -1, 1/2, -2 (the first m + 1)
-    and infinity. G evaluates the filter, divided by the denominators of Lagrange's interpolation;
-    Bᵀ holds the coefficients of its numerators; a correlation is the transpose of a product
-    (Barabasz et al. 2020, "Error analysis and improving the accuracy of Winograd convolution";
-    with 2 in place of 1/2, rounding is half as much again for each axis).
-    """
-    points = np.array((0, 1, -1, 1 / 2, -2)[: m + 1])
-    others = [np.delete(points, i) for i in range(m + 1)]
-    infinity = np.eye(m + 2)[-1:]
-    a = np.vstack([np.vander(points, m, increasing=True), infinity[:, -m:]])
-    b = [[*np.poly(o)[::-1], 0] for o in others] + [np.poly(points)[::-1]]
-    g = np.vander(points, 3, increasing=True) / [[np.prod(p - o)] for p, o in
-                                                 zip(points, others, strict=True)]
-    return a.T, np.array(b), np.vstack([g, infinity[:, -3:]])
-
-
-# Aᵀ, Bᵀ and G for m outputs of a tile along an axis; an axis of one tap has m = 1.
-FILTERS = {1: [np.ones((1, 1), "float32")] * 3,
-           **{m: [matrix.astype("float32") for matrix in filtering(m)] for m in (2, 3, 4)}}
-
-
-def transform(matrices: list[Array], x: Array, steps: tuple[int, ...] | None = None,
-              out: Array | None = None) -> Array:
-    """The matrices (f, r), one an axis and ⊗ over the axes, times tiles of r x ... points of x:
-    (N, *S, C) -> (frequencies, N tiles, C). Tiles begin `steps` apart; without, there is one.
-    Where the last of several axes is transformed, its tiles come first: (tiles, N, others)."""
-    count, *size, channels = x.shape
-    steps = steps or tuple(size)
-    last = max(i for i, matrix in enumerate(matrices) if matrix.size > 1)
-    x, lead, tiles = np.ascontiguousarray(x), 1, count
-    for i, (matrix, step, n) in enumerate(zip(matrices, steps, size, strict=True)):
-        if matrix.size == 1:
-            tiles *= n
-            continue
-        frequencies, reach = matrix.shape
-        number, row, cut = (n - reach) // step + 1, prod(size[i + 1 :]) * channels, 1
-        for points in size[i + 1 :]:  # what lies behind a point is one long row, cut where too long
-            cut *= points if row > ROW * cut else 1
-        if 0 < i == len(size) - 1:  # nothing lies behind: there the tiles of the other axes go
-            x = whole(x.reshape(lead, tiles, n, row)).swapaxes(1, 2).copy().view(x.dtype)
-            cut = next(c for c in range(1, tiles + 1)
-                       if tiles % c == 0 and (tiles * row <= ROW * c or c == tiles))
-            row, tiles = tiles * row, 1
-        length = row // cut
-        seen = np.ndarray((lead, tiles, number, cut, reach, length), x.dtype, x, 0, [  # uncopied
-            x.itemsize * far for far in (tiles * n * row, n * row, step * row, length, row, 1)])
-        x = out if i == last and out is not None else np.empty(
-            (lead * frequencies, tiles * number, row), x.dtype)
-        np.matmul(matrix, seen, out=x.reshape(
-            lead, frequencies, tiles, number, cut, length).transpose(0, 2, 3, 4, 1, 5))
-        lead, tiles = lead * frequencies, tiles * number
-    return x.reshape(lead, -1, channels)
-
-
-def whole(x: Array) -> Array:
-    """x (..., C), its last axis as one item: runs of few channels are copied twice as fast."""
-    return x.view(np.dtype((np.void, x.shape[-1] * x.itemsize)))[..., 0]
 
 
 def pairs(kernel, positions, dilation) -> int:
@@ -160,13 +100,18 @@ class Tiling:
         """Where the phases of the dilation begin; their images come one after another."""
         return list(every(*map(range, self.apart)))
 
-    def groups(self) -> list[list[Box]]:
-        """The tiles in batches whose products are taken together: of about BLOCK elements, or more
-        where the products would have fewer rows than a quarter of the channels; as many batches
-        for each thread. Where all is less than one such, threads share it, a box each."""
-        grid, threads = (len(self.phases) * self.images, *self.tiles), parallel.threads()
+    @property
+    def ones(self) -> int:
+        """Which frequency belongs to the point 1 of each axis that is transformed."""
+        return reduce(lambda f, s: f * (s + 2) + 1, (s for s in self.steps if s > 1), 0)
+
+    def groups(self, threads: int, numbers: int) -> list[list[Box]]:
+        """The tiles in batches whose products are taken together: of about so many elements, or
+        more where the products would have fewer rows than a quarter of the channels; as many
+        batches for each thread. Where all is less than one such, threads share it, a box each."""
+        grid = (len(self.phases) * self.images, *self.tiles)
         widest = max(self.taps * self.channels, self.filters)
-        limit = max(BLOCK / (self.frequencies * widest), widest / 4)
+        limit = max(numbers / (self.frequencies * widest), widest / 4)
         number = ceil(self.number / limit / threads) * threads
         boxes = list(blocks(grid, parallel.share(grid, number)))
         return [[box] for box in boxes] if self.number > limit else [boxes]
@@ -180,32 +125,31 @@ class Tiling:
                 yield phase, slice(low - images.start, high - images.start), slice(
                     low - first, high - first)
 
-    def region(self, x: Array, box: Box, before, margin: int) -> Array:
-        """What the windows of a box see of x (N, *S, C), with zeros around: (images, *reach, C).
-        Window p of a phase stands on point p - before; the margin is what a last tile sees more."""
+    def region(self, box: Box, grid: tuple[int, ...], before, margin: int) -> Region:
+        """What the windows of a box see of a grid. Window p of a phase stands on point p - before;
+        the margin is what a last tile sees more."""
         images, *tiles = box
         start = [t.start * s for t, s in zip(tiles, self.steps, strict=True)]
         reach = [(t.stop - t.start) * s + margin * (s > 1)
                  for t, s in zip(tiles, self.steps, strict=True)]
         reach[-1] += margin * (self.taps > 1)
-        out = np.empty((images.stop - images.start, *reach, x.shape[-1]), x.dtype)
+        pairs, padded = [], False
         for phase, here, batch in self.pieces(images):
             source, target = [batch], [here]
-            for a, d, b, n, p, r in zip(phase, self.apart, before, x.shape[1:-1], start, reach,
-                                        strict=True):
+            for a, d, b, n, p, r in zip(phase, self.apart, before, grid, start, reach, strict=True):
                 first, offset = (a - b) % d, (a - b) // d + p  # j sees point first + (j + offset) d
-                low, high = max(0, -offset), min(r, ceil((n - first) / d) - offset)
-                source.append(slice(first + (low + offset) * d, None, d))
-                target.append(slice(low, max(low, high)))
-            inside = out[tuple(target)]
-            if inside.shape[1:-1] != out.shape[1:-1]:
-                out[here] = 0
-            inside[...] = x[tuple(source)][(slice(None), *map(slice, inside.shape[1:-1]))]
-        return out
+                low = max(0, -offset)
+                high = max(low, min(r, ceil((n - first) / d) - offset))
+                begin = first + (low + offset) * d
+                source.append(slice(begin, max(begin, begin + (high - low - 1) * d + 1), d))
+                target.append(slice(low, high))
+                padded |= (low, high) != (0, r)
+            pairs.append((tuple(source), tuple(target)))
+        return Region((images.stop - images.start, *reach), pairs, padded)
 
-    def spectrum(self, x: Array, box: Box, before, out: Array) -> None:
-        """Bᵀ x of a box to `out` (frequencies, tiles, taps C)."""
-        seen, matrices = self.region(x, box, before, 2), [FILTERS[m][1] for m in self.steps]
+    def spectrum(self, x: Array, part: Part, out: Array) -> None:
+        """Bᵀ x of a part to `out` (frequencies, tiles, taps C)."""
+        seen, matrices = part.seen.read(x), [FILTERS[m][1] for m in self.steps]
         if self.taps == 1:
             transform(matrices, seen, self.steps, out)
             return
@@ -215,31 +159,66 @@ class Tiling:
         out[...] = np.ndarray(out.shape, out.dtype, lines, 0, [
             lines[0].nbytes, length * point, point])
 
-    def write(self, answers: Array, box: Box, out: Array, finish: Finish) -> None:
-        """Aᵀ of a box's products (frequencies, tiles, F), finished, to its windows in `out`."""
-        if finish.bias is not None:  # at the points 1, whose powers are ones: added to each output
-            answers[reduce(lambda f, s: f * (s + 2) + 1, [s for s in self.steps if s > 1], 0)
-                    ] += finish.bias
+    def write(self, answers: Array, part: Part, out: Array, finish: Finish) -> None:
+        """Aᵀ of a part's products (frequencies, tiles, F), finished, to its windows in `out`."""
+        if finish.bias is not None:  # the powers of 1 are ones: it is added to each output
+            answers[self.ones] += finish.bias
             finish = finish._replace(bias=None)
-        images, *tiles = box
-        count, axes = [s.stop - s.start for s in box], len(tiles)
-        values = whole(transform([FILTERS[m][0] for m in self.steps], answers.reshape(
-            1, *(s + 2 if s > 1 else 1 for s in self.steps), -1)).reshape(-1, out.shape[-1]))
-        if self.steps[-1] > 1 < axes:
-            values = np.moveaxis(values.reshape(*self.steps, count[-1], *count[:-1]), axes, -1)
-        values = values.reshape(*self.steps, *count).transpose(
-            axes, *(i for axis in range(axes) for i in (axes + 1 + axis, axis)))
-        values = values.reshape(
-            count[0], *(c * s for c, s in zip(count[1:], self.steps, strict=True)))
+        values = transform([FILTERS[m][0] for m in self.steps], answers.reshape(
+            1, *(s + 2 if s > 1 else 1 for s in self.steps), -1))
+        values = whole(values.reshape(-1, out.shape[-1])).reshape(part.shape).transpose(part.order)
+        values = values.reshape(part.own.shape)
         numbers = values.view(np.dtype((out.dtype, out.shape[-1])))
-        for phase, here, batch in self.pieces(images):
-            where = (batch, *(slice(a + t.start * s * d, a + t.stop * s * d, d) for a, t, s, d
-                              in zip(phase, tiles, self.steps, self.apart, strict=True)))
-            part = here, *map(slice, out[where].shape[1:-1])
+        for where, here in part.own.pairs:
             if finish.plain:
-                whole(out[where])[...] = values[part]
+                whole(out[where])[...] = values[here]
             else:
-                finish(numbers[part], out, where)
+                finish(numbers[here], out[where], where)
+
+
+class Region(NamedTuple):
+    """Points of a grid (N, *S): its shape, pairs (index of the grid, index of the region), and
+    whether zeros lie around."""
+
+    shape: tuple[int, ...]
+    pairs: list[tuple[tuple[slice, ...], tuple[slice, ...]]]
+    padded: bool
+
+    def read(self, x: Array) -> Array:
+        """What it has of x (N, *S, C)."""
+        out = (np.zeros if self.padded else np.empty)((*self.shape, x.shape[-1]), x.dtype)
+        for there, here in self.pairs:
+            out[here] = x[there]
+        return out
+
+
+class Part(NamedTuple):
+    """A box of tiles: how many, what they see of x, where their outputs stand, and how these come
+    out of a transform: in this shape, to be taken in this order of axes."""
+
+    tiles: int
+    seen: Region
+    own: Region
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+@lru_cache(256)
+def parts(way: Tiling, grid: tuple[int, ...], positions: tuple[int, ...], before: tuple[int, ...],
+          threads: int, numbers: int) -> list[list[Part]]:
+    """The groups of a tiling, see there, with all that is known before there are numbers."""
+    axes = len(grid)
+    turned = way.steps[-1] > 1 < axes  # see transform: the tiles of the last axis come first
+    places = [*range(axes + 1, 2 * axes + 1), axes] if turned else [*range(axes, 2 * axes + 1)]
+    order = (places[0], *(i for axis in range(axes) for i in (places[axis + 1], axis)))
+
+    def part(box: Box) -> Part:
+        count = [s.stop - s.start for s in box]
+        return Part(prod(count), way.region(box, grid, before, 2),
+                    way.region(box, positions, (0,) * axes, 0),
+                    (*way.steps, *(count[-1:] + count[:-1] if turned else count)), order)
+
+    return [[part(box) for box in boxes] for boxes in way.groups(threads, numbers)]
 
 
 @lru_cache(1024)
@@ -294,28 +273,29 @@ def product(way: Tiling, x: Array, w: Array, out: Array, before, finish: Finish)
     factors = kept(w, (way.steps, width), lambda w: transformed(
         w.reshape(*w.shape[:-3], -1, channels, filters), way.steps, width))
 
-    def compute(boxes: list[Box]) -> None:
-        places = together(boxes)
+    def compute(group: list[Part]) -> None:
+        places = together(group)
         tiles = places[-1].stop
         seen = np.empty((len(factors), tiles, channels), x.dtype)
         answers = np.empty((len(factors), tiles, filters), x.dtype)
         rows = next((n for n in range(tiles, 23, -1)
                      if tiles % n == 0 and n * channels * width <= SMALL), tiles)
         left = seen.reshape(len(factors), 1, -1, rows, channels)
-        parts = answers.reshape(len(factors), -1, rows, filters // width, width)
-        parts = parts.transpose(0, 3, 1, 2, 4)
-        every_box = range(len(boxes))
-        parallel.run(lambda i: way.spectrum(x, boxes[i], before, seen[:, places[i]]), every_box)
-        parallel.run(lambda f: np.matmul(left[f], factors[f, :, None], out=parts[f]),
+        into = answers.reshape(len(factors), -1, rows, filters // width, width)
+        into = into.transpose(0, 3, 1, 2, 4)
+        each = range(len(group))
+        parallel.run(lambda i: way.spectrum(x, group[i], seen[:, places[i]]), each)
+        parallel.run(lambda f: np.matmul(left[f], factors[f, :, None], out=into[f]),
                      parallel.parts(len(factors)))
-        parallel.run(lambda i: way.write(answers[:, places[i]], boxes[i], out, finish), every_box)
+        parallel.run(lambda i: way.write(answers[:, places[i]], group[i], out, finish), each)
 
-    parallel.run(compute, way.groups())
+    parallel.run(compute, parts(way, x.shape[1:-1], out.shape[1:-1], before, parallel.threads(),
+                                BLOCK))
 
 
-def together(boxes: list[Box]) -> list[slice]:
-    """Where the tiles of each box stand among those of all."""
-    ends = np.cumsum([prod(s.stop - s.start for s in box) for box in boxes]).tolist()
+def together(group: list[Part]) -> list[slice]:
+    """Where the tiles of each part stand among those of all."""
+    ends = list(accumulate(part.tiles for part in group))
     return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
@@ -324,19 +304,18 @@ def weights(way: Tiling, x: Array, y: Array, before) -> Array:
     channels, filters = way.taps * way.channels, way.filters
     output, matrices = ([FILTERS[m][i].T for m in way.steps] for i in (0, 2))
     sums = np.empty((way.frequencies, channels, filters), x.dtype)
-    boxes = [box for group in way.groups() for box in group]
-    size = together(boxes)[0].stop * way.frequencies * (channels + filters)
-    number = max(1, WHOLE // size)
-    for start in range(0, len(boxes), number):
-        group = boxes[start : start + number]
+    groups = parts(way, x.shape[1:-1], y.shape[1:-1], before, parallel.threads(), BLOCK)
+    all_parts = [part for group in groups for part in group]
+    number = max(1, WHOLE // (all_parts[0].tiles * way.frequencies * (channels + filters)))
+    for start in range(0, len(all_parts), number):
+        group = all_parts[start : start + number]
         places = together(group)
         left = np.empty((len(sums), places[-1].stop, channels), x.dtype)
         right = np.empty((len(sums), places[-1].stop, filters), x.dtype)
 
         def compute(i, group=group, places=places, left=left, right=right) -> None:
-            way.spectrum(x, group[i], before, left[:, places[i]])
-            transform(output, way.region(y, group[i], (0,) * len(output), 0), way.steps,
-                      right[:, places[i]])
+            way.spectrum(x, group[i], left[:, places[i]])
+            transform(output, group[i].own.read(y), way.steps, right[:, places[i]])
 
         def multiply(f: slice, first=start == 0, left=left, right=right) -> None:
             if first:
