@@ -27,7 +27,7 @@ import numpy as np
 from .. import parallel
 from ..backend import Array
 from . import lines, winograd
-from .columns import BLOCK, ROWS, Columns, boxes, shape, volume
+from .columns import BLOCK, ROWS, Columns, boxes, even, shape, volume
 from .geometry import Box, Window, blocks
 from .pooling import maximum, maximum_adjoint
 from .products import Correlation, Finish, constant, outputs
@@ -123,8 +123,9 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
             y = out.reshape(-1, out.shape[-1])
             if finish.residual is not None:
                 finish = finish._replace(residual=finish.residual.reshape(y.shape))
+            number = even(ceil(len(y) * max(matrix.shape) / BLOCK), (len(y),))
             jobs += [partial(_multiply, points, matrix, rows, y, finish)
-                     for rows in parallel.parts(len(points), max(ROWS, BLOCK // max(matrix.shape)))]
+                     for rows in parallel.parts(len(y), ceil(len(y) / number))]
         else:
             terms, boxes = (_taps(x, w, out, dilation, before) if name == "taps" else
                             _columns(x, w, out, stride, dilation, before))
