@@ -6,7 +6,7 @@
 // As a matrix product (implicit im2col): rows are the positions (n, p), columns are the filters
 // o, and the sum runs over (k, c). Position p is written to point `start + p * step` of the output
 // grid: the gradient in x is this same product on y, once per residue of the stride, each residue
-// on its own comb of points (windows/kernels.py makes the combs). All of them are one launch.
+// on its own comb of points (windows/kernels.py makes the combs). Many such PROBLEMS are one launch.
 #ifndef TINYSEG_CONV
 #define TINYSEG_CONV
 

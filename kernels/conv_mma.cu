@@ -7,7 +7,7 @@
 // WARP_COLUMNS part of it in fragments of 16 x 8. The sum advances TERMS terms, a turn, at a time
 // through STAGES buffers in shared memory that cp.async fills in the background, so that the
 // multiplying warps never wait for global memory. The matrix of patches is never stored. Where the
-// tiles are few, the sum is cut into gridDim.z slices, which kernels/slices.cu adds in order: the
+// tiles are few, the sum is cut into slices along gridDim.z, which kernels/slices.cu adds in order: the
 // result is the same in every run.
 //
 // Least traffic: x, w and y once; as implicit GEMM each row's patch crosses from the second-level cache

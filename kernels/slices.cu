@@ -1,5 +1,5 @@
 // A sum that kernels of convolution left in slices, added in order: the last step of correlate and
-// correlate_dw wherever gridDim.z cut theirs.
+// correlate_dw wherever they cut theirs.
 //
 //   y[output(row), filter] = sum over s of  slices[problem, s, row, filter]
 //

@@ -48,12 +48,14 @@ def check(x, w, window, seed=0, tolerance=1e-5):
     g = rng.standard_normal((len(x), *window.positions(size), w.shape[-1])).astype("float32")
     bias, residual = (rng.standard_normal(shape).astype("float32") for shape in (
         w.shape[-1:], g.shape))
-    y = windows.correlate(x, w, window) + bias
-    for added, relu in ((None, seed % 2 == 0), (residual, seed % 2 == 1)):
-        truth = y if added is None else y + added
-        finished = windows.correlate(x, w, window, windows.Finish(bias, added, relu))
+    y, before = windows.correlate(x, w, window), [a.copy() for a in (x, bias, residual)]
+    for shift, added, relu in ((bias, None, seed % 2 == 0), (bias, residual, True),
+                               (None, residual, seed % 2 == 1), (None, None, True)):
+        truth = y + (0 if shift is None else shift) + (0 if added is None else added)
+        finished = windows.correlate(x, w, window, windows.Finish(shift, added, relu))
         np.testing.assert_allclose(finished, np.maximum(truth, 0) if relu else truth,
-                                   rtol=1e-6, atol=tolerance * abs(y).max())
+                                   rtol=1e-6, atol=tolerance * (1 + abs(y).max()))
+    assert all(map(np.array_equal, before, (x, bias, residual)))
     for name, *factors, more in (("correlate", x, w, ()), ("correlate_dx", g, w, (size,)),
                                  ("correlate_dw", x, g, ())):
         ours = getattr(windows, name)(*factors, *more, window)

@@ -26,12 +26,13 @@ def trained(net, seed=0):
     return net.eval()
 
 
-def difference(net, size, model=None, tmp_path=None):
+def difference(net, size, images=2):
     """Of the runtime's logits from ours, for two images at a time, as a share of the largest."""
-    x = np.random.default_rng(1).standard_normal((2, *size, net.config["in_channels"]), "float32")
+    channels = net.config["in_channels"]
+    x = np.random.default_rng(1).standard_normal((images, *size, channels), "float32")
     with ts.no_grad():
         ours = net(x).data
-    content = (model or export.onnx(net, size)).SerializeToString()
+    content = export.onnx(net, size).SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     theirs, = session.run(["logits"], {"image": np.ascontiguousarray(np.moveaxis(x, -1, 1))})
     return abs(np.moveaxis(theirs, 1, -1) - ours).max() / abs(ours).max()
@@ -56,6 +57,27 @@ def test_onnx_of_options(options):
     net = trained(net)
     assert difference(net, (37, 50)) < 1e-4
     assert difference(ts.infer.fold(net), (37, 50)) < 1e-4
+
+
+def test_what_is_added_may_be_constant():
+    """To a convolution, as to a normalisation; and of a constant alone there is no graph."""
+    class Placed(ts.nn.Module):
+        config, turned = {"in_channels": 2}, False
+
+        def __init__(self):
+            self.conv, self.bn = ts.nn.Conv(2, 5, (3, 3), padding=1, rng=0), ts.nn.BatchNorm(5)
+            self.a, self.b = (ts.Tensor(np.random.default_rng(seed).standard_normal(
+                (1, 8, 11, 5), "float32"), requires_grad=True) for seed in (1, 2))
+
+        def forward(self, x):
+            y = self.conv(x, None, self.a, relu=True)
+            return self.bn(self.b, y) if self.turned else self.bn(y, self.b)
+
+    net = Placed().eval()
+    assert difference(net, (8, 11), images=1) < 1e-5
+    net.turned = True
+    with pytest.raises(ValueError, match="batch_norm of a constant has no form"):
+        export.onnx(net, (8, 11))
 
 
 def test_onnx_of_a_classifier():

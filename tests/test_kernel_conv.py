@@ -116,6 +116,7 @@ def test_on_tensor_cores(cuda, monkeypatch, order, problem, multiplied, seed):
     ((5, 12, 9), 1, 68, (3, 7, 7), {"stride": (1, 2, 2), "padding": (1, 3, 3)}),
     ((9, 11, 7), 72, 40, (3, 3, 3), {"stride": 2, "padding": 1}),  # eight residues, of odd sizes
     ((7, 8, 10), 8, 16, (3, 4, 5), {"stride": (3, 2, 4), "padding": 2, "dilation": (1, 3, 1)}),
+    ((5, 6, 7), 8, 16, (4, 4, 4), {"stride": 4, "padding": 1}),  # 64: more than a launch has
 ])
 def test_the_shapes_of_networks(cuda, multiplied, size, channels, filters, kernel, options):
     x, w = arrays(size, 2, channels, filters, kernel, 1)
@@ -354,14 +355,18 @@ def test_kernels_that_lie_anywhere(cuda, multiplied):
                 assert error(ours, truth) < 1e-6
 
 
-def test_an_operation_on_tensors(cuda):
-    """ops.conv on the stand-in, bias included, equals it on NumPy."""
+@pytest.mark.parametrize("added, relu", [(False, False), (True, False), (False, True),
+                                         (True, True)])
+def test_an_operation_on_tensors(cuda, added, relu):
+    """ops.conv on the stand-in, with all that may follow it, equals it on NumPy."""
     x, w = arrays((5, 6), 2, 8, 16, (3, 3), 4)
-    b, results = np.arange(16, dtype="float32"), []
+    b, results = np.arange(-8, 8, dtype="float32"), []
+    r = np.random.default_rng(5).standard_normal((2, 3, 3, 16)).astype("float32")
     for library in (np, cuda):
-        leaves = [ts.Tensor(library.asarray(a), requires_grad=True) for a in (x, w, b)]
+        leaves = [ts.Tensor(library.asarray(a), requires_grad=True)
+                  for a in (x, w, b, *[r] * added)]
         with precision("fp32"):
-            y = ts.ops.conv(*leaves, padding=1, stride=2)
+            y = ts.ops.conv(*leaves, relu=relu, padding=1, stride=2)
             (y * y).sum().backward()
         results.append([ts.to_numpy(a) for a in (y.data, *(leaf.grad for leaf in leaves))])
     for ours, theirs in zip(*results, strict=True):

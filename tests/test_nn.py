@@ -622,3 +622,32 @@ def test_a_part_is_a_part_whatever_its_name(name):
     net = Holder(**{name: nn.Linear(2, 3, rng=0)})
     assert list(net.state()) == [f"{name}.weight", f"{name}.bias"]
     assert net.astype("float64").state()[f"{name}.bias"].dtype == "float64"
+
+
+def test_another_module_may_stand_in_a_convolutions_place():
+    """It is given the image alone, whatever follows it in the same pass."""
+    x, added = (Tensor(rng(s).standard_normal((2, 7, 3), "float32")) for s in (0, 1))
+    conv, norm = nn.Conv(3, 3, (3,), padding=1, rng=2), nn.BatchNorm(3).eval()
+    norm.running_mean[...] = 0.5
+
+    class Own(nn.Conv):
+        def forward(self, x):
+            return super().forward(x)
+
+    own = Own(3, 3, (3,), padding=1, rng=2)
+    for last in norm, nn.Identity():
+        truth = np.maximum(last(conv(x)).data + added.data, 0)
+        for first in conv, own, nn.Sequential(conv, nn.Identity()):
+            y = nn.normalised(first, last, x, added, relu=True)
+            np.testing.assert_allclose(y.data, truth, rtol=1e-5, atol=1e-6)
+    y = nn.normalised(own, nn.Identity(), x)
+    np.testing.assert_array_equal(y.data, conv(x).data)
+    doubled = conv(x, (14,), Tensor(np.ones((2, 14, 3), "float32"))).data
+    np.testing.assert_allclose(doubled, conv(ops.double(x, size=(14,))).data + 1, rtol=1e-5)
+
+
+def test_what_computes_along_depth_adds_nothing():
+    conv = nn.Conv(3, 3, (1, 3, 3), padding=(0, 1, 1), rng=0)
+    conv.along = nn.Identity()
+    with pytest.raises(ValueError, match="Identity computes this; add and cut afterwards"):
+        conv(np.ones((1, 2, 4, 5, 3), "float32"), relu=True)

@@ -1,6 +1,8 @@
 """Each operation against naive loops, and its gradients against differences."""
 
+import gc
 import math
+import weakref
 from functools import partial
 from itertools import product
 from math import prod
@@ -293,6 +295,23 @@ def test_conv_refuses_what_does_not_fit():
     for f in (lambda x: ops.conv(x, Tensor(normal(3, 3, 3, 2))), partial(ops.max_pool, kernel=2)):
         with pytest.raises(ValueError, match=r"grid \(0, 5, 6\).* empty"):
             f(Tensor(normal(0, 5, 6, 3)))
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_a_convolution_keeps_what_its_gradients_need(doubled):
+    """A frozen kernel's input is free, and an answer that was not cut."""
+    x, w = leaf(normal(1, 4, 6, 2)), Tensor(normal(3, 3, 2, 5))
+    h = x + 1.0
+    gone, window = [weakref.ref(h.data)], windows.Window.of((3, 3), padding=1)
+    y = (ops.conv_phases(h, w, window=window, size=(8, 12)) if doubled else
+         ops.conv(h, w, **window.options))
+    gone += [weakref.ref(y.data)]
+    z = y + 0.0
+    del h, y
+    gc.collect()
+    assert [ref() is None for ref in gone] == [not doubled, True]  # phases have one pull-back
+    z.sum().backward()
+    assert x.grad.shape == x.shape
 
 
 def test_the_first_layer_never_asks_for_the_gradient_of_its_image(monkeypatch):

@@ -172,3 +172,19 @@ def test_a_trace_has_every_answer():
     assert net.training and all((before[k] == a).all() for k, a in net.state().items())
     assert "conv" not in nn.ReLU().trace(x)
     assert [layer.sees for layer in ts.summary(net, (1, 9, 1)).layers] == [(3,), (5,), (5,)]
+
+
+def test_what_is_added_to_a_convolution_may_see_more():
+    class Added(nn.Module):
+        def __init__(self):
+            self.wide = nn.Conv(1, 2, (9,), padding=4, rng=0)
+            self.one = nn.Conv(1, 2, (1,), rng=1)
+
+        def forward(self, x):
+            return self.one(x, None, self.wide(x), relu=True)
+
+    net = Added()
+    assert ts.summary(net, (1, 40, 1)).layers[-1].sees == (9,)
+    for parameter in net.parameters():
+        parameter.data[...] = 1
+    assert seen(net, 40, 1) == (9,)

@@ -33,7 +33,7 @@ def conv(x, w, b=None, residual=None, *, relu: bool = False, stride=1, padding=0
     (1, 3, 6, 5)
     """
     if (x.ndim != w.ndim or x.shape[-1] != w.shape[-2]
-            or getattr(b, "shape", w.shape[-1:]) != w.shape[-1:]):
+            or b is not None and getattr(b, "shape", ()) != w.shape[-1:]):
         raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape} and bias; expected "
                          f"(N, *S, C_in) and (*K, C_in, C_out) with equal rank and C_in, (C_out,)")
     window, size = Window.of(w.shape[:-2], stride, padding, dilation, padding_mode), x.shape[1:-1]
@@ -41,16 +41,17 @@ def conv(x, w, b=None, residual=None, *, relu: bool = False, stride=1, padding=0
         raise ValueError(f"conv: residual {residual.shape} does not fit the output, of "
                          f"{len(x)} x {window.positions(size)} positions and {w.shape[-1]} filters")
     y = windows.correlate(x, w, window, Finish(b, residual, relu))
-    cut, shifted, added = y if relu else None, b is not None, residual is not None
+    cut = y if relu else None
 
-    def pull(g, wanted):
-        g = g if cut is None else g * (cut > 0)
-        return (windows.correlate_dx(g, w, size, window) if wanted[0] else None,
-                windows.correlate_dw(x, g, window) if wanted[1] else None,
-                column_sums(g.reshape(-1, g.shape[-1])) if shifted and wanted[2] else None,
-                g if added else None)
+    def passed(g):
+        return g if cut is None else g * (cut > 0)
 
-    return y, pull
+    return y, (  # each keeps what it needs, and no more
+        lambda g: windows.correlate_dx(passed(g), w, size, window),
+        lambda g: windows.correlate_dw(x, passed(g), window),
+        lambda g: column_sums(passed(g).reshape(-1, g.shape[-1])),
+        passed,
+    )
 
 
 @op
@@ -198,8 +199,10 @@ def conv_phases(x, w, b=None, *, window, size, relu: bool = False):
     _copy(windows.correlate(x, kernel, parts.window, Finish(each, relu=relu)),
           parts.apart(y))
 
+    cut = y if relu else None
+
     def pull(g, wanted):
-        g = g * (y > 0) if relu else g
+        g = g if cut is None else g * (cut > 0)
         apart = parts.apart(g)
         rows = np.empty(apart.shape, g.dtype)
         _copy(apart, rows)

@@ -181,7 +181,9 @@ def _array(node: Node, i: int) -> Any:
 
 
 def _first(graph: Graph, node: Node) -> str:
-    """The name of the first input."""
+    """The name of the first input; ValueError where that is constant."""
+    if node.edges[0][1]:
+        raise ValueError(f"{node.name} of a constant has no form in ONNX here")
     return graph.names[node.edges[0][0]]
 
 
@@ -197,7 +199,8 @@ def _convolved(graph: Graph, x: str, node: Node, window: Window) -> str:
 
 def _finished(graph: Graph, y: str, node: Node) -> str:
     """[+ residual], the fourth input, then max(., 0), as the options ask for it."""
-    added = [graph.names[parent] for parent, i in node.edges if i == 3]
+    added = [graph.names[parent] for parent, i in node.edges if i == 3] or [
+        graph.constant(np.moveaxis(a, -1, 1)) for a in [_array(node, 3)] if a is not None]
     y = graph.add("Add", [y, *added]) if added else y
     return graph.add("Relu", [y]) if node.options.get("relu") else y
 
@@ -218,8 +221,7 @@ def _padded(graph: Graph, x: str, window: Window, edge: bool) -> str:
 
 def _options(node: Node) -> dict[str, Any]:
     """The options of an operation that were given, but `relu`."""
-    return {name: value for name, value in node.options.items()
-            if isinstance(name, str) and name != "relu"}
+    return {k: value for k, value in node.options.items() if isinstance(k, str) and k != "relu"}
 
 
 def _conv(graph: Graph, node: Node) -> str:
@@ -257,11 +259,10 @@ def _conv_phases(graph: Graph, node: Node) -> str:
 
 
 def _batch_norm(graph: Graph, node: Node) -> str:
-    given = node.options
     numbers = [graph.constant(to_numpy(a)) for a in (
-        _array(node, 1), _array(node, 2), given["running_mean"], given["running_var"])]
+        _array(node, 1), _array(node, 2), *(node.options[f"running_{s}"] for s in ("mean", "var")))]
     return _finished(graph, graph.add("BatchNormalization", [_first(graph, node), *numbers],
-                                      epsilon=given.get("eps", 1e-5)), node)
+                                      epsilon=node.options.get("eps", 1e-5)), node)
 
 
 def _group_norm(graph: Graph, node: Node) -> str:

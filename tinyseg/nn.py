@@ -78,21 +78,21 @@ class Conv(Module):
     def forward(self, x: Tensor, size: tuple[int, ...] | None = None,
                 residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Of x, or of x with every position twice (see ops.double), to that size; then [+ residual]
-        and max(., 0), where asked."""
+        and max(., 0), where asked. ValueError for either where something else computes `along`."""
         x = _floats(x, self.weight)
         if size is not None:
             # Where their kernel is no larger than the doubled grid, which a CPU need not write.
             small = self.weight.data.size << len(size) <= len(x) * prod(size) * x.shape[-1]
-            if (small and self.along is residual is None and array_module(x.data) is np
+            if (small and self.along is None and residual is None and array_module(x.data) is np
                     and ops.phases(self.window, x.shape[1:-1], size)):
                 return ops.conv_phases(x, self.weight, self.bias, window=self.window, size=size,
                                        relu=relu)
             x = ops.double(x, size=size)
         if self.along is None:
             return ops.conv(x, self.weight, self.bias, residual, relu=relu, **self.window.options)
-        y = self.along.apply(x, self)
-        y = y if residual is None else y + residual
-        return ops.relu(y) if relu else y
+        if residual is not None or relu:
+            raise ValueError(f"{type(self.along).__name__} computes this; add and cut afterwards")
+        return self.along.apply(x, self)
 
 
 class Linear(Module):
@@ -225,18 +225,23 @@ class Identity(Module):
 
 def normalised(conv: Module, norm: Module, x: Tensor, residual: Tensor | None = None, *,
                relu: bool = False, size: tuple[int, ...] | None = None) -> Tensor:
-    """norm(conv(x)) [+ residual], then max(., 0) where asked, in one pass: a batch-norm's or, where
-    one was folded into the convolution and Identity stands in its place, the convolution's. `size`:
-    see Conv.
+    """norm(conv(x)) [+ residual], then max(., 0) where asked: in the pass of the batch-norm or,
+    where that was folded into the convolution and Identity stands in its place, of the convolution.
+    `size`: see Conv.
 
     >>> conv, x = ts.nn.Conv(1, 2, (3,), rng=0), np.ones((1, 4, 1), "float32")
     >>> y = ts.nn.normalised(conv, ts.nn.Identity(), ts.Tensor(x), relu=True)
     >>> np.allclose(y.data, np.maximum(conv(x).data, 0))
     True
     """
-    if isinstance(norm, Identity):
+    given = () if size is None else (size,)  # another module in a convolution's place takes x alone
+    if not isinstance(norm, Identity):
+        return norm(conv(x, *given), residual, relu=relu)
+    if type(conv) is Conv and conv.along is None:
         return conv(x, size, residual, relu)
-    return norm(conv(x, size), residual, relu=relu)
+    y = conv(x, *given)
+    y = y if residual is None else y + residual
+    return ops.relu(y) if relu else y
 
 
 class GlobalAverage(Module):

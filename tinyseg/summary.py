@@ -131,11 +131,13 @@ def summary(net: Module, shape: tuple[int, ...]) -> Summary:
                      if len(parent.shape) == len(here.shape) else
                      before._replace(low=(-inf,) * rank, high=(inf,) * rank)
                      for parent, _ in edges if (before := known[parent])]
-            known[here] = paths[0]._replace(
-                low=tuple(map(min, zip(*(path.low for path in paths), strict=True))),
-                high=tuple(map(max, zip(*(path.high for path in paths), strict=True)))
-            ) if paths else None
+            known[here] = joined(paths) if paths else None
         return known[vertex]
+
+    def joined(paths: list[Reach]) -> Reach:
+        return paths[0]._replace(
+            low=tuple(map(min, zip(*(path.low for path in paths), strict=True))),
+            high=tuple(map(max, zip(*(path.high for path in paths), strict=True))))
 
     def note(module: Module, seen: Tensor, answer: Tensor) -> None:
         leaf = isinstance(module, Conv) or not any(module.named(Module))
@@ -144,7 +146,9 @@ def summary(net: Module, shape: tuple[int, ...]) -> Summary:
         if isinstance(module, Conv | MaxPool) and (before := reach(seen.node or seen)):
             if module.window.positions(grid := seen.shape[1:-1]) != answer.shape[1:-1]:
                 before = before.behind("double", grid, answer.shape[1:-1])  # see Conv.forward
-            known[answer.node] = before.through(module.window)
+            edges = answer.node.edges if isinstance(answer.node, Node) else []
+            added = [path for parent, i in edges if i == 3 and (path := reach(parent))]
+            known[answer.node] = joined([before.through(module.window), *added])
         found, products = reach(answer.node or answer), 0
         if isinstance(module, Conv | Linear):
             weights = sum(p.data.size for p in module.parameters() if p.ndim > 1)

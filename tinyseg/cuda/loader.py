@@ -192,7 +192,7 @@ def launch(file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...]
     """Run `kernel` of kernels/`file`.cu on `grid` blocks of `block` threads.
 
     arguments: as declared; an array for a pointer (None for a null pointer), a Python number for a
-    number, a structured NumPy scalar for a struct. shared: bytes of dynamic shared memory.
+    number, a structured NumPy array for a struct. shared: bytes of dynamic shared memory.
     constants: macros that the source is compiled with; declarations may name NUMBER, by default
     float. Raises TypeError or ValueError naming the parameter, before anything runs.
     """

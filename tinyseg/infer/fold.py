@@ -27,7 +27,8 @@ def fold(net: Network) -> Network:
     convolution gives, which is known of `Sequential` and of what `models` makes, from the network
     down to the first module of another class: that may read any part of what it holds, and its
     batch-norms stay as they are. Answers differ by rounding; later changes of `net` do not reach
-    the copy, whose kernels are read-only: a CPU transforms each for Winograd's filters once.
+    the copy, whose kernels are read-only: a CPU transforms each for Winograd's filters once. What
+    followed a batch-norm in its pass follows its convolution, which `trace` therefore tells of.
 
     >>> net = ts.nn.Sequential(ts.nn.Conv(1, 2, (3, 3), rng=0), ts.nn.BatchNorm(2)).eval()
     >>> net[1].running_var[...] = 4

@@ -66,16 +66,16 @@ class Pyramid(Module):
     """
 
     def __init__(self, build: Builder, c_in: int, c_out: int, rates: tuple[int, ...]):
-        def normalised(conv):
+        def layers(conv):
             return conv, BatchNorm(c_out), ReLU()
 
         self.convs = [
-            Sequential(*normalised(build.conv(c_in, c_out, 1))),
-            *(Sequential(*normalised(build.conv(c_in, c_out, 3, 1, r))) for r in rates),
-            Sequential(GlobalAverage(keepdims=True), *normalised(build.conv(c_in, c_out, 1))),
+            Sequential(*layers(build.conv(c_in, c_out, 1))),
+            *(Sequential(*layers(build.conv(c_in, c_out, 3, 1, r))) for r in rates),
+            Sequential(GlobalAverage(keepdims=True), *layers(build.conv(c_in, c_out, 1))),
         ]
         joined = len(self.convs) * c_out
-        self.project = Sequential(*normalised(build.conv(joined, c_out, 1)))
+        self.project = Sequential(*layers(build.conv(joined, c_out, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         *local, mean = [branch(x) for branch in self.convs]

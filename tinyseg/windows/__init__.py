@@ -29,8 +29,7 @@ def correlate(x: Array, w: Array, window: Window, finish: Finish = PLAIN) -> Arr
     if engine:
         return products.correlate(engine, x, w, window, finish)
     y = reference.correlate(x, w, window)
-    if not finish.plain:
-        finish(y, y)
+    finish(y, y)
     return y
 
 

@@ -140,8 +140,7 @@ def _multiply(points: Array, matrix: Array, rows: slice, out: Array, finish: Fin
     """Write some rows of points @ matrix, finished, to those of `out`."""
     y = out[rows]
     np.matmul(points[rows], matrix, out=y)
-    if not finish.plain:
-        finish(y, y, rows)
+    finish(y, y, rows)
 
 
 def _add(terms: Callable[[Box, slice], Iterator[tuple[Box, Array]]], block: Box, part: slice,

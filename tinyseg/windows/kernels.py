@@ -81,9 +81,9 @@ def _body(channels: int, filters: int, taps: int) -> tuple[str, int, dict[str, A
     return "conv_mma", 128, constants | {"CHUNK": 1 if channels % 4 or taps > 32 else 4}
 
 
-def _rounded(a: Array, count: int = 0) -> Array:
+def _rounded(a: Array, numbers: int = 0) -> Array:
     """A factor in bfloat16: all of it, or so many numbers from where it begins."""
-    halves = array_module(a).empty(count or a.shape, "uint16")
+    halves = array_module(a).empty(numbers or a.shape, "uint16")
     cuda.launch("round", "rounded", (ceil(halves.size / (256 * 8)),), (256,), cuda.Strided(a),
                 halves, halves.size)
     return halves
@@ -177,9 +177,8 @@ def _joined(kernels: list[Array], strided: bool) -> tuple[Array, int, bool, list
     row, column = (s // size for s in first.strides[-2:])
     swapped = strided and (row, column) == (1, channels) and channels > 1
     fits = all(w.flags.c_contiguous for w in kernels) or strided and (
-        swapped or (row, column) == (filters, 1)) and not any(
-            far % 8 for far in sum(walks, tuple(begins)))
-    if not fits or first.data.ptr % 16:
+        swapped or (row, column) == (filters, 1)) and not any(far % 8 for far in sum(walks, ()))
+    if not fits or first.data.ptr % 16 or any(begin % 8 for begin in begins):
         ends = np.cumsum([0, *(w.size for w in kernels)]).tolist()
         first, swapped, begins = array_module(first).empty(ends[-1], first.dtype), False, ends[:-1]
         for w, begin, end in zip(kernels, begins, ends[1:], strict=True):
@@ -205,18 +204,18 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
     if file == "conv_mma":
         constants = {**constants, "SWAPPED": int(swapped)}
     for i in range(0, len(problems), MOST):
-        geometry = _geometry(tuple(
-            (x.shape, filters, p.w.shape[:-2], count(into.shape[1:-1], p.start, p.step), p.stride,
-             p.dilation, p.before, into.shape[1:-1], p.start, p.step, origin,
-             channels if swapped else filters, walk)
-            for p, (origin, walk) in zip(problems[i:i + MOST], places[i:i + MOST], strict=True)))
+        some = problems[i:i + MOST]
+        positions = [count(into.shape[1:-1], p.start, p.step) for p in some]
+        geometry = _geometry(tuple([
+            (x.shape, filters, p.w.shape[:-2], seen, p.stride, p.dilation, p.before,
+             into.shape[1:-1], p.start, p.step, origin, channels if swapped else filters, walk)
+            for p, seen, (origin, walk) in zip(some, positions, places[i:i + MOST], strict=True)]))
         _launch("correlate", (file, threads, constants), x, cuda.Strided(w), into,
-                len(x) * int(geometry["positions"].prod(axis=1).max()),
-                (geometry["taps"].prod(axis=1) * channels).tolist(), geometry, geometry, pitch=8)
+                len(x) * max(map(prod, positions)), [prod(p.w.shape[:-1]) for p in some],
+                geometry, geometry, pitch=8)
     for problem in problems:
-        if not problem.finish.plain:
-            y = outputs(problem)
-            problem.finish(y, y)
+        y = outputs(problem)
+        problem.finish(y, y)
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:

@@ -39,7 +39,7 @@ def maximum(x: Array, window: Window, *, taps: bool = True) -> tuple[Array, Arra
 
 def _along(x: Array, positions: int, before: int, kernel: int, stride: int, dilation: int) -> Array:
     """The largest numbers of `kernel` taps along the first axis, of which the first stands `before`
-    x; x itself where there is one. What lies outside of x is not read."""
+    x; a part of x where there is one. What lies outside of x is not read."""
     whole: list[tuple[slice, Array]] = []
     parts: list[tuple[slice, Array]] = []
     for first in range(-before, kernel * dilation - before, dilation):

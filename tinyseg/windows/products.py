@@ -20,6 +20,8 @@ from itertools import product
 from math import ceil, gcd
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from ..backend import Array, array_module
 from ..parallel import widened
 from .geometry import Window
@@ -28,7 +30,7 @@ from .reference import pad, pad_adjoint
 
 class Finish(NamedTuple):
     """max(y [+ bias] [+ residual], 0), the maximum where asked, of outputs y (N, *P, C_out): bias
-    (C_out,), residual (N, *P, C_out). An engine does it block by block, each in cache."""
+    (C_out,), residual (N, *P, C_out). The CPU's engine does it block by block, each in cache."""
 
     bias: Array | None = None
     residual: Array | None = None
@@ -52,8 +54,7 @@ class Finish(NamedTuple):
             y += self.residual[where][..., filters]
         if self.relu:  # NumPy takes a third as long with zeros of two axes as with the number
             library = array_module(y)
-            zero = library.zeros(y.shape[-2:], y.dtype)
-            library.maximum(y, zero, out=out)
+            library.maximum(y, np.zeros(y.shape[-2:], y.dtype) if library is np else 0, out=out)
         elif out is not y:
             out[...] = y
 
@@ -87,8 +88,8 @@ class Engine(Protocol):
     """What computes the two primitives."""
 
     def products(self, x: Array, problems: Iterable[Correlation]) -> None:
-        """Each of the problems, for x (N, *S, C_in); their kernels are parts of one array, and so
-        are their outputs."""
+        """Each of the problems, for x (N, *S, C_in), all with the same `into`; their kernels are
+        parts of one array."""
 
     def weights(self, x: Array, y: Array, kernel: tuple[int, ...], stride: tuple[int, ...],
                 dilation: tuple[int, ...], before: tuple[int, ...]) -> Array:

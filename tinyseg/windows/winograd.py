@@ -203,8 +203,8 @@ class Part(NamedTuple):
     order: tuple[int, ...]
 
 
-@lru_cache(256)
-def parts(way: Tiling, grid: tuple[int, ...], positions: tuple[int, ...], before: tuple[int, ...],
+@lru_cache(128)
+def placed(way: Tiling, grid: tuple[int, ...], positions: tuple[int, ...], before: tuple[int, ...],
           threads: int, numbers: int) -> list[list[Part]]:
     """The groups of a tiling, see there, with all that is known before there are numbers."""
     axes = len(grid)
@@ -289,8 +289,8 @@ def product(way: Tiling, x: Array, w: Array, out: Array, before, finish: Finish)
                      parallel.parts(len(factors)))
         parallel.run(lambda i: way.write(answers[:, places[i]], group[i], out, finish), each)
 
-    parallel.run(compute, parts(way, x.shape[1:-1], out.shape[1:-1], before, parallel.threads(),
-                                BLOCK))
+    parallel.run(compute, placed(way, x.shape[1:-1], out.shape[1:-1], before, parallel.threads(),
+                                 BLOCK))
 
 
 def together(group: list[Part]) -> list[slice]:
@@ -304,11 +304,11 @@ def weights(way: Tiling, x: Array, y: Array, before) -> Array:
     channels, filters = way.taps * way.channels, way.filters
     output, matrices = ([FILTERS[m][i].T for m in way.steps] for i in (0, 2))
     sums = np.empty((way.frequencies, channels, filters), x.dtype)
-    groups = parts(way, x.shape[1:-1], y.shape[1:-1], before, parallel.threads(), BLOCK)
-    all_parts = [part for group in groups for part in group]
-    number = max(1, WHOLE // (all_parts[0].tiles * way.frequencies * (channels + filters)))
-    for start in range(0, len(all_parts), number):
-        group = all_parts[start : start + number]
+    parts = [part for group in placed(way, x.shape[1:-1], y.shape[1:-1], before,
+                                      parallel.threads(), BLOCK) for part in group]
+    number = max(1, WHOLE // (parts[0].tiles * way.frequencies * (channels + filters)))
+    for start in range(0, len(parts), number):
+        group = parts[start : start + number]
         places = together(group)
         left = np.empty((len(sums), places[-1].stop, channels), x.dtype)
         right = np.empty((len(sums), places[-1].stop, filters), x.dtype)
