@@ -283,8 +283,9 @@ def test_conv_refuses_what_does_not_fit():
     for shape in [(3, 3, 4, 2), (3, 3, 2), (3, 3, 3, 3, 2)]:
         with pytest.raises(ValueError, match="does not fit kernel"):
             ops.conv(x, Tensor(normal(*shape)))
-    with pytest.raises(ValueError, match=r"and bias; .*\(C_out,\)"):
-        ops.conv(x, Tensor(normal(3, 3, 3, 2)), Tensor(normal(3)))
+    for bias in Tensor(normal(3)), 1.0:
+        with pytest.raises(ValueError, match=r"and bias; .*\(C_out,\)"):
+            ops.conv(x, Tensor(normal(3, 3, 3, 2)), bias)
     with pytest.raises(ValueError, match=r"residual \(2, 3, 4\) does not fit the output, of 2 x "
                                          r"\(3, 4\) positions and 2 filters"):
         ops.conv(x, Tensor(normal(3, 3, 3, 2)), None, Tensor(normal(2, 3, 4)))

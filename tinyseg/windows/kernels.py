@@ -159,6 +159,30 @@ def _launch(kernel: str, body: tuple, x: Array, other: Array | cuda.Strided, int
                     target, slices, apart, written, into, VECTOR=vector, THREADS=256, **several)
 
 
+@lru_cache(maxsize=4096)
+def _layout(shapes: tuple, strides: tuple, offsets: tuple[int, ...], strided: bool) -> tuple:
+    """What `_joined` tells of kernels of these shapes, with strides in numbers, that begin so far
+    behind the first one; before that which of them has the lowest number, where it stands, and
+    whether the sources can read them."""
+    *_, channels, filters = shapes[0]
+    walks = [each[:-2] for each in strides]
+    low, high = ([begin + sum((k - 1) * edge(0, far) for k, far in zip(shape, walk, strict=False))
+                  for shape, walk, begin in zip(shapes, walks, offsets, strict=True)]
+                 for edge in (min, max))
+    begins = [begin - min(low) for begin in offsets]
+    packed = [tuple(prod(shape[i + 1:]) for i in range(len(shape))) for shape in shapes]
+    rows = strides[0][-2:]
+    swapped = strided and rows == (1, channels) and channels > 1
+    fits = all(n == 1 or far == right for shape, each, whole in zip(
+        shapes, strides, packed, strict=True) for n, far, right in zip(
+            shape, each, whole, strict=True))
+    fits |= strided and (swapped or rows == (filters, 1)) and not any(
+        far % 8 for walk in walks for far in walk)
+    return (low.index(min(low)), min(low), fits and not any(begin % 8 for begin in begins),
+            max(high) - min(low) + channels * filters, swapped,
+            list(zip(begins, walks, strict=True)))
+
+
 def _joined(kernels: list[Array], strided: bool) -> tuple[Array, int, bool, list[tuple]]:
     """Kernels (*K, C, F), parts of one array: that array from the first number that they hold, how
     many numbers it has, whether channels stand beside each other in it and not filters, and of each
@@ -167,26 +191,23 @@ def _joined(kernels: list[Array], strided: bool) -> tuple[Array, int, bool, list
     A copy where the sources could not read it. Whole rows of eight numbers they can, from 16 bytes
     on, and, if `strided`, in any order of taps and turned by a gradient in x.
     """
-    *_, channels, filters = kernels[0].shape
-    size = kernels[0].itemsize
-    walks = [tuple(s // size for s in w.strides[:-2]) for w in kernels]
-    first = min((w[tuple(slice(None, None, -1 if far < 0 else 1) for far in walk)]
-                 if min(walk) < 0 else w for w, walk in zip(kernels, walks, strict=True)),
-                key=lambda w: w.data.ptr)
-    begins = [(w.data.ptr - first.data.ptr) // size for w in kernels]
-    row, column = (s // size for s in first.strides[-2:])
-    swapped = strided and (row, column) == (1, channels) and channels > 1
-    fits = all(w.flags.c_contiguous for w in kernels) or strided and (
-        swapped or (row, column) == (filters, 1)) and not any(far % 8 for far in sum(walks, ()))
-    if not fits or first.data.ptr % 16 or any(begin % 8 for begin in begins):
-        ends = np.cumsum([0, *(w.size for w in kernels)]).tolist()
-        first, swapped, begins = array_module(first).empty(ends[-1], first.dtype), False, ends[:-1]
-        for w, begin, end in zip(kernels, begins, ends[1:], strict=True):
-            first[begin:end].reshape(w.shape)[...] = w
-        walks = [tuple(prod(w.shape[i + 1:]) for i in range(w.ndim - 2)) for w in kernels]
-    last = max(begin + sum((k - 1) * max(0, far) for k, far in zip(w.shape, walk, strict=False))
-               for w, begin, walk in zip(kernels, begins, walks, strict=True))
-    return first, last + channels * filters, swapped, list(zip(begins, walks, strict=True))
+    w, size = kernels[0], kernels[0].itemsize
+    origin = w.data.ptr
+    offsets = tuple([(each.data.ptr - origin) // size for each in kernels])
+    which, lowest, fits, numbers, swapped, places = _layout(
+        tuple([each.shape for each in kernels]),
+        tuple([tuple([s // size for s in each.strides]) for each in kernels]), offsets, strided)
+    if fits and not (origin + lowest * size) % 16:
+        w = kernels[which]  # which may walk backwards
+        w = w[tuple(slice(None, None, -1 if s < 0 else 1) for s in w.strides)] if lowest else w
+        return w, numbers, swapped, places
+    ends = np.cumsum([0, *(each.size for each in kernels)]).tolist()
+    copy = array_module(w).empty(ends[-1], w.dtype)
+    for each, begin, end in zip(kernels, ends, ends[1:], strict=False):
+        copy[begin:end].reshape(each.shape)[...] = each
+    return copy, copy.size, False, [
+        (begin, tuple(prod(each.shape[i + 1:]) for i in range(each.ndim - 2)))
+        for each, begin in zip(kernels, ends, strict=False)]
 
 
 def products(x: Array, problems: Iterable[Correlation]) -> None:
@@ -214,8 +235,9 @@ def products(x: Array, problems: Iterable[Correlation]) -> None:
                 len(x) * max(map(prod, positions)), [prod(p.w.shape[:-1]) for p in some],
                 geometry, geometry, pitch=8)
     for problem in problems:
-        y = outputs(problem)
-        problem.finish(y, y)
+        if not problem.finish.plain:
+            y = outputs(problem)
+            problem.finish(y, y)
 
 
 def weights(x: Array, y: Array, kernel, stride, dilation, before) -> Array:
