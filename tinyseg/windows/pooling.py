@@ -17,7 +17,7 @@ BLOCK = 1 << 20  # numbers that a block sees: 4 MiB, where what neighbours see t
 
 def maximum(x: Array, window: Window, *, taps: bool = True) -> tuple[Array, Array | None]:
     """See reference.maximum: in blocks that stay in cache, side by side. Without taps (None in
-    their place) one axis after another, which takes a fourth of the time."""
+    their place) one axis after another, in 0.2 to 0.4 of the time (of 3 x 3 x 3 and of 3 x 3)."""
     if taps:
         return reference.maximum(x, window, x.itemsize * parallel.SLAB, parallel.run)
     y = np.empty((len(x), *window.positions(x.shape[1:-1]), x.shape[-1]), x.dtype)
