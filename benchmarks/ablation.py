@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 from tinyseg import job
 from tinyseg.files import read_json
-from tinyseg.job import stages
+from tinyseg.job import evaluate, stages
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -39,6 +39,7 @@ PARTS: dict[str, dict] = {  # what each changes of NOTHING; the moving average i
     "moving average": {},
     "mirror image": {"augment": "mild", "score_mirrored": True},
 }
+NETWORKS = "2d", "3d", evaluate.ENSEMBLE  # each alone, and the mean of their probabilities
 ROWS = {"none": (), **{name: (name,) for name in PARTS}, "all": tuple(PARTS)}
 
 
@@ -62,14 +63,15 @@ def planner(row: str, rows: list[str]) -> str:
 
 
 def measure(parts: tuple[str, ...], folder: Path, **asked) -> dict[str, float]:
-    """Dice of both networks, the mean over classes, of a run with these parts."""
+    """Dice of both networks and of both together, the mean over classes, of a run with these
+    parts."""
     if not (folder / "metrics.json").exists():
         decay = stages.AVERAGE if "moving average" in parts else 0.0
         with patch.object(stages, "AVERAGE", decay), begun(parts, folder, **asked) as run:
             example.method(run)
     models = read_json(folder / "metrics.json")["models"]
     return {name: mean(each["dice"] for each in models[name]["mean"].values())
-            for name in ("2d", "3d")}
+            for name in NETWORKS}
 
 
 def main() -> None:
@@ -99,11 +101,11 @@ def main() -> None:
         print(f"\n{row}, seed {seed}", flush=True)
         steps = first if folder == plans[row].parent else {"plan": plans[row]}
         found[row].append(measure(ROWS[row], folder, seed=seed, **steps, **common))
-    print("\n| parts | 2D | 3D | seeds |\n|---|---|---|---|")
+    print("\n| parts | 2D | 3D | both | seeds |\n|---|---|---|---|---|")
     for row, runs in found.items():
         told = [f"{mean(scores):.3f}" + (f" ({min(scores):.3f} to {max(scores):.3f})"
                                          if len(scores) > 1 else "")
-                for scores in ([run[name] for run in runs] for name in ("2d", "3d"))]
+                for scores in ([run[name] for run in runs] for name in NETWORKS)]
         print(f"| {row} | {' | '.join(told)} | {len(runs)} |")
 
 

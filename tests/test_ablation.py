@@ -45,7 +45,8 @@ def begun(monkeypatch):
         asked.append((settings, stages.AVERAGE))
         mean = {name: {"dice": dice + settings.seed} for name, dice in (("a", 0.25), ("b", 0.75))}
         (folder / "metrics.json").write_text(json.dumps(
-            {"models": {"2d": {"mean": mean}, "3d": {"mean": {"a": {"dice": 0.125}}}}}))
+            {"models": {"2d": {"mean": mean}, "3d": {"mean": {"a": {"dice": 0.125}}},
+                        "ensemble": {"mean": {"a": {"dice": 0.625}}}}}))
 
     monkeypatch.setattr(ablation.job, "Run", Run)
     monkeypatch.setattr(ablation.example, "method", method)
@@ -57,7 +58,7 @@ def test_a_row_differs_from_none_by_its_part_and_all_from_it_by_every_one(begun,
     for row, parts in ablation.ROWS.items():
         for _ in range(2):  # the second time it is read
             assert ablation.measure(parts, tmp_path / row, minutes=2, seed=3) == {
-                "2d": 3.5, "3d": 0.125}
+                "2d": 3.5, "3d": 0.125, "ensemble": 0.625}
         (settings, decay), = asked
         asked.clear()
         found[row] = {**settings.json(), "average": decay}
@@ -80,7 +81,8 @@ def test_a_table_tells_means_and_how_far_seeds_lie_apart(begun, tmp_path, monkey
     ablation.main()
     assert [settings.seed for settings, _ in begun[0]] == [0, 0, 1, 1]
     *_, first, second = capsys.readouterr().out.splitlines()
-    assert first == "| decoder | 1.000 (0.500 to 1.500) | 0.125 (0.125 to 0.125) | 2 |"
+    assert first == "| decoder | 1.000 (0.500 to 1.500) | 0.125 (0.125 to 0.125) | " \
+        "0.625 (0.625 to 0.625) | 2 |"
     assert second.startswith("| none | 1.000 ")
 
 
