@@ -286,9 +286,10 @@ def test_conv_refuses_what_does_not_fit():
     for bias in Tensor(normal(3)), 1.0:
         with pytest.raises(ValueError, match=r"and bias; .*\(C_out,\)"):
             ops.conv(x, Tensor(normal(3, 3, 3, 2)), bias)
-    with pytest.raises(ValueError, match=r"residual \(2, 3, 4\) does not fit the output, of 2 x "
-                                         r"\(3, 4\) positions and 2 filters"):
-        ops.conv(x, Tensor(normal(3, 3, 3, 2)), None, Tensor(normal(2, 3, 4)))
+    for residual, told in (Tensor(normal(2, 3, 4)), r"\(2, 3, 4\)"), (1.5, "1.5"):
+        with pytest.raises(ValueError, match=f"residual {told} does not fit the output; expected "
+                                             r"its shape \(2, 3, 4, 2\)"):
+            ops.conv(x, Tensor(normal(3, 3, 3, 2)), None, residual)
     with pytest.raises(ValueError, match="no window fits"):
         ops.conv(x, Tensor(normal(3, 7, 3, 2)))
     with pytest.raises(ValueError, match="^stride"):
@@ -342,6 +343,13 @@ def test_max_pool(size, options):
                                      edge=window.edge)
     close(ops.max_pool(Tensor(x), **options).data, expected)
     check(lambda x: ops.max_pool(x, **options), x)
+
+
+def test_max_pool_pads_no_whole_numbers():
+    x = np.array([3, 1, 4], "uint8").reshape(1, 3, 1)
+    assert ops.max_pool(x, kernel=2, stride=1).data.ravel().tolist() == [3, 4]
+    with pytest.raises(ValueError, match="found uint8 with padding 1, which is minus infinity"):
+        ops.max_pool(x, kernel=2, padding=1)
 
 
 def padded(x, padding, edge):

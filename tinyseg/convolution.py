@@ -37,9 +37,10 @@ def conv(x, w, b=None, residual=None, *, relu: bool = False, stride=1, padding=0
         raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape} and bias; expected "
                          f"(N, *S, C_in) and (*K, C_in, C_out) with equal rank and C_in, (C_out,)")
     window, size = Window.of(w.shape[:-2], stride, padding, dilation, padding_mode), x.shape[1:-1]
-    if residual is not None and residual.shape != (len(x), *window.positions(size), w.shape[-1]):
-        raise ValueError(f"conv: residual {residual.shape} does not fit the output, of "
-                         f"{len(x)} x {window.positions(size)} positions and {w.shape[-1]} filters")
+    shape = len(x), *window.positions(size), w.shape[-1]
+    if residual is not None and getattr(residual, "shape", ()) != shape:
+        raise ValueError(f"conv: residual {getattr(residual, 'shape', residual)} does not fit the "
+                         f"output; expected its shape {shape}")
     y = windows.correlate(x, w, window, Finish(b, residual, relu))
     cut = y if relu else None
 

@@ -217,12 +217,16 @@ def _pooling(rank, kernel, stride=None, padding=0, dilation=1) -> Window:
 def max_pool(x, *, kernel, stride=None, padding=0, dilation=1):
     """The maximum over each window, per channel: (N, *S, C) -> (N, *P, C).
 
-    `kernel` is a number or a tuple of length rank; `stride` defaults to it. Padding never wins.
+    `kernel` is a number or a tuple of length rank; `stride` defaults to it. Padding never wins: it
+    is minus infinity. Raises ValueError where whole numbers are padded, which have no infinity.
 
     >>> ts.ops.max_pool(np.arange(6.0).reshape(1, 6, 1), kernel=2).data.ravel()
     array([1., 3., 5.])
     """
     window, size = _pooling(x.ndim - 2, kernel, stride, padding, dilation), x.shape[1:-1]
+    if x.dtype.kind != "f" and np.any(window.padding):
+        raise ValueError(f"max_pool: found {x.dtype} with padding {padding}, which is minus "
+                         "infinity; expected floating-point numbers, or no padding")
     y, winner = windows.maximum(x, window, taps=recording())
     return y, (lambda g: windows.maximum_adjoint(g, winner, size, window),)
 
