@@ -123,7 +123,8 @@ def library() -> ModuleType:
             "ascontiguousarray": lambda a, dtype=None: a,
             "add": lambda a, b, out: a._computed()}.items():
         setattr(made, name, function)
-    made.cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0))
+    made.cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0),
+                                get_current_stream=lambda: SimpleNamespace(ptr=0))
     return made
 
 

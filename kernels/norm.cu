@@ -1,12 +1,11 @@
 // Batch normalisation of rows (M, C), channels last, with a residual and a ReLU where wanted:
 //
-//   moments         the mean and M2 = sum (x - mean)^2 of each chunk of rows
-//   merge_moments   the mean and the variance of all rows, from those of the chunks
+//   moments         mean and variance over the rows
 //   normalize       xhat = (x - mean) * scale,  y = max(0, xhat * gamma + beta + residual)
 //   adjoint_sums    g' = g where y > 0, else 0;  dbeta = sum g',  dgamma = sum g' xhat
 //   normalize_dx    dx = gamma * scale * (g' - dbeta / M - xhat * dgamma / M); in evaluation, where
 //                   mean and scale do not depend on x, without what is divided by M
-//   column_sum      the sum of each chunk of rows; on its own answer, as one chunk, it ends a sum
+//   column_sum      the sum over the rows
 //
 // Specified by `batch_norm` in tinyseg/normalisation.py. Of arrays with M * C floats `moments`
 // reads x; `normalize` reads x (and residual) and writes y; `adjoint_sums` reads g and x (with a
@@ -16,8 +15,10 @@
 //
 // Block (i, j) owns chunk i of the rows and tile j of the channels. Thread (x, y) of it owns VECTOR
 // neighbouring channels and every blockDim.y-th row of the chunk, from its row y on: the numbers
-// that belong to channels stay in its registers, and a warp reads whole rows of the tile. Threads
-// add in the order of rows, then blocks in a tree, then chunks: always in the same order.
+// that belong to channels stay in its registers, and a warp reads whole rows of the tile. What is
+// summed over rows a block leaves for its chunk, and whichever comes last adds up what all left for
+// the tile. Threads add in the order of rows, then blocks in a tree, then chunks in the same way:
+// always in the same order.
 #include "common.cuh"
 #include "pack.cuh"
 
@@ -26,9 +27,10 @@
 // What a thread owns: `count` rows, `step` numbers apart, of which the first begins `at`.
 struct Share { int channel, count; long long at, step; };
 
-__device__ __forceinline__ Share share(long long rows, int channels, int chunk) {
+__device__ __forceinline__ Share share(long long rows, int channels, int chunk,
+                                       unsigned which = blockIdx.x) {
   int c = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
-  long long start = (long long)blockIdx.x * chunk;
+  long long start = (long long)which * chunk;
   int left = int(min((long long)chunk, rows - start)) - int(threadIdx.y);
   int count = c < channels && left > 0 ? (left - 1) / int(blockDim.y) + 1 : 0;
   return {c, count, (start + threadIdx.y) * channels + c, (long long)blockDim.y * channels};
@@ -86,32 +88,66 @@ __device__ __forceinline__ void sum_over_block(Pack& v, Pack* slots) {
   }
 }
 
-// x (M, C) -> sums (chunks, C); in a second layer of the grid, what follows x -> second, likewise.
+// What a block has of a sum, to where its chunk's stands in `parts` (chunks, C).
+__device__ __forceinline__ void leave(const Pack& v, int c, int channels, float* parts) {
+  if (threadIdx.y == 0 && c < channels) store(parts + (long long)blockIdx.x * channels + c, v);
+}
+
+// The sum over chunks, parts (chunks, C) -> sum (C,), of this block's tile.
+__device__ __forceinline__ void add_chunks(const float* parts, int channels, Pack* slots,
+                                           float* sum) {
+  Share own = share(gridDim.x, channels, gridDim.x, 0);
+  Pack all = {};
+#pragma unroll 4
+  EACH_ROW(own) {
+    Pack v = load(parts + own.at);
+    EACH_CHANNEL all.of[i] += v.of[i];
+  }
+  sum_over_block(all, slots);
+  if (threadIdx.y == 0 && own.channel < channels) store(sum + own.channel, all);
+}
+
+// Whether of the blocks of a tile this is the one that comes here last, told to all of its threads:
+// what any of them stored before is then there to be read. A counter in `arrived`, of each tile, is
+// 0 before the first comes and, as it wraps around, after the last. The fences are for the whole
+// block, which waits before and after.
+__device__ __forceinline__ bool is_last(unsigned* arrived) {
+  bool last = false;
+  __syncthreads();
+  if (!threadIdx.x && !threadIdx.y) {
+    __threadfence();
+    last = atomicInc(arrived + blockIdx.y, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(last);
+}
+
+// x (M, C) -> sum (C,), with room for the chunks' `parts` (chunks, C).
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-column_sum(const float* __restrict__ x, long long rows, int channels, int chunk,
-           float* __restrict__ sums, float* __restrict__ second) {
+column_sum(const float* __restrict__ x, long long rows, int channels, int chunk, float* parts,
+           unsigned* arrived, float* __restrict__ sum) {
   __shared__ Pack slots[THREADS];
-  if (blockIdx.z) x += rows * channels, sums = second;
   Share own = share(rows, channels, chunk);
-  Pack sum = {};
+  Pack seen = {};
 #pragma unroll 4
   EACH_ROW(own) {
     Pack v = load(x + own.at);
-    EACH_CHANNEL sum.of[i] += v.of[i];
+    EACH_CHANNEL seen.of[i] += v.of[i];
   }
-  sum_over_block(sum, slots);
-  if (threadIdx.y == 0 && own.channel < channels)
-    store(sums + (long long)blockIdx.x * channels + own.channel, sum);
+  sum_over_block(seen, slots);
+  leave(seen, own.channel, channels, parts);
+  if (is_last(arrived)) add_chunks(parts, channels, slots, sum);
 }
 
-// sums (2, chunks, C): of g' and of g' xhat. What a ReLU let pass is read from y, and g' written to
-// `passed`; or y is computed again with beta, if nothing else was added. Without a ReLU y, beta and
-// `passed` are null.
+// dbeta, dgamma (C,), with room for the chunks' parts (2, chunks, C). What a ReLU let pass is read
+// from y, and g' written to `passed`; or y is computed again with beta, if nothing else was added.
+// Without a ReLU y, beta and `passed` are null.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 adjoint_sums(const float* __restrict__ g, const float* __restrict__ x, const float* __restrict__ y,
              const float* __restrict__ mean, const float* __restrict__ scale,
              const float* __restrict__ gamma, const float* __restrict__ beta, long long rows,
-             int channels, int chunk, float* __restrict__ sums, float* __restrict__ passed) {
+             int channels, int chunk, float* parts, unsigned* arrived, float* __restrict__ passed,
+             float* __restrict__ dbeta, float* __restrict__ dgamma) {
   __shared__ Pack slots[2][THREADS];
   Share own = share(rows, channels, chunk);
   int c = own.channel;
@@ -135,10 +171,12 @@ adjoint_sums(const float* __restrict__ g, const float* __restrict__ x, const flo
   }
   sum_over_block(sum, slots[0]);
   sum_over_block(along, slots[1]);
-  if (threadIdx.y == 0 && c < channels) {
-    store(sums + (long long)blockIdx.x * channels + c, sum);
-    store(sums + (long long)(gridDim.x + blockIdx.x) * channels + c, along);
-  }
+  float* second = parts + (long long)gridDim.x * channels;
+  leave(sum, c, channels, parts);
+  leave(along, c, channels, second);
+  if (!is_last(arrived)) return;
+  add_chunks(parts, channels, slots[0], dbeta);
+  add_chunks(second, channels, slots[1], dgamma);
 }
 
 // `average` is 1 / M in training and 0 in evaluation. Without beta g is g' already.
@@ -193,13 +231,17 @@ __device__ __forceinline__ void merge_over_block(Moments& moments, Moments* slot
   }
 }
 
-// x (M, C) -> means, m2s (chunks, C); the means are differences from the first row of x, so that
-// none is large against the deviations. A thread sums differences from its own first value: as that
-// is one of its n, the sum of their squares is at most n times M2, and little cancels when the
-// square of their sum is taken off, whatever the data.
+// x (M, C) -> mean, variance (C,), with room for the chunks' parts (2, chunks, C): their means, as
+// differences from the first row of x, so that none is large against the deviations, and their M2 =
+// sum (x - mean)^2. A thread sums differences from its own first value: as that is one of its n,
+// the sum of their squares is at most n times M2, and little cancels when the square of their sum
+// is taken off, whatever the data. Where there is a `scale`, it becomes 1 / sqrt(variance + eps),
+// and the running statistics, the variance of them without bias, move by `momentum` towards these.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-moments(const float* __restrict__ x, long long rows, int channels, int chunk,
-        float* __restrict__ means, float* __restrict__ m2s) {
+moments(const float* __restrict__ x, long long rows, int channels, int chunk, float* parts,
+        unsigned* arrived, float* __restrict__ mean, float* __restrict__ variance, float eps,
+        float momentum, float* __restrict__ scale, float* __restrict__ running_mean,
+        float* __restrict__ running_variance) {
   __shared__ Moments slots[THREADS];
   Share own = share(rows, channels, chunk);
   int c = own.channel;
@@ -223,44 +265,47 @@ moments(const float* __restrict__ x, long long rows, int channels, int chunk,
     }
   }
   merge_over_block(seen, slots);
-  if (threadIdx.y == 0 && c < channels) {
-    store(means + (long long)blockIdx.x * channels + c, seen.mean);
-    store(m2s + (long long)blockIdx.x * channels + c, seen.m2);
-  }
-}
-
-// means, m2s (parts, C) -> mean, variance (C,) of all rows of x, of which each part has `size` and
-// the last one the rest. All parts are one chunk. Where there is a `scale`, it becomes
-// 1 / sqrt(variance + eps), and the running statistics, the variance of them without bias, move by
-// `momentum` towards these.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
-merge_moments(const float* __restrict__ x, long long rows, int size,
-              const float* __restrict__ means, const float* __restrict__ m2s, long long parts,
-              int channels, int chunk, float* __restrict__ mean, float* __restrict__ variance,
-              float eps, float momentum, float* __restrict__ scale,
-              float* __restrict__ running_mean, float* __restrict__ running_variance) {
-  __shared__ Moments slots[THREADS];
-  Share own = share(parts, channels, chunk);
-  int c = own.channel;
-  long long left = rows - (long long)threadIdx.y * size;  // from its part on
+  float* m2s = parts + (long long)gridDim.x * channels;
+  leave(seen.mean, c, channels, parts);
+  leave(seen.m2, c, channels, m2s);
+  if (!is_last(arrived)) return;
+  own = share(gridDim.x, channels, gridDim.x, 0);
+  long long left = rows - (long long)threadIdx.y * chunk;  // from its first chunk on
   Moments all = {};
-  for (; own.count; --own.count, own.at += own.step, left -= (long long)blockDim.y * size)
-    merge(all, {float(min((long long)size, left)), load(means + own.at), load(m2s + own.at)});
-  merge_over_block(all, slots);
-  if (threadIdx.y == 0 && c < channels) {
-    Pack origin = load(x + c);
-    EACH_CHANNEL all.mean.of[i] += origin.of[i], all.m2.of[i] /= all.n;
-    store(mean + c, all.mean);
-    store(variance + c, all.m2);
-    if (!scale) return;
-    Pack before = load(running_mean + c), spread = load(running_variance + c), factor;
-    EACH_CHANNEL {
-      factor.of[i] = 1 / sqrtf(all.m2.of[i] + eps);
-      before.of[i] += momentum * (all.mean.of[i] - before.of[i]);
-      spread.of[i] += momentum * (all.m2.of[i] * (all.n / (all.n - 1)) - spread.of[i]);
+  if (own.count) {  // as above, where a chunk's mean stands for n rows
+    Pack pivot = load(parts + own.at), sum = {}, squares = {};
+#pragma unroll 4
+    EACH_ROW(own) {
+      Pack v = load(parts + own.at), m2 = load(m2s + own.at);
+      float n = min((long long)chunk, left);
+      all.n += n;
+      left -= (long long)blockDim.y * chunk;
+      EACH_CHANNEL {
+        float d = v.of[i] - pivot.of[i];
+        sum.of[i] += n * d;
+        squares.of[i] += n * d * d + m2.of[i];
+      }
     }
-    store(scale + c, factor);
-    store(running_mean + c, before);
-    store(running_variance + c, spread);
+    EACH_CHANNEL {
+      float mean = sum.of[i] / all.n;
+      all.mean.of[i] = pivot.of[i] + mean;
+      all.m2.of[i] = squares.of[i] - sum.of[i] * mean;
+    }
   }
+  merge_over_block(all, slots);
+  if (threadIdx.y || c >= channels) return;
+  Pack origin = load(x + c);
+  EACH_CHANNEL all.mean.of[i] += origin.of[i], all.m2.of[i] /= all.n;
+  store(mean + c, all.mean);
+  store(variance + c, all.m2);
+  if (!scale) return;
+  Pack before = load(running_mean + c), spread = load(running_variance + c), factor;
+  EACH_CHANNEL {
+    factor.of[i] = 1 / sqrtf(all.m2.of[i] + eps);
+    before.of[i] += momentum * (all.mean.of[i] - before.of[i]);
+    spread.of[i] += momentum * (all.m2.of[i] * (all.n / (all.n - 1)) - spread.of[i]);
+  }
+  store(scale + c, factor);
+  store(running_mean + c, before);
+  store(running_variance + c, spread);
 }

@@ -1,10 +1,11 @@
 // CUDA C++ on a CPU. This text stands in front of the source of a kernel, and g++ compiles both.
 //
 // Every thread of a block is a fiber: it has a stack of its own and runs until it waits. Blocks run
-// one after another. What hardware leaves open is done in the most treacherous way allowed: a warp
-// runs ahead as far as the barriers let it (in an order that the launch chooses), asynchronous
-// copies land only when waited for (or at once, by chance, in random order), and shared memory
-// holds NaN before each block. Between guard pages, a stray access ends the launch, not Python.
+// one after another. What hardware leaves open is done in the most treacherous way allowed: blocks
+// come, and a warp runs ahead as far as barriers let it, in an order that the launch chooses,
+// asynchronous copies land only when waited for (or at once, by chance, in random order), and shared
+// memory holds NaN before each block. Between guard pages, a stray access ends the launch, not
+// Python.
 #pragma once
 #include <setjmp.h>
 #include <signal.h>
@@ -58,6 +59,7 @@ struct dim3 {
 
 // Fibers and the order that they run in
 
+extern "C" void* realloc(void*, size_t) noexcept;  // stdlib.h has an abs of its own
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[];
 extern "C" __attribute__((visibility("hidden"))) char __start_emulated_shared[];
 extern "C" __attribute__((visibility("hidden"))) char __stop_emulated_shared[];
@@ -90,7 +92,7 @@ namespace emulator {
 constexpr unsigned THREADS = 1024, PAGE = 4096, STACK = 32 * PAGE, COPIES = 1024, SIGNALS = 6;
 constexpr size_t SHARED = 256 << 10;
 enum Order { FORWARD, REVERSED, RANDOM };
-enum Kind { READ, WRITE, ATOMIC };
+enum Kind { READ, WRITE, ATOMIC, FENCE };
 
 struct Kernel {  // what a source exports of each kernel
   void (*function)();
@@ -156,6 +158,7 @@ static uint3 block;
 static Fiber fibers[THREADS], host, *current = &host;
 static Warp warps[THREADS / 32];
 static unsigned char* dynamic;
+static Copy* copies;  // of all fibers, COPIES each
 static unsigned live, epoch, position, order[THREADS / 32], turned, generator;
 static int barrier_line, votes, vote_result;
 static sigjmp_buf escape;
@@ -271,6 +274,7 @@ UNSEEN static void access(const void* p, int bytes, Kind kind, int line, void* f
   const uintptr_t at = uintptr_t(p);
   if (!job || !job->accesses || current == &host) return;
   if (in(at, job->room->stacks, job->room->stacks + size_t(THREADS) * STACK)) return;
+  if (in(at, copies, copies + COPIES * THREADS)) return;
   const bool shared = is_shared(p, 1);
   if (in(at, __ehdr_start, _end) && !shared || in(at, job, job + 1)) return;
   if (job->accessed == job->accessible) fail("accesses more than can be kept", *current);
@@ -301,8 +305,9 @@ static void prepare(unsigned threads) {  // stacks, each above a page that no on
   if (!room.stacks)
     room.stacks = static_cast<char*>(mmap(nullptr, size_t(THREADS) * STACK,
         PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  static Copy* copies = static_cast<Copy*>(mmap(nullptr, sizeof(Copy) * COPIES * THREADS,
-      PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (!copies)
+    copies = static_cast<Copy*>(mmap(nullptr, sizeof(Copy) * COPIES * THREADS,
+        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   for (; room.prepared < threads; ++room.prepared)
     mprotect(room.stacks + size_t(room.prepared) * STACK, PAGE, PROT_NONE);
   const uint3 n = job->threads;
@@ -326,19 +331,26 @@ static void run() {
   dynamic = memory + SHARED - room;
   generator = job->seed;
   const uint3 n = job->blocks;
-  for (block.z = 0; block.z < n.z; ++block.z)
-    for (block.y = 0; block.y < n.y; ++block.y)
-      for (block.x = 0; block.x < n.x; ++block.x) {
-        memset(dynamic, 0xff, room);
-        memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
-        memset(warps, 0, sizeof warps);
-        votes = barrier_line = epoch = 0;
-        current = &host;
-        live = job->threads.x * job->threads.y * job->threads.z;
-        prepare(live);
-        arrange();
-        yield();
-      }
+  const uint64_t count = uint64_t(n.x) * n.y * n.z;
+  static uint64_t* turns;  // the blocks in their order, where they are not numbered by it
+  if (job->order == RANDOM) {
+    turns = static_cast<uint64_t*>(realloc(turns, count * sizeof *turns));
+    for (uint64_t i = 0; i < count; ++i) turns[i] = i;
+    for (uint64_t i = count - 1; i > 0; --i) std::swap(turns[i], turns[chance() % (i + 1)]);
+  }
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t at = job->order == RANDOM ? turns[i] : job->order == REVERSED ? count - 1 - i : i;
+    block = {unsigned(at % n.x), unsigned(at / n.x % n.y), unsigned(at / n.x / n.y)};
+    memset(dynamic, 0xff, room);
+    memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+    memset(warps, 0, sizeof warps);
+    votes = barrier_line = epoch = 0;
+    current = &host;
+    live = job->threads.x * job->threads.y * job->threads.z;
+    prepare(live);
+    arrange();
+    yield();
+  }
 }
 
 extern "C" __attribute__((visibility("default"))) void emulator_launch(Job* requested) {
@@ -414,7 +426,7 @@ inline void __syncthreads(LINE) { emulator::barrier(line); }
 inline int __syncthreads_count(int p, LINE) { return emulator::barrier(line, p != 0); }
 inline int __syncthreads_or(int p, LINE) { return emulator::barrier(line, p != 0) > 0; }
 inline int __syncthreads_and(int p, LINE) { return !emulator::barrier(line, p == 0); }
-inline void __threadfence() {}
+inline void __threadfence(LINE) { emulator::access(nullptr, 0, emulator::FENCE, line); }
 inline void __threadfence_block() {}
 inline void __syncwarp(unsigned mask = ~0u, LINE) {
   emulator::together<unsigned>(mask, [](unsigned* const*) {}, line, mask);
@@ -720,6 +732,7 @@ EMULATED_ATOMIC(atomicMax, max(old, v))
 EMULATED_ATOMIC(atomicOr, old | v)
 EMULATED_ATOMIC(atomicAnd, old & v)
 EMULATED_ATOMIC(atomicExch, v)
+EMULATED_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
 template <class T>
 UNSEEN inline T atomicCAS(T* p, std::enable_if_t<true, T> expected, std::enable_if_t<true, T> v,
                           LINE) {

@@ -3,7 +3,7 @@
 `RawModule(code=, options=).get_function(name)(grid, block, args, shared_mem=)` takes the arguments
 that CuPy's takes, where an array is anything with the address `.data.ptr`, and runs the kernel
 before it returns. Whatever would hang or crash a GPU, and some of what would pass there by luck,
-raises `Fault`; the next launch is not affected. `order` says in which order warps run. `traced`
+raises `Fault`; the next launch is not affected. `order` says how blocks and warps follow. `traced`
 keeps who reads and writes what, and finds threads that race.
 """
 
@@ -91,6 +91,7 @@ class _Job(ctypes.Structure):
 ACCESS = np.dtype({"names": "address instruction block thread epoch step bytes kind "
                             "line shared".split(),
                    "formats": ["u8"] * 2 + ["u4"] * 4 + ["i4"] * 4})
+READ, WRITE, ATOMIC, FENCE = range(4)  # kinds of access; a fence is one to no address
 ACCESSIBLE = 1 << 22  # accesses of a launch that is traced
 
 
@@ -214,7 +215,7 @@ class Trace(NamedTuple):
 
     def of(self, argument=None, write=False):
         """Those that read (write) an argument, by its number, or the shared memory of blocks."""
-        found = self.accesses[(self.accesses["kind"] > 0) == write]  # 0 read, 1 written, 2 atomic
+        found = self.accesses[(self.accesses["kind"] > READ) == write]
         if argument is None:
             return found[found["shared"] != 0]
         array = self.args[argument]
@@ -243,25 +244,88 @@ class Trace(NamedTuple):
         a = self.accesses[self.accesses["shared"] != 0]
         if not len(a):
             return []
-        unit = np.gcd.reduce(np.r_[a["address"].astype(int), a["bytes"]])
-        parts = a["bytes"] // unit
-        each = np.repeat(np.arange(len(a)), parts)
-        part = np.arange(len(each)) - np.repeat(np.cumsum(parts) - parts, parts)
-        a, place = a[each], a["address"][each].astype(int) // unit + part
-        axes = [place - place.min(), a["block"], a["epoch"], warp := a["thread"] // 32, a["step"]]
-        racing = set()
-        for who, where in ((warp, axes[:3]), (a["thread"], axes)):
-            key = np.ravel_multi_index(where, [int(axis.max()) + 1 for axis in where])
-            order = np.argsort(key)
-            starts = np.flatnonzero(np.diff(key[order], prepend=-1))
-            low, high = ([f.reduceat(v[order], starts) for v in (who, a["kind"])]
-                         for f in (np.minimum, np.maximum))
-            met = (low[0] < high[0]) & (high[1] > 0) & (low[1] < 2)  # all atomic: in some order
-            those = a[order[np.repeat(met, np.diff(starts, append=len(a)))]]
-            racing |= {*zip(those["instruction"].tolist(), those["line"].tolist(), strict=True)}
+        each, place = _places(a)
+        a = a[each]
+        axes = [place, a["block"], a["epoch"], warp := a["thread"] // 32, a["step"]]
+        racing = [a[met] for who, where in ((warp, axes[:3]), (a["thread"], axes))
+                  for met in _meetings(
+                      np.ravel_multi_index(where, [int(axis.max()) + 1 for axis in where]),
+                      who, a["kind"])]
+        return self._lines(racing)
+
+    def unordered(self):
+        """The lines, as texts, where two blocks meet in global memory, one of them writing, with
+        nothing that says which comes first.
+
+        That is a fence and then an atomic access by the one, and an atomic access to the same
+        address and then a fence by the other. A fence is for its thread, and for all of the block
+        that a barrier lies between.
+        """
+        a = self.accesses[self.accesses["shared"] == 0]
+        data = np.flatnonzero(a["kind"] < FENCE)
+        if not (a["kind"] == WRITE).any():
+            return []
+        each, place = _places(a[data])
+        fences = defaultdict(list)
+        for i in np.flatnonzero(a["kind"] == FENCE):
+            fences[a["block"][i], a["thread"][i]].append((i, a["epoch"][i]))
+        counted = defaultdict(list)  # {block: [an atomic access, its thread, address]}
+        for i in np.flatnonzero(a["kind"] == ATOMIC):
+            counted[a["block"][i]].append((i, a["thread"][i], a["address"][i]))
+
+        @cache
+        def beyond(i, way):
+            """{address: the first (last) atomic access} with a fence between i and it, forward
+            (backward)."""
+            block, thread, epoch = (a[name][i] for name in ("block", "thread", "epoch"))
+            found = {}
+            for at, who, address in counted[block][::-way]:
+                if any((at - f) * way > 0 and (e != epoch and (e > epoch) == (way > 0)
+                                               or who == thread and (f - i) * way > 0)
+                       for f, e in fences[block, who]):
+                    found[address] = at
+            return found
+
+        def ordered(i, j):
+            behind = beyond(j, -1)
+            return any(at < behind.get(address, -1) for address, at in beyond(i, 1).items())
+
+        wrong = []
+        for met in _meetings(place, a["block"][data][each], a["kind"][data][each]):
+            at = np.unique(data[each[met]]).tolist()
+            wrong += [a[[i, j]] for n, i in enumerate(at) for j in at[n + 1 :]
+                      if a["block"][i] != a["block"][j] and max(a["kind"][[i, j]]) > READ
+                      and min(a["kind"][[i, j]]) < ATOMIC and not ordered(i, j)]
+        return self._lines(wrong)
+
+    def _lines(self, found):
+        """Where accesses stand in the source, as texts."""
+        where = {(*x,) for a in found for x in np.unique(a[["instruction", "line"]]).tolist()}
         function = self.function
         return [function._quoted(line) for line in
-                sorted({line or function._line(i - 1) for i, line in racing})]
+                sorted({line or function._line(i - 1) for i, line in where})]
+
+
+def _places(a):
+    """Which access, and where it is to, of all that accesses touch, in units that fit each."""
+    unit = np.gcd.reduce(np.r_[a["address"].astype(int), a["bytes"]])
+    parts = a["bytes"] // unit
+    each = np.repeat(np.arange(len(a)), parts)
+    part = np.arange(len(each)) - np.repeat(np.cumsum(parts) - parts, parts)
+    place = a["address"][each].astype(int) // unit + part
+    return each, place - place.min()
+
+
+def _meetings(key, who, kind):
+    """The indices of those that share a key, where they are not all one's, one of them writes, and
+    not all are atomic: those come in some order."""
+    order = np.argsort(key)
+    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+    low, high = ([f.reduceat(v[order], starts) for v in (who, kind)]
+                 for f in (np.minimum, np.maximum))
+    met = (low[0] < high[0]) & (high[1] > READ) & (low[1] < ATOMIC)
+    bounds = np.r_[starts, len(order)]
+    return [order[bounds[n] : bounds[n + 1]] for n in np.flatnonzero(met)]
 
 
 def _place(address, args):

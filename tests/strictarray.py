@@ -165,14 +165,18 @@ def guarded(function):
 class Stream:
     """Of launches, which run at once; and the graph that is captured on it."""
 
+    entered: list = []
+
     def __init__(self, **_):
         self.record = self.wait_event = lambda *_: None
 
+    ptr = property(id)
+
     def __enter__(self):
-        return self
+        self.entered.append(self)
 
     def __exit__(self, *_):
-        pass
+        self.entered.pop()
 
     def begin_capture(self):
         emulator.tape = self.tape = []
@@ -205,6 +209,7 @@ def library(name, device=False):
 
     made.asarray = asarray
     if device:
+        default = Stream()
         kind.copy = method(guarded(np.ndarray.copy))
         kind.astype = method(guarded(np.ndarray.astype))
         made.RawModule = emulator.RawModule
@@ -213,7 +218,8 @@ def library(name, device=False):
             Device=lambda i=0: SimpleNamespace(
                 id=i, compute_capability="90", attributes={"MultiProcessorCount": 132},
                 use=lambda: None),
-            Stream=Stream, get_current_stream=Stream, using_allocator=lambda _: nullcontext(),
+            Stream=Stream, get_current_stream=lambda: [default, *Stream.entered][-1],
+            using_allocator=lambda _: nullcontext(),
             MemoryPool=lambda: SimpleNamespace(malloc=None),
             runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1))
     return made

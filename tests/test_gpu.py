@@ -16,7 +16,7 @@ from test_windows import cases
 
 import tinyseg as ts
 from tinyseg import losses, nn, ops, optim, train
-from tinyseg.cuda import PRECISIONS, loader, precision
+from tinyseg.cuda import PRECISIONS, loader, norm, precision
 from tinyseg.windows import Window
 
 pytestmark = pytest.mark.gpu
@@ -391,6 +391,34 @@ def test_more_than_two_billion_elements(cupy):
     np.testing.assert_allclose(mean.get(), expected, atol=1e-4)
     for i in 0, 33:  # batch-norm ignores scale and offset: no gradient along x itself, nor along 1
         assert float(abs(leaf.grad[i]).max()) < 1e-2
+
+
+@pytest.mark.parametrize("rows, channels", [(400_009, 64), (100_003, 5), (9_001, 512), (70, 36)])
+def test_blocks_that_add_up_miss_none(cupy, rows, channels):
+    """A hundred times, by two streams at once, and by graphs that come and go."""
+    x = cupy.asarray(normal(1, rows, channels) + normal(2, channels))
+    exact = x.get().astype(float)
+    total, captured = norm.column_sum(x).get(), ts.cuda.captured
+    np.testing.assert_allclose(total, exact.sum(axis=0), atol=1e-5 * abs(exact).sum(axis=0).max())
+    mean, variance = (a.get() for a in norm.moments(x))
+    np.testing.assert_allclose(mean, exact.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(variance, exact.var(axis=0), rtol=1e-5)
+    cupy.cuda.Device().synchronize()
+    found, streams = [], [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    for _ in range(50):
+        for stream in streams:
+            with stream:
+                found.append((norm.column_sum(x), *norm.moments(x)))
+    cupy.cuda.Device().synchronize()
+    for _ in range(3):
+        graph = captured(lambda x: (norm.column_sum(x), *norm.moments(x)))
+        for _ in range(4):
+            found.append([a.copy() for a in graph(x)])
+        del graph
+        cupy.full(1 << 20, -1, "int32")  # where its memory was
+    for answer in found:
+        for a, b in zip(answer, (total, mean, variance), strict=True):
+            assert a.get().tobytes() == b.tobytes()
 
 
 def test_a_captured_step_gives_the_same_bits(tensor_cores):

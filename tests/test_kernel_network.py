@@ -3,6 +3,8 @@ and gives what NumPy gives."""
 
 import re
 import sys
+import weakref
+from contextlib import contextmanager
 from unittest import mock
 
 import emulator
@@ -11,7 +13,7 @@ import pytest
 
 import tinyseg as ts
 from tinyseg import cuda, infer, losses, models, nn, optim, train
-from tinyseg.cuda import loader
+from tinyseg.cuda import loader, norm
 
 
 @pytest.fixture
@@ -99,6 +101,32 @@ def test_a_captured_step_gives_the_same_bits(cuda, tiny, monkeypatch, rank, opti
         assert array.tobytes() == states[1][name].tobytes(), name
 
 
+def test_a_graph_uses_counters_that_outlive_it(cuda, monkeypatch):
+    """They are zeroed before it is captured, and not in its memory; and it keeps the stream whose
+    counters they are, so that no other gets its name."""
+    made, inside, zeros = [], [], cuda.zeros
+
+    @contextmanager
+    def using_allocator(_):
+        inside.append("a pool")
+        yield inside.pop()
+
+    def noted(*options):
+        made.append((emulator.tape, *inside, *map(weakref.ref, cuda.cuda.Stream.entered)))
+        return zeros(*options)
+
+    monkeypatch.setattr(cuda, "zeros", noted)
+    monkeypatch.setattr(cuda.cuda, "using_allocator", using_allocator)
+    emulator.forget()
+    total = ts.cuda.captured(lambda a: (norm.column_sum(a),))
+    for a in np.random.default_rng(0).standard_normal((3, 311, 36), "float32"):
+        assert np.allclose(total(cuda.asarray(a))[0].get(), a.sum(0), atol=1e-4)
+    (now,), (later, stream) = made
+    assert now is later is None and stream() is not None
+    del total
+    assert stream() is None
+
+
 def test_what_a_captured_step_cannot_do(cuda, tiny):
     """Labels out of range are found by their number, dropout is refused, hosts run as they do."""
     net = nn.to_device(models.resnet_seg(tiny, rank=2, in_channels=1, classes=3), cuda)
@@ -134,11 +162,13 @@ def test_what_a_captured_step_cannot_do(cuda, tiny):
 
 
 def traced_step(library, rank, precision):
-    """Traces of all launches of a training step, of networks with 8 to 64 channels."""
+    """Traces of all launches of a training step, of networks with 8 to 64 channels; and of a sum
+    by several blocks."""
     size, options = {2: ((9, 11), {}), 3: ((3, 5, 6), {"depth_stride": 1})}[rank]
     net = models.resnet_seg("tiny", rank=rank, in_channels=1, classes=3, width=8, **options)
     with emulator.traced() as traces, cuda.precision(precision):
         curve(library, net, size, lambda ps: optim.AdamW(ps, 1e-3), steps=1)
+        norm.column_sum(library.zeros((311, 36), "float32"))
     return traces
 
 
@@ -148,7 +178,7 @@ def test_no_threads_race(cuda, tiny, rank, precision):
     assert {trace.function.name for trace in traces} >= {
         "correlate", "correlate_dw", "normalize", "adjoint_sums", "maximum", "linear", "gradient",
         "adamw", "squares"}
-    assert [race for trace in traces for race in trace.races()] == []
+    assert [race for trace in traces for race in trace.races() + trace.unordered()] == []
     assert sum(len(trace.of()) for trace in traces) > 10**5
 
 
@@ -168,7 +198,7 @@ def test_every_barrier_is_missed(cuda, tiny, monkeypatch, file, which):
         with pytest.raises((emulator.Fault, FloatingPointError, AssertionError)):
             for rank, precision in (2, "fp32" if file == "conv_simt" else "tf32"), (3, "tf32"):
                 traces = traced_step(cuda, rank, precision)
-                assert not any(trace.races() for trace in traces)
+                assert not any(trace.races() or trace.unordered() for trace in traces)
     finally:
         monkeypatch.undo()
         emulator.forget()

@@ -111,9 +111,9 @@ def test_normalize_adjoint(cuda, shape, seed, train, relu, residual):
     check_adjoint(cuda, *shape, seed, train, relu, residual)
 
 
-@pytest.mark.parametrize("m, c", [(311, 36), (601, 3)])
+@pytest.mark.parametrize("m, c", [(311, 36), (601, 3), (4507, 5)])
 def test_several_chunks_of_rows(cuda, m, c):
-    assert m > 2 * norm._chunk(m, c) and m % norm._chunk(m, c)
+    assert m > 2 * norm._chunk(m, c, 8) and m % norm._chunk(m, c, 8)
     check_moments(cuda, m, c, 1)
     check_normalize(cuda, m, c, 2, True, True)
     check_adjoint(cuda, m, c, 3, True, True, False)
@@ -145,7 +145,7 @@ def test_the_adjoint_is_the_derivative(cuda):
         assert along == pytest.approx((gradient.get() * step).sum(), rel=1e-4, abs=1e-4 * t)
 
 
-@pytest.mark.parametrize("m, c", [(3, 4), (150, 7), (311, 36)])
+@pytest.mark.parametrize("m, c", [(3, 4), (150, 7), (311, 36), (4507, 5)])
 @pytest.mark.parametrize("offset, outlier, tolerance", [
     (1e3, 0, 1e-6), (-3e4, 0, 1e-6), (1e3, 1e4, 1e-5), (0, 0, 1e-6)])
 def test_the_variance_of_large_numbers(cuda, m, c, offset, outlier, tolerance):
@@ -197,9 +197,10 @@ def test_the_residual_gets_the_very_gradient_without_a_relu(cuda):
 
 @pytest.mark.parametrize("c", [1, 3, 16, 50, 64, 96, 2048])
 @pytest.mark.parametrize("m", [1, 49, 7_000, 100_000, 4_000_000])
-def test_blocks_fill_a_gpu_or_have_enough_to_do(m, c):
-    vector, (wide, tall), count = norm.tiles(c)
-    chunk = norm._chunk(m, c)
+@pytest.mark.parametrize("lanes", [8, 32])
+def test_blocks_fill_a_gpu_or_have_enough_to_do(m, c, lanes):
+    vector, (wide, tall), count = norm.tiles(c, lanes)
+    chunk = norm._chunk(m, c, lanes)
     blocks = -(-m // chunk) * count
     assert c % vector == 0 and count * wide * vector >= c > (count - 1) * wide * vector
     assert wide * tall == norm.THREADS and tall & (tall - 1) == 0
@@ -262,8 +263,23 @@ def test_pooling_that_the_kernels_do_not_do(cuda):
 # Would these tests see an error?
 
 
+def check_blocks_meet(cuda, m, c):
+    """No two blocks of a sum do so without order."""
+    rows, *vectors = (cuda.asarray(a) for a in drawn(m, c, 1)[::3])  # x, mean, beta
+    with emulator.traced() as traces:
+        norm.statistics(rows, *vectors, 0.1, 1e-5)
+        norm.column_sum(rows)
+        for residual in False, True:
+            norm.normalize_adjoint(rows, rows, rows, vectors[0], vectors[0], *vectors, train=True,
+                                   relu=True, residual=residual)
+    assert [trace.races() + trace.unordered() for trace in traces] == [[]] * 6
+    assert all(trace.accesses["block"].max() > 1 for trace in traces)
+
+
 def all_of_norm(cuda):
-    for shape in ((311, 36), (70, 36), (3, 5)):
+    check_blocks_meet(cuda, 311, 36)
+    check_blocks_meet(cuda, 4507, 5)
+    for shape in ((311, 36), (4507, 5), (70, 36), (3, 5)):
         check_moments(cuda, *shape, 1)
         check_normalize(cuda, *shape, 2, False, True)
         check_adjoint(cuda, *shape, 3, True, True, True)
@@ -288,7 +304,21 @@ TREE = "    __syncthreads();\n    if (threadIdx.y < half) {\n      "
     ("norm", "float weight = b.n", "float weight = a.n"),
     ("norm", "(a.n * weight)", "(b.n * weight)"),
     ("norm", "  if (b.n == 0) return;\n", ""),
-    ("norm", "float(min((long long)size, left))", "float(size)"),
+    ("norm", "float n = min((long long)chunk, left)", "float n = chunk"),
+    ("norm", "squares.of[i] += n * d * d", "squares.of[i] += d * d"),
+    ("norm", "sum.of[i] += n * d", "sum.of[i] += d"),
+    ("norm", "left -= (long long)blockDim.y * chunk", "left -= chunk"),
+    ("norm", "share(gridDim.x, channels, gridDim.x, 0)", "share(gridDim.x, channels, chunk, 0)"),
+    ("norm", "share(gridDim.x, channels, gridDim.x, 0)",
+     "share(gridDim.x, channels, gridDim.x, blockIdx.x)"),
+    ("norm", "arrived + blockIdx.y", "arrived"),
+    ("norm", "gridDim.x - 1) == gridDim.x - 1", "gridDim.x - 1) == 0"),
+    ("norm", "atomicInc(arrived + blockIdx.y, gridDim.x - 1)",
+     "atomicAdd(arrived + blockIdx.y, 1)"),
+    ("norm", "    __threadfence();\n    last", "    last"),
+    ("norm", "gridDim.x - 1;\n    __threadfence();", "gridDim.x - 1;"),
+    ("norm", "bool last = false;\n  __syncthreads();", "bool last = false;"),
+    ("norm", "return __syncthreads_or(last)", "return last"),
     ("norm", "!(y.of[i] > 0)", "!(y.of[i] >= 0)"),
     ("pool", "index >= points || ", ""),
     ("pool", " || c >= channels", ""),

@@ -372,6 +372,65 @@ def test_races_are_found_in_any_order(cuda, order, which, racing):
         assert line == start + which if which < 8 else line >= start + 8
 
 
+BLOCKS = COMMON + r'''
+extern "C" __global__ void meet(float* parts, unsigned* counters, float* sum, int which) {
+  const int t = threadIdx.x, b = blockIdx.x;
+  bool last = false;
+  if (which != 8) parts[64 * b + t] = t + b;
+  if (which != 1) __syncthreads();
+  if (which == 9 && t == 1) __threadfence();
+  if (t == 0) {
+    if (which != 2 && which != 9) __threadfence();
+    if (which == 8) parts[64 * b] = b;
+    last = atomicInc(counters + (which == 3 ? b : 0), 3) == 3 || which == 3;
+    if (which != 4) __threadfence();
+  }
+  if (which == 10 && t == 0) counters[1] = 0;
+  if (which != 5) last = __syncthreads_or(last);
+  if (!last || which == 6) return;
+  float all = 0;
+  for (int i = 0; i < 4; ++i) all += parts[64 * i + (t ^ (which == 7))];
+  sum[t] = all;
+}
+'''
+
+
+@pytest.mark.parametrize("which, unordered", [*enumerate(
+    [[], ["parts["], ["parts["], ["parts[", "sum["], ["parts["], [], [], [], ["parts["],
+     ["parts["], ["counters["]])])
+def test_blocks_that_meet_are_found_in_any_order(cuda, order, which, unordered):
+    """The last one may read what the others wrote where fences by the threads that count, a counter
+    that all have in common, and the barriers of each block say so; what a thread did itself it
+    knows without a barrier. A store behind the fence is not covered, nor is a plain one to what
+    others store to."""
+    kernel = cuda.RawModule(code=BLOCKS).get_function("meet")
+    parts, counters = cuda.zeros(256, "float32"), cuda.zeros(4, "uint32")
+    sums = cuda.zeros(64, "float32")
+    with emulator.traced() as traces:
+        kernel((4,), (64,), (parts, counters, sums, np.int32(which)))
+    found = traces[0].unordered()
+    assert len(found) >= len(unordered) and bool(found) == bool(unordered)
+    assert all(any(text in line for line in found) for text in unordered)
+    assert all(any(text in line for text in unordered) for line in found)
+    if which == 0:
+        assert (sums.get() == 4 * np.arange(64) + 6).all() and (counters.get() == 0).all()
+        assert not traces[0].races()
+
+
+def test_blocks_run_once_each_in_the_order_of_the_launch(cuda, order):
+    code = COMMON + """
+extern "C" __global__ void number(int* y, int* count) {
+  const int b = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  if (threadIdx.x == 0) y[atomicAdd(count, 1)] = b;
+}"""
+    y, count = cuda.zeros(30, "int32"), cuda.zeros(1, "int32")
+    cuda.RawModule(code=code).get_function("number")((5, 3, 2), (40,), (y, count))
+    blocks = y.get().tolist()
+    assert sorted(blocks) == list(range(30))
+    assert (blocks == sorted(blocks)) == (order == "forward")
+    assert (blocks[::-1] == sorted(blocks)) == (order == "reversed")
+
+
 def test_shared_memory_starts_as_nan(cuda, kernel):
     y = cuda.zeros(6, "float32")
     kernel("poison")((3,), (1,), (y,), shared_mem=4)

@@ -1,6 +1,6 @@
 """Work on the GPU that is launched again as a whole: a CUDA graph.
 
-A training step is some three hundred launches; Python and CuPy take longer to ask for them than an
+A training step is some two hundred launches; Python and CuPy take longer to ask for them than an
 H100 takes to run those of a small network. A graph holds them, with the addresses that they use,
 and one call runs all. What it costs is memory of its own and that shapes stay what they were.
 """
@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ..backend import Array, array_module, within
+from .loader import arrived
 
 _capturing: ContextVar[tuple] = ContextVar("capturing", default=())
 
@@ -49,19 +50,22 @@ def captured(work: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 def _record(work: Callable[..., tuple], arrays: tuple[Array, ...]) -> tuple[list, Any, tuple, Any]:
-    """(where its arguments stand, the graph, where its results stand, the pool of their memory)."""
+    """(where its arguments stand, the graph, where its results stand, what must stay with it: the
+    pool of their memory, and the stream, or another might get its name and its counters)."""
     library = array_module(arrays[0])
     library.get_default_memory_pool().free_all_blocks()  # what the first call worked in
     cuda = library.cuda
     pool, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
     stream.wait_event(cuda.get_current_stream().record())
-    with stream, cuda.using_allocator(pool.malloc):  # memory that nothing else is ever given
-        inputs = [a.copy() for a in arrays]
-        stream.begin_capture()
-        try:
-            with within(_capturing):
-                results = work(*inputs)
-        finally:
-            graph = stream.end_capture()
+    with stream:
+        arrived(library)  # made and zeroed here: not noted for later, and not in the pool
+        with cuda.using_allocator(pool.malloc):  # memory that nothing else is ever given
+            inputs = [a.copy() for a in arrays]
+            stream.begin_capture()
+            try:
+                with within(_capturing):
+                    results = work(*inputs)
+            finally:
+                graph = stream.end_capture()
     cuda.get_current_stream().wait_event(stream.record())
-    return inputs, graph, results, pool
+    return inputs, graph, results, (pool, stream)

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
+from threading import get_ident
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,14 +26,13 @@ FOLDER = next(f for f in (_HERE.parents[1] / "kernels", _HERE.parents[2] / "kern
               if f.name and f.is_dir())  # installed, or in a checkout
 POINTERS = {"float": "float32", "double": "float64", "int": "int32", "short": "int16",
             "long long": "int64", "unsigned char": "uint8", "unsigned short": "uint16",
-            "unsigned long long": "uint64"}
+            "unsigned": "uint32", "unsigned long long": "uint64"}
 NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
 _NULL, _OBJECT = np.uintp(0), np.dtype("O")
 _facts = attrgetter("dtype", "flags.c_contiguous", "data.device_id")
 # An H100: what a launch may ask for at most, and how many multiprocessors its blocks should fill.
 GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block
 MULTIPROCESSORS = 132
-
 
 
 class Strided(NamedTuple):
@@ -75,6 +75,19 @@ def plain(array: Array) -> Array:
     if array.flags.c_contiguous and not array.data.ptr % 16:
         return array
     return array.copy()
+
+
+def arrived(library: ModuleType) -> Array:
+    """Counters, all 0, by which blocks of a launch know which of them comes last: `is_last` in
+    kernels/norm.cu leaves them so. Launches that may run side by side need their own, and so each
+    stream of each GPU has some; a thread too, as its default stream may be its alone."""
+    cuda = library.cuda
+    return _counters(library, cuda.runtime.getDevice(), cuda.get_current_stream().ptr, get_ident())
+
+
+@cache
+def _counters(library: ModuleType, *_: int) -> Array:
+    return library.zeros(GRID_LIMIT[1], "uint32")
 
 
 @cache

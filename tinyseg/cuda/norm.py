@@ -1,8 +1,8 @@
 """Batch normalisation of rows, with a residual and a ReLU where wanted: kernels/norm.cu.
 
-`rows` is x (N, *S, C) as a matrix (M, C); everything is float32. A sum over rows takes two
-launches, first over chunks of rows and then over the chunks, so that its order is fixed and its
-bits are the same every time.
+`rows` is x (N, *S, C) as a matrix (M, C); everything is float32. A sum over rows is one over chunks
+of rows and then one over the chunks, by the block that comes last, so that its order is fixed and
+its bits are the same every time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 from math import ceil, inf
 
 from ..backend import Array, array_module
-from .loader import MULTIPROCESSORS, launch, plain
+from .loader import MULTIPROCESSORS, arrived, launch, plain
 
 THREADS = 256  # of a block
 BLOCKS = 4 * MULTIPROCESSORS  # that share an array
@@ -28,62 +28,58 @@ def tiles(channels: int, lanes: int = 32) -> tuple[int, tuple[int, int], int]:
 
 
 @cache
-def _chunk(rows: int, channels: int) -> int:
+def _chunk(rows: int, channels: int, lanes: int = 32) -> int:
     """How many rows a block takes so that the blocks fill a GPU, or have enough to do each."""
-    _, (_, tall), count = tiles(channels)
+    _, (_, tall), count = tiles(channels, lanes)
     return ceil(rows / min(ceil(BLOCKS / count), ceil(rows / (ROWS * tall))))
 
 
-def _run(kernel: str, shape: tuple[int, int], inputs: tuple, outputs: tuple, chunk: int,
-         lanes: int = 32, layers: int = 1) -> None:
-    """`kernel` on the rows of arrays of this shape, a block for each chunk and tile and layer."""
-    rows, channels = shape
+def _run(kernel: str, rows: Array, inputs: tuple, outputs: tuple, sums: int = 0) -> None:
+    """`kernel` on arrays of the shape of `rows`, a block for each chunk and tile.
+
+    Where it sums over the rows, so many `sums`, it gets room for those of the chunks and what
+    counts its blocks; and tiles are narrow, so that a block which adds up finds few numbers.
+    """
+    (m, channels), library = rows.shape, array_module(rows)
+    lanes = 8 if sums else 32
     vector, block, count = tiles(channels, lanes)
-    launch("norm", kernel, (ceil(rows / chunk), count, layers), block, *inputs, rows, channels,
-           chunk, *outputs, VECTOR=vector, THREADS=THREADS)
+    chunk = _chunk(m, channels, lanes)
+    grid = ceil(m / chunk), count
+    room = (library.empty((sums, grid[0], channels), rows.dtype), arrived(library)) if sums else ()
+    launch("norm", kernel, grid, block, *inputs, m, channels, chunk, *room, *outputs,
+           VECTOR=vector, THREADS=THREADS)
+
+
+def _vectors(rows: Array, count: int) -> list[Array]:
+    return [array_module(rows).empty(rows.shape[1], rows.dtype) for _ in range(count)]
 
 
 def column_sum(rows: Array) -> Array:
     """The sum of each column: (M, C) -> (C,)."""
-    rows, chunk = plain(rows), _chunk(*rows.shape)
-    parts = array_module(rows).empty((ceil(len(rows) / chunk), rows.shape[1]), rows.dtype)
-    _run("column_sum", rows.shape, (rows,), (parts, None), chunk)
-    return _totals(parts[None])[0]
-
-
-def _totals(parts: Array) -> list[Array]:
-    """The sums over what the chunks left, in narrow tiles to have more blocks: for one or two
-    quantities, (1 or 2, P, C) -> (C,) of each."""
-    layers, count, channels = parts.shape
-    totals = [array_module(parts).empty(channels, parts.dtype) for _ in range(layers)]
-    _run("column_sum", (count, channels), (parts,), (*totals, None)[:2], count, 2, layers)
-    return totals
+    rows, (total,) = plain(rows), _vectors(rows, 1)
+    _run("column_sum", rows, (rows,), (total,), sums=1)
+    return total
 
 
 def moments(rows: Array) -> tuple[Array, Array]:
     """Mean and biased variance of each column: (M, C) -> (C,), (C,)."""
-    return _moments(rows)[:2]
+    mean, variance = _moments(rows)
+    return mean, variance
 
 
 def statistics(rows: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
                ) -> tuple[Array, Array]:
     """Mean and 1 / sqrt(variance + eps) of each column, towards which the running statistics move
     by `momentum`: see normalisation._statistics."""
-    mean, _, scale = _moments(rows, eps, momentum, array_module(rows).empty_like(running_mean),
-                              running_mean, running_var)
-    return mean, scale
+    scale, = _vectors(rows, 1)
+    return _moments(rows, eps, momentum, scale, running_mean, running_var)[0], scale
 
 
-def _moments(rows: Array, eps: float = 0, momentum: float = 0, scale: Array | None = None,
-             running_mean: Array | None = None, running_var: Array | None = None) -> tuple:
-    rows, library, (m, channels) = plain(rows), array_module(rows), rows.shape
-    chunk = _chunk(m, channels)
-    means, m2s = (library.empty((ceil(m / chunk), channels), rows.dtype) for _ in range(2))
-    mean, variance = (library.empty(channels, rows.dtype) for _ in range(2))
-    _run("moments", rows.shape, (rows,), (means, m2s), chunk)
-    _run("merge_moments", means.shape, (rows, m, chunk, means, m2s),
-         (mean, variance, eps, momentum, scale, running_mean, running_var), len(means), lanes=2)
-    return mean, variance, scale
+def _moments(rows: Array, eps: float = 0, momentum: float = 0, *updated: Array) -> list[Array]:
+    rows, found = plain(rows), _vectors(rows, 2)
+    _run("moments", rows, (rows,), (*found, eps, momentum, *(updated or (None, None, None))),
+         sums=2)
+    return found
 
 
 def normalize(rows: Array, mean: Array, scale: Array, gamma: Array, beta: Array,
@@ -94,9 +90,8 @@ def normalize(rows: Array, mean: Array, scale: Array, gamma: Array, beta: Array,
     """
     y = array_module(rows).empty(rows.shape, rows.dtype)
     added = residual if residual is None else plain(residual)
-    _run("normalize", rows.shape,
-         (*map(plain, (rows, mean, scale, gamma, beta)), added, 0.0 if relu else -inf), (y,),
-         _chunk(*rows.shape))
+    _run("normalize", rows,
+         (*map(plain, (rows, mean, scale, gamma, beta)), added, 0.0 if relu else -inf), (y,))
     return y
 
 
@@ -109,18 +104,17 @@ def normalize_adjoint(g: Array, rows: Array, y: Array, mean: Array, scale: Array
     `residual` was added; else it is computed again, which saves reading y twice. The gradient in
     the residual is `g` itself where there was no ReLU, and None where there was no residual.
     """
-    library, (m, channels), chunk = array_module(rows), rows.shape, _chunk(*rows.shape)
+    library = array_module(rows)
     dresidual = g if residual else None
     g, rows, *vectors = map(plain, (g, rows, mean, scale, gamma))
-    parts = library.empty((2, ceil(m / chunk), channels), g.dtype)
     kept = plain(y) if relu and residual else None
     again = plain(beta) if relu and not residual else None
     passed = None if kept is None else library.empty(g.shape, g.dtype)
-    _run("adjoint_sums", rows.shape, (g, rows, kept, *vectors, again), (parts, passed), chunk)
-    dbeta, dgamma = _totals(parts)
+    dbeta, dgamma = _vectors(rows, 2)
+    _run("adjoint_sums", rows, (g, rows, kept, *vectors, again), (passed, dbeta, dgamma), sums=2)
     if passed is not None:
         g = dresidual = passed
     dx = library.empty(g.shape, g.dtype)
-    _run("normalize_dx", rows.shape,
-         (g, rows, *vectors, again, dbeta, dgamma, 1 / m if train else 0.0), (dx,), chunk)
+    _run("normalize_dx", rows,
+         (g, rows, *vectors, again, dbeta, dgamma, 1 / len(rows) if train else 0.0), (dx,))
     return dx, dgamma, dbeta, dresidual
