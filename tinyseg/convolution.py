@@ -37,10 +37,11 @@ def conv(x, w, b=None, residual=None, *, relu: bool = False, stride=1, padding=0
         raise ValueError(f"conv: input {x.shape} does not fit kernel {w.shape} and bias; expected "
                          f"(N, *S, C_in) and (*K, C_in, C_out) with equal rank and C_in, (C_out,)")
     window, size = Window.of(w.shape[:-2], stride, padding, dilation, padding_mode), x.shape[1:-1]
-    shape = len(x), *window.positions(size), w.shape[-1]
-    if residual is not None and getattr(residual, "shape", ()) != shape:
-        raise ValueError(f"conv: residual {getattr(residual, 'shape', residual)} does not fit the "
-                         f"output; expected its shape {shape}")
+    if residual is not None:
+        found, shape = getattr(residual, "shape", residual), (*window.positions(size), w.shape[-1])
+        if found != (len(x), *shape):
+            raise ValueError(f"conv: residual {found} does not fit the output; expected its shape "
+                             f"{(len(x), *shape)}")
     y = windows.correlate(x, w, window, Finish(b, residual, relu))
     cut = y if relu else None
 

@@ -80,7 +80,7 @@ def plain(array: Array) -> Array:
 def arrived(library: ModuleType) -> Array:
     """Counters, all 0, by which blocks of a launch know which of them comes last: `is_last` in
     kernels/norm.cu leaves them so. Launches that may run side by side need their own, and so each
-    stream of each GPU has some; a thread too, as its default stream may be its alone."""
+    stream of each GPU has some, for each thread, whose default stream may be its own."""
     cuda = library.cuda
     return _counters(library, cuda.runtime.getDevice(), cuda.get_current_stream().ptr, get_ident())
 
