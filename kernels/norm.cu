@@ -88,6 +88,18 @@ __device__ __forceinline__ void sum_over_block(Pack& v, Pack* slots) {
   }
 }
 
+// The sum of the rows of x that a block owns; it is whole in the threads of the first row.
+__device__ __forceinline__ Pack sum_rows(const float* x, Share own, Pack* slots) {
+  Pack sum = {};
+#pragma unroll 4
+  EACH_ROW(own) {
+    Pack v = load(x + own.at);
+    EACH_CHANNEL sum.of[i] += v.of[i];
+  }
+  sum_over_block(sum, slots);
+  return sum;
+}
+
 // What a block has of a sum, to where its chunk's stands in `parts` (chunks, C).
 __device__ __forceinline__ void leave(const Pack& v, int c, int channels, float* parts) {
   if (threadIdx.y == 0 && c < channels) store(parts + (long long)blockIdx.x * channels + c, v);
@@ -97,13 +109,7 @@ __device__ __forceinline__ void leave(const Pack& v, int c, int channels, float*
 __device__ __forceinline__ void add_chunks(const float* parts, int channels, Pack* slots,
                                            float* sum) {
   Share own = share(gridDim.x, channels, gridDim.x, 0);
-  Pack all = {};
-#pragma unroll 4
-  EACH_ROW(own) {
-    Pack v = load(parts + own.at);
-    EACH_CHANNEL all.of[i] += v.of[i];
-  }
-  sum_over_block(all, slots);
+  Pack all = sum_rows(parts, own, slots);
   if (threadIdx.y == 0 && own.channel < channels) store(sum + own.channel, all);
 }
 
@@ -128,14 +134,7 @@ column_sum(const float* __restrict__ x, long long rows, int channels, int chunk,
            unsigned* arrived, float* __restrict__ sum) {
   __shared__ Pack slots[THREADS];
   Share own = share(rows, channels, chunk);
-  Pack seen = {};
-#pragma unroll 4
-  EACH_ROW(own) {
-    Pack v = load(x + own.at);
-    EACH_CHANNEL seen.of[i] += v.of[i];
-  }
-  sum_over_block(seen, slots);
-  leave(seen, own.channel, channels, parts);
+  leave(sum_rows(x, own, slots), own.channel, channels, parts);
   if (is_last(arrived)) add_chunks(parts, channels, slots, sum);
 }
 
@@ -203,7 +202,7 @@ normalize_dx(const float* __restrict__ g, const float* __restrict__ x,
   }
 }
 
-// How many numbers, their mean and M2, for each channel of a thread.
+// How many numbers, their mean and M2 = sum (x - mean)^2, for each channel of a thread.
 struct Moments { float n; Pack mean, m2; };
 
 // The moments of two sets from those of each (Chan, Golub and LeVeque 1983).
@@ -231,12 +230,46 @@ __device__ __forceinline__ void merge_over_block(Moments& moments, Moments* slot
   }
 }
 
+// The moments, as differences from `origin`, of the rows of x that a thread owns. Where there are
+// `m2s`, a row of x is the mean of `size` rows, and that of m2s their M2; `left` of them are there
+// from the thread's first on. It sums differences from its own first value: as that is one of its
+// n, the sum of their squares is at most n times M2, and little cancels when the square of their
+// sum is taken off, whatever the data.
+__device__ __forceinline__ Moments moments_of(const float* x, const Pack& origin, Share own,
+                                              const float* m2s = nullptr, int size = 0,
+                                              long long left = 0) {
+  Moments all = {};
+  if (!own.count) return all;
+  Pack pivot = load(x + own.at), sum = {}, squares = {};
+#pragma unroll 4
+  EACH_ROW(own) {
+    Pack v = load(x + own.at);
+    float n = 1;
+    if (m2s) {
+      Pack m2 = load(m2s + own.at);
+      EACH_CHANNEL squares.of[i] += m2.of[i];
+      n = min((long long)size, left);
+      left -= (long long)blockDim.y * size;
+    }
+    all.n += n;
+    EACH_CHANNEL {
+      float d = v.of[i] - pivot.of[i];
+      sum.of[i] += n * d;
+      squares.of[i] += n * d * d;
+    }
+  }
+  EACH_CHANNEL {
+    float mean = sum.of[i] / all.n;
+    all.mean.of[i] = pivot.of[i] - origin.of[i] + mean;
+    all.m2.of[i] = squares.of[i] - sum.of[i] * mean;
+  }
+  return all;
+}
+
 // x (M, C) -> mean, variance (C,), with room for the chunks' parts (2, chunks, C): their means, as
-// differences from the first row of x, so that none is large against the deviations, and their M2 =
-// sum (x - mean)^2. A thread sums differences from its own first value: as that is one of its n,
-// the sum of their squares is at most n times M2, and little cancels when the square of their sum
-// is taken off, whatever the data. Where there is a `scale`, it becomes 1 / sqrt(variance + eps),
-// and the running statistics, the variance of them without bias, move by `momentum` towards these.
+// differences from the first row of x, so that none is large against the deviations, and their M2.
+// Where there is a `scale`, it becomes 1 / sqrt(variance + eps), and the running statistics, the
+// variance of them without bias, move by `momentum` towards these.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 moments(const float* __restrict__ x, long long rows, int channels, int chunk, float* parts,
         unsigned* arrived, float* __restrict__ mean, float* __restrict__ variance, float eps,
@@ -245,56 +278,18 @@ moments(const float* __restrict__ x, long long rows, int channels, int chunk, fl
   __shared__ Moments slots[THREADS];
   Share own = share(rows, channels, chunk);
   int c = own.channel;
-  Moments seen = {};
-  seen.n = own.count;
-  if (own.count) {
-    Pack origin = load(x + c), pivot = load(x + own.at), sum = {}, squares = {};
-#pragma unroll 4
-    EACH_ROW(own) {
-      Pack v = load(x + own.at);
-      EACH_CHANNEL {
-        float d = v.of[i] - pivot.of[i];
-        sum.of[i] += d;
-        squares.of[i] += d * d;
-      }
-    }
-    EACH_CHANNEL {
-      float mean = sum.of[i] / seen.n;
-      seen.mean.of[i] = pivot.of[i] - origin.of[i] + mean;
-      seen.m2.of[i] = squares.of[i] - sum.of[i] * mean;
-    }
-  }
+  Pack origin = {};
+  if (c < channels) origin = load(x + c);
+  Moments seen = moments_of(x, origin, own);
   merge_over_block(seen, slots);
   float* m2s = parts + (long long)gridDim.x * channels;
   leave(seen.mean, c, channels, parts);
   leave(seen.m2, c, channels, m2s);
   if (!is_last(arrived)) return;
-  own = share(gridDim.x, channels, gridDim.x, 0);
-  long long left = rows - (long long)threadIdx.y * chunk;  // from its first chunk on
-  Moments all = {};
-  if (own.count) {  // as above, where a chunk's mean stands for n rows
-    Pack pivot = load(parts + own.at), sum = {}, squares = {};
-#pragma unroll 4
-    EACH_ROW(own) {
-      Pack v = load(parts + own.at), m2 = load(m2s + own.at);
-      float n = min((long long)chunk, left);
-      all.n += n;
-      left -= (long long)blockDim.y * chunk;
-      EACH_CHANNEL {
-        float d = v.of[i] - pivot.of[i];
-        sum.of[i] += n * d;
-        squares.of[i] += n * d * d + m2.of[i];
-      }
-    }
-    EACH_CHANNEL {
-      float mean = sum.of[i] / all.n;
-      all.mean.of[i] = pivot.of[i] + mean;
-      all.m2.of[i] = squares.of[i] - sum.of[i] * mean;
-    }
-  }
+  Moments all = moments_of(parts, {}, share(gridDim.x, channels, gridDim.x, 0), m2s, chunk,
+                           rows - (long long)threadIdx.y * chunk);
   merge_over_block(all, slots);
   if (threadIdx.y || c >= channels) return;
-  Pack origin = load(x + c);
   EACH_CHANNEL all.mean.of[i] += origin.of[i], all.m2.of[i] /= all.n;
   store(mean + c, all.mean);
   store(variance + c, all.m2);

@@ -63,8 +63,7 @@ def column_sum(rows: Array) -> Array:
 
 def moments(rows: Array) -> tuple[Array, Array]:
     """Mean and biased variance of each column: (M, C) -> (C,), (C,)."""
-    mean, variance = _moments(rows)
-    return mean, variance
+    return _moments(rows)
 
 
 def statistics(rows: Array, running_mean: Array, running_var: Array, momentum: float, eps: float
@@ -75,11 +74,12 @@ def statistics(rows: Array, running_mean: Array, running_var: Array, momentum: f
     return _moments(rows, eps, momentum, scale, running_mean, running_var)[0], scale
 
 
-def _moments(rows: Array, eps: float = 0, momentum: float = 0, *updated: Array) -> list[Array]:
-    rows, found = plain(rows), _vectors(rows, 2)
-    _run("moments", rows, (rows,), (*found, eps, momentum, *(updated or (None, None, None))),
-         sums=2)
-    return found
+def _moments(rows: Array, eps: float = 0, momentum: float = 0, *updated: Array
+             ) -> tuple[Array, Array]:
+    rows, (mean, variance) = plain(rows), _vectors(rows, 2)
+    _run("moments", rows, (rows,),
+         (mean, variance, eps, momentum, *(updated or (None, None, None))), sums=2)
+    return mean, variance
 
 
 def normalize(rows: Array, mean: Array, scale: Array, gamma: Array, beta: Array,
