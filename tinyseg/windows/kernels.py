@@ -159,6 +159,11 @@ def _launch(kernel: str, body: tuple, x: Array, other: Array | cuda.Strided, int
                     target, slices, apart, written, into, VECTOR=vector, THREADS=256, **several)
 
 
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in numbers, of an array of this shape without gaps."""
+    return tuple(prod(shape[i + 1:]) for i in range(len(shape)))
+
+
 @lru_cache(maxsize=4096)
 def _layout(shapes: tuple, strides: tuple, offsets: tuple[int, ...], strided: bool) -> tuple:
     """What `_joined` tells of kernels of these shapes, with strides in numbers, that begin so far
@@ -170,7 +175,7 @@ def _layout(shapes: tuple, strides: tuple, offsets: tuple[int, ...], strided: bo
                   for shape, walk, begin in zip(shapes, walks, offsets, strict=True)]
                  for edge in (min, max))
     begins = [begin - min(low) for begin in offsets]
-    packed = [tuple(prod(shape[i + 1:]) for i in range(len(shape))) for shape in shapes]
+    packed = map(_packed, shapes)
     rows = strides[0][-2:]
     swapped = strided and rows == (1, channels) and channels > 1
     fits = all(n == 1 or far == right for shape, each, whole in zip(
@@ -205,9 +210,8 @@ def _joined(kernels: list[Array], strided: bool) -> tuple[Array, int, bool, list
     copy = array_module(w).empty(ends[-1], w.dtype)
     for each, begin, end in zip(kernels, ends, ends[1:], strict=False):
         copy[begin:end].reshape(each.shape)[...] = each
-    return copy, copy.size, False, [
-        (begin, tuple(prod(each.shape[i + 1:]) for i in range(each.ndim - 2)))
-        for each, begin in zip(kernels, ends, strict=False)]
+    return copy, copy.size, False, [(begin, _packed(each.shape)[:-2])
+                                    for each, begin in zip(kernels, ends, strict=False)]
 
 
 def products(x: Array, problems: Iterable[Correlation]) -> None:
