@@ -110,4 +110,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except example.FAULTS as error:
+        sys.exit(example.failed(error))

@@ -29,7 +29,7 @@ BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more t
 WHOLE = 0.9  # one, of as many voxels as two, where it is as long as this share of a case each way
 SLICES = 16  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
-SHARE_2D = 0.6  # of the time is the 2D network's: a minute of slices teaches more than of volumes
+SHARE_2D = 0.3  # of the time is the 2D network's, which soon learns no more; volumes teach on
 REPEATS = 4  # steps that are timed; on a GPU all but two are launched as a whole
 
 
