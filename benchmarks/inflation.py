@@ -19,17 +19,18 @@ from tqdm import tqdm
 import tinyseg as ts
 from tinyseg.data import decathlon
 from tinyseg.files import read_json
-from tinyseg.job import Plan
+from tinyseg.job import Plan, rules
 
 PROFILES = ("zero", "gaussian", "average")
 
 
 def ways(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(slots, strides): all as in the plane, the plan's slots, its strides, and no halving but that
-    of the stem, if the plan has it."""
+    """(slots, strides): slots by the millimetres, and with flat first stages; strides as in the
+    plane, the plan's, and no halving but that of the stem, if the plan has it."""
     n, first = len(plan.depth_stride), plan.depth_stride[0]
-    return [((3,) * 5, (2,) * n), (plan.depth, (2,) * n), (plan.depth, plan.depth_stride),
-            (plan.depth, (first, *(1,) * (n - 1)))]
+    return [(rules.slots(plan.preprocessing.spacing, plan.depth_stride, flat), strides)
+            for strides in ((2,) * n, plan.depth_stride, (first, *(1,) * (n - 1)))
+            for flat in (0, rules.FLAT)]
 
 
 def main() -> None:

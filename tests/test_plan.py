@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tinyseg as ts
+from tinyseg import PROFILES, cuda, models, nn, report, train
 from tinyseg import __main__ as commands
-from tinyseg import cuda, models, nn, report, train
 from tinyseg.data import ct, decathlon, nifti, phantom
 from tinyseg.job import fingerprint, rules
 from tinyseg.job import plan as plans
@@ -281,10 +282,10 @@ def test_depth_is_halved_by_nnunets_rule_and_never_more(along, across, depth):
 
 
 @pytest.mark.parametrize(("spacing", "depth", "strides", "depths"), [
-    ((0.5, 0.5, 0.5), 64, (1, 1, 2, 2, 2), (1, 1, 3, 3, 3)),
-    ((0.5, 0.5, 0.5), 20, (1, 1, 2, 2, 1), (1, 1, 3, 3, 3)),  # 5 slices are left
-    ((3, 1.5, 1.5), 64, (1, 1, 2, 2, 2), (1, 1, 3, 3, 3)),
-    ((5, 0.8, 0.8), 32, (1, 1, 2, 2, 2), (1, 1, 3, 3, 3)),
+    ((0.5, 0.5, 0.5), 64, (1, 1, 2, 2, 2), (3, 3, 3, 3, 3)),
+    ((0.5, 0.5, 0.5), 20, (1, 1, 2, 2, 1), (3, 3, 3, 3, 3)),  # 5 slices are left
+    ((3, 1.5, 1.5), 64, (1, 1, 2, 2, 2), (3, 3, 3, 3, 3)),
+    ((5, 0.8, 0.8), 32, (1, 1, 2, 2, 2), (1, 3, 3, 3, 3)),
     ((10, 1.0, 1.4), 16, (1, 1, 1, 2, 2), (1, 1, 3, 3, 3)),
     ((12, 1.5, 1.5), 16, (1, 1, 1, 2, 2), (1, 1, 3, 3, 3)),  # twice the plane is too much
     ((10, 0.2, 0.2), 16, (1, 1, 1, 1, 1), (1, 1, 1, 1, 3)),
@@ -292,6 +293,7 @@ def test_depth_is_halved_by_nnunets_rule_and_never_more(along, across, depth):
 def test_strides_and_slots_go_by_millimetres(spacing, depth, strides, depths):
     assert rules.depth_strides(spacing, depth) == strides
     assert rules.slots(spacing, strides) == depths
+    assert rules.slots(spacing, strides, flat=2) == (1, 1, *depths[2:])
     three = rules.depth_strides(spacing, depth, rules.KEPT[5][:3])  # a trunk of stride 8
     assert three == strides[:3]
     assert rules.slots(spacing, three) == (*depths[:3], depths[2], depths[2])
@@ -310,8 +312,7 @@ def test_slots_are_nnunets_kernels_at_nnunets_strides(along, across):
     if all(halved[1] for halved in pools):
         strides = rules.depth_strides(spacing, 2**14, kept=(False,) * 5)
         theirs = tuple(kernel[0] for kernel in kernels[1:])
-        assert rules.slots(spacing, strides, flat=0) == theirs
-        assert rules.slots(spacing, strides) == (1, 1, *theirs[2:])
+        assert rules.slots(spacing, strides) == theirs
 
 
 # The plan.
@@ -322,7 +323,7 @@ def test_a_proposal_follows_the_rules(source):
     np.testing.assert_allclose(spacing, np.divide(SPACING, 2), rtol=1e-5)  # 11,000 voxels, then 8x
     assert made.patch_3d == (32, 64, 56) and made.patch_2d == (64, 56)
     assert made.batch_3d == 2 and made.batch_2d == 16  # 2 x 32 slices are more than enough
-    assert (made.depth, made.depth_stride) == ((1, 1, 3, 3, 3), (2, 1, 2, 2, 1))  # enlarged
+    assert (made.depth, made.depth_stride) == ((3,) * 5, (2, 1, 2, 2, 1))  # enlarged
     assert (made.head, len(made.decoder), made.backbone) == ("unet", 4, "resnet18")
     assert made.steps_2d == made.steps_3d == plans.STEPS and made.seconds == {}
     assert made.architecture == {"backbone": "resnet18", "head": "unet", "decoder": made.decoder}
@@ -336,8 +337,24 @@ def test_what_is_given_is_taken(source):
     assert made.patch_2d == (64, 40)  # 123 and 111.8 mm
     assert made.batch_2d == round(2 * 16 * 24 * 40 / (64 * 40))
     assert made.decoder == () and made.depth_stride == (1, 1, 2)
-    assert made.depth == (1, 1, 3, 3, 3) and made.architecture == {"backbone": "resnet50",
-                                                                   "head": "linear"}
+    assert made.depth == (3,) * 5
+    assert made.architecture == {"backbone": "resnet50", "head": "linear"}
+
+
+@pytest.mark.parametrize("profile", [*PROFILES, "scale"])
+def test_early_kernels_reach_along_depth_where_that_changes_nothing_at_first(source, profile):
+    """On volumes that are not constant along depth, at depth stride 1, an inflated network of the
+    plan's slots begins as the 2D one, or its first stages see slice by slice."""
+    made = proposed(source, profile=profile)
+    assert made.depth[2:] == (3, 3, 3)
+    flat = models.resnet_seg("resnet50", rank=2, in_channels=1, classes=3, width=4).eval()
+    way = {"profile": profile, "alpha": (0.2, 0.5, 0.3) if profile == "scale" else None}
+    deep = ts.inflate(flat, made.depth, depth_stride=1, **way).eval()
+    volume = np.random.default_rng(0).standard_normal((1, 8, 32, 40, 1), "float32")
+    with ts.no_grad():
+        many, one = deep(volume).data[0], flat(volume[0]).data
+    same = np.abs(many - one).max() < 1e-3 * np.abs(one).max()
+    assert made.depth[:2] == ((3, 3) if same else (1, 1))
 
 
 def test_less_memory_makes_smaller_patches(source):

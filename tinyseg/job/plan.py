@@ -17,6 +17,7 @@ from ..data import ct
 from ..files import read_json, whole
 from ..infer.windows import OVERLAP, Progress
 from ..nn import to_device
+from ..profiles import PROFILES
 from . import rules
 from .fingerprint import Fingerprint
 from .settings import BACKBONE, HEAD, starved
@@ -201,9 +202,10 @@ def _numbers(value: Any) -> bool:
 
 def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
             patch: Sequence[int] | None = None, memory: float | None = None, device: str = "cpu",
-            backbone: str = BACKBONE, head: str = HEAD) -> Plan:
+            backbone: str = BACKBONE, head: str = HEAD, profile: str = "zero") -> Plan:
     """The plan for the cases of a fingerprint, with STEPS of each stage; spacing (mm) and patch
-    (D, H, W) by rule, or given.
+    (D, H, W) by rule, or given. profile: the way of inflating, which decides how early kernels see
+    other slices than their own (`going_with`).
 
     memory: GiB that training may take; a step's patches are of BATCH * VOXELS[device] together at
     most. Errors are those of `ct.Plan.fit`, and ValueError for too little memory.
@@ -231,22 +233,26 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
     plan = Plan(
         preprocessing=preprocessing, backbone=backbone,
         **going_with(head, preprocessing.spacing, volume[0],
-                     rules.enlarged(preprocessing.spacing, fingerprint.spacings)),
+                     rules.enlarged(preprocessing.spacing, fingerprint.spacings), profile),
         patch_2d=slices, patch_3d=volume, batch_3d=count,
         batch_2d=min(SLICES, max(1, round(count * prod(volume) / prod(slices)))),
         steps_2d=STEPS, steps_3d=STEPS, augmentation="none")
     return varied(plan, fingerprint)
 
 
-def going_with(head: str, spacing: Sequence[float], depth: int, enlarged: bool) -> dict[str, Any]:
+def going_with(head: str, spacing: Sequence[float], depth: int, enlarged: bool, profile: str
+               ) -> dict[str, Any]:
     """The head and what of a plan goes with it: decoder, strides and slots along depth, for cases
     of this spacing (mm) and patches of `depth` voxels. Where scans are seen enlarged, the stem's
-    halving undoes it, and a decoder ends there."""
+    halving undoes it, and a decoder ends there. A profile that mixes slices from the first has
+    kernels of the first stages that are flat, or little of the 2D network would be kept."""
     decoder: tuple[int, ...] = models.DECODER if head == "unet" else ()
     kept: tuple[bool, ...] = rules.KEPT[len(decoder) or 3]
     strides = rules.depth_strides(spacing, depth, (False, *kept[1:]) if enlarged else kept)
+    apart = profile in PROFILES and PROFILES[profile].volumes
     return {"head": head, "decoder": decoder[:4] if enlarged else decoder,
-            "depth": rules.slots(spacing, strides), "depth_stride": strides}
+            "depth": rules.slots(spacing, strides, 0 if apart else rules.FLAT),
+            "depth_stride": strides}
 
 
 def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int, int, int]:

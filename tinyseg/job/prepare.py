@@ -93,7 +93,7 @@ def decide(asked: Settings, training: decathlon.Dataset,
     if plan is None:
         wanted: dict[str, Any] = {
             "spacing": asked.spacing, "patch": asked.patch, "memory": asked.memory,
-            "backbone": asked.backbone, "head": asked.head}
+            "backbone": asked.backbone, "head": asked.head, "profile": asked.profile}
         found = fingerprint(training, partial(tqdm, desc="read", unit="case"))
         if found.broken:
             raise ValueError("; ".join(found.broken.values()))
@@ -128,7 +128,7 @@ def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | 
     if asked.head and asked.head != plan.head:
         plan = replace(plan, **going_with(asked.head, plan.preprocessing.spacing,
                                           (asked.patch or plan.patch_3d)[0],
-                                          enlarged=plan.depth_stride[0] == 2))
+                                          plan.depth_stride[0] == 2, asked.profile))
     if depth == ("plane",):
         depth = (2,) * len(plan.depth_stride)
     slices = asked.batch and (QUICK_SLICES * asked.batch if asked.quick else max(

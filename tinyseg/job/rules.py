@@ -26,7 +26,7 @@ KEPT = {5: (True, True, False, False, False), 3: (True, True, False)}
 # Times that training sees a voxel of its cases, above which patches are varied: hippocampi in 2D
 # were segmented better without where that was 0.2, and with it where it was 4.
 SEEN = 2.0
-FLAT = 2  # stages, the stem's and layer1's, whose kernels do not reach along depth
+FLAT = 2  # stages, the stem's and layer1's, whose kernels stay flat where inflation mixes slices
 
 
 def working_spacing(spacings: np.ndarray, extents: np.ndarray, voxels: int
@@ -102,7 +102,7 @@ def depth_strides(spacing: Sequence[float], depth: int, kept: Sequence[bool] = K
     return tuple(strides)
 
 
-def slots(spacing: Sequence[float], strides: Sequence[int], flat: int = FLAT) -> tuple[int, ...]:
+def slots(spacing: Sequence[float], strides: Sequence[int], flat: int = 0) -> tuple[int, ...]:
     """Slots along depth of the kernels of the stem and layers 1 to 4, given the strides.
 
     3 where the spacing along depth is under twice that of the plane, on the grid that they answer
