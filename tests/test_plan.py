@@ -387,16 +387,16 @@ def test_a_spacing_that_a_scan_cannot_have_is_refused_by_the_file(source):
 
 @given(st.floats(0.2, 600), st.floats(1e-3, 5), st.floats(1e-3, 5))
 def test_steps_fill_the_minutes_in_their_shares(minutes, flat, deep):
-    seconds = {"step_2d": flat, "step_3d": deep}
+    seconds, slices = {"step_2d": flat, "step_3d": deep}, min(0.6 * minutes, 12)
     try:
         made = plans.within(PLAN, minutes, seconds)
     except ValueError as error:
         assert "minutes, in which there is no time" in str(error)
-        assert 18 * minutes < flat or 42 * minutes < deep
+        assert 60 * slices < flat or 60 * (minutes - slices) < deep
         return
     assert made.seconds == seconds
-    for left, step in ((18 * minutes - flat * made.steps_2d, flat),
-                       (42 * minutes - deep * made.steps_3d, deep)):
+    for left, step in ((60 * slices - flat * made.steps_2d, flat),
+                       (60 * (minutes - slices) - deep * made.steps_3d, deep)):
         assert -1e-9 * minutes <= left < step * (1 + 1e-6)  # but for rounding
     assert dataclasses.replace(made, steps_2d=4, steps_3d=0, seconds={"scan_2d": 1.5}) == PLAN
 
@@ -443,7 +443,7 @@ def test_the_networks_of_the_plan_are_timed_on_its_patches(source, monkeypatch):
     assert set(seen) == {(True, (16, 64, 56, 1)), (False, (8, 64, 56, 1)),
                          (True, (2, 32, 64, 56, 1)), (False, (1, 32, 64, 56, 1))}
     assert set(made.seconds) == {"step_2d", "step_3d", "scan_2d", "scan_3d"}
-    assert made.steps_2d == int(18 / made.seconds["step_2d"]) > 0
+    assert made.steps_2d == int(36 / made.seconds["step_2d"]) > 0
     assert captured == [True, True] and precisions == {(True, "tf32"), (False, "tf32")}
     plans.measure(made, found, ranks=2, precision="bf16")  # as they train, and predict
     assert captured[2:] == [False, False] and (True, "bf16") in precisions
@@ -582,7 +582,7 @@ def test_the_command_tells_the_plan_and_draws_three_cases(source, tmp_path, caps
     made = plans.Plan.read(out / "plan.json")
     found = fingerprint.fingerprint(decathlon.load(source))
     assert made == plans.varied(plans.within(proposed(source), 2, SECONDS), found)
-    assert (made.steps_2d, made.steps_3d) == (72, 42)
+    assert (made.steps_2d, made.steps_3d) == (144, 24)
     assert {path.name for path in out.iterdir()} == {"plan.json", "plan.png"}
     told = capsys.readouterr().out
     assert str(found) in told and str(made) in told

@@ -30,7 +30,8 @@ BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more t
 WHOLE = 0.9  # one, of as many voxels as two, where it is as long as this share of a case each way
 SLICES = 16  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
-SHARE_2D = 0.3  # of the time is the 2D network's, which soon learns no more; volumes teach on
+SHARE_2D = 0.6  # of the time is the 2D network's: a minute of slices teaches more than of volumes,
+MOST_2D = 12  # for so many minutes at most: then it learns little, and the inflated one goes on
 REPEATS = 4  # steps that are timed; on a GPU all but two are launched as a whole
 
 
@@ -262,9 +263,11 @@ def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int,
 
 
 def within(plan: Plan, minutes: float, seconds: dict[str, float]) -> Plan:
-    """The plan with as many steps of both stages as these minutes hold, at the seconds measured."""
-    flat, deep = (int(60 * minutes * share / seconds[f"step_{stage}"])
-                  for stage, share in (("2d", SHARE_2D), ("3d", 1 - SHARE_2D)))
+    """The plan with as many steps of both stages as these minutes hold, at the seconds measured:
+    SHARE_2D of them, and MOST_2D at most, are for slices."""
+    slices = min(SHARE_2D * minutes, MOST_2D)
+    flat, deep = (int(60 * part / seconds[f"step_{stage}"])
+                  for stage, part in (("2d", slices), ("3d", minutes - slices)))
     if min(flat, deep) < 1:
         raise ValueError(f"found {minutes:g} minutes, in which there is no time for a step of both"
                          f" stages ({seconds['step_2d']:.3g} and {seconds['step_3d']:.3g} seconds"
