@@ -128,7 +128,8 @@ def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | 
     if asked.head and asked.head != plan.head:
         plan = replace(plan, **going_with(asked.head, plan.preprocessing.spacing,
                                           (asked.patch or plan.patch_3d)[0],
-                                          plan.depth_stride[0] == 2, asked.profile))
+                                          enlarged=plan.depth_stride[0] == 2,
+                                          profile=asked.profile))
     if depth == ("plane",):
         depth = (2,) * len(plan.depth_stride)
     slices = asked.batch and (QUICK_SLICES * asked.batch if asked.quick else max(
