@@ -14,6 +14,15 @@ for name in {*os.environ}:  # before NumPy, tqdm and matplotlib are imported, wh
         del os.environ[name]
 
 
+@pytest.fixture(autouse=True)
+def all_cores():
+    """No test leaves the next a number of threads, on which the last bits depend."""
+    yield
+    from tinyseg import parallel
+
+    parallel.set_threads(0)
+
+
 def draw_nothing(change):
     """Let runs draw nothing: pictures take most of the time of so small ones."""
     from tinyseg import report

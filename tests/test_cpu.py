@@ -33,9 +33,8 @@ from tinyseg.windows import (
 
 
 @pytest.fixture(autouse=True)
-def setting():
+def tilings():
     yield
-    parallel.set_threads(0)
     winograd.tiling.cache_clear()  # some change what it weighs
 
 
