@@ -28,9 +28,9 @@ def ways(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(slots, strides): slots by the millimetres, and with flat first stages; strides as in the
     plane, the plan's, and no halving but that of the stem, if the plan has it."""
     n, first = len(plan.depth_stride), plan.depth_stride[0]
-    return [(rules.slots(plan.preprocessing.spacing, plan.depth_stride, flat), strides)
+    return [(rules.slots(plan.preprocessing.spacing, plan.depth_stride, apart), strides)
             for strides in ((2,) * n, plan.depth_stride, (first, *(1,) * (n - 1)))
-            for flat in (0, rules.FLAT)]
+            for apart in (True, False)]
 
 
 def main() -> None:

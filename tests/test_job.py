@@ -263,7 +263,9 @@ def test_another_run_takes_network_and_plan_unless_it_holds_out_others(data, don
     rows = (out / "history.csv").read_text("utf-8").splitlines()
     assert [row.split(",")[0] for row in rows] == ["stage", "3d"]
     plans = [json.loads((o / "plan.json").read_text("utf-8")) for o in (out, done)]
-    assert [plan.pop("steps_3d") for plan in plans] == [1, 3] and plans[0] == plans[1]
+    assert [plan.pop("steps_3d") for plan in plans] == [1, 3]
+    assert [plan.pop("depth") for plan in plans] == [[1, 1, 3, 3, 3], [3] * 5]  # as it mixes slices
+    assert plans[0] == plans[1]
     with pytest.raises(ValueError, match="fold"), job.Run(
             tmp_path / "b", job.Settings(data=data, from_2d=done, **{**asked, "fold": 1})):
         pass
@@ -317,6 +319,32 @@ def test_a_plan_is_taken_as_it_is_but_for_what_is_asked(data, done, tmp_path):
         assert plan == replace(theirs, preprocessing=made, depth_stride=(2, 2, 2),
                                augmentation="none")
         assert job.Plan.read(tmp_path / "run" / "plan.json") == plan
+
+
+@pytest.mark.parametrize("asked, slots", [
+    ({}, (3, 1, 1, 3, 3)), ({"profile": "average"}, (3, 1, 1, 3, 3)),  # as someone edited it
+    ({"depth_stride": ("plane",)}, (1,) * 5), ({"depth_stride": (1, 2, 1)}, (3,) * 5),
+    ({"depth_stride": (1, 2, 1), "profile": "average"}, (1, 1, 3, 3, 3)),
+    ({"depth_stride": (1, 2, 1), "spacing": (24, 6, 6)}, (1, 1, 3, 3, 3)),
+    ({"depth_stride": (1, 2, 1), "slot": "first"}, (1, 1, 3, 3, 3))])
+def test_slots_follow_the_strides_that_are_asked_for(done, asked, slots):
+    """A kernel sees other slices where these are closer than twice the plane's voxels."""
+    plan = job.Plan.read(done / "plan.json")
+    plan = replace(plan, depth=(3, 1, 1, 3, 3),
+                   preprocessing=replace(plan.preprocessing, spacing=(12, 6, 6)))
+    made = prepare.adjusted(plan, job.Settings(plan=done / "plan.json", **asked), None)
+    assert made.depth == slots
+
+
+@pytest.mark.parametrize("strides, enlarged", [
+    ((2, 2, 2), False), ((2, 1, 2), True), ((1, 1, 2), False), ((1, 2, 2), False)])
+def test_what_a_plan_sees_enlarged_stays_so_with_another_head(done, strides, enlarged):
+    plan = replace(job.Plan.read(done / "plan.json"), depth_stride=strides)
+    unet, back = (job.Settings(plan=done / "plan.json", head=head) for head in ("unet", "linear"))
+    made = prepare.adjusted(plan, unet, None)
+    assert (len(made.decoder) == 4) == enlarged == (made.depth_stride[0] == 2)
+    plane = replace(made, depth_stride=(2,) * 5)
+    assert (prepare.adjusted(plane, back, None).depth_stride[0] == 2) == enlarged
 
 
 def test_a_plan_with_another_head_has_the_strides_and_the_decoder_of_that(data, done, tmp_path):

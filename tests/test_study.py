@@ -69,6 +69,20 @@ def test_every_trial_comes_behind_the_one_that_it_takes_from(tmp_path):
     assert {each.source for each in found if each.way == "random"} == {"slices"}
 
 
+def test_plans_are_made_for_every_way_and_taken_by_all(tmp_path, done):
+    """One that mixes slices needs flat kernels early; the others then have them too."""
+    first, *others = study.trials(["random", "zero", "average"], ["slices"], 2, 2)
+    assert first.settings(tmp_path, first, {})["profile"] == "average"
+    out, _ = done
+    asked = {trial: trial.settings(out, first, {}) for trial in others}
+    assert {(trial.way, trial.fold, told["profile"]) for trial, told in asked.items()
+            if "profile" in told} == {("2d", 1, "average"), *(
+                (way, fold, way) for way in ("zero", "average") for fold in (0, 1))}
+    depths = {tuple(json.loads(path.read_text("utf-8"))["depth"])
+              for path in out.glob("fold?_seed?/*/plan.json")}
+    assert depths == {(1, 1, 3, 3, 3)}
+
+
 def read(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -71,7 +71,7 @@ assert volume.array[d, h, w] == stored[i, j, k]
 # ## To one spacing
 #
 # A filter is three voxels wide, in whatever millimetres these are. So all scans of a task are
-# resampled to one spacing, the median of the training cases by default. Corners stay where they
+# resampled to one spacing, by default about their median. Corners stay where they
 # are: with n voxels of s mm the volume is n s mm long, before and after.
 
 # %%

@@ -17,7 +17,6 @@ from ..data import ct
 from ..files import read_json, whole
 from ..infer.windows import OVERLAP, Progress
 from ..nn import to_device
-from ..profiles import PROFILES
 from . import rules
 from .fingerprint import Fingerprint
 from .settings import BACKBONE, HEAD, starved
@@ -26,12 +25,12 @@ VOXELS = {"cpu": 2**18, "cuda": 2**21}  # of a patch of a volume, at most
 FIXED = 2**30  # bytes that training takes for weights, gradients, moments and libraries
 PER_VOXEL = 1_000  # and for a voxel of a batch: twice what tracemalloc tells of ResNet-18's U-Net
 LEAST = 32**3  # voxels of a patch of a volume: the deepest layer of a U-Net keeps one of these
-BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more than a third;
-WHOLE = 0.9  # one, of as many voxels as two, where it is as long as this share of a case each way
+BATCH = 2  # volumes a step: batch-norm needs two, and context counts for more than a third; one,
+# of as many voxels as two, where that is a whole case (rules.patch_of_cases)
 SLICES = 16  # slices a step, at most
 STEPS = 400  # of each stage, where no time is given
 SHARE_2D = 0.6  # of the time is the 2D network's: a minute of slices teaches more than of volumes,
-MOST_2D = 12  # for so many minutes at most: then it learns little, and the inflated one goes on
+MOST_2D = 3000  # in so many steps at most: then it learns little, and the inflated one goes on
 REPEATS = 4  # steps that are timed; on a GPU all but two are launched as a whole
 
 
@@ -203,10 +202,10 @@ def _numbers(value: Any) -> bool:
 
 def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
             patch: Sequence[int] | None = None, memory: float | None = None, device: str = "cpu",
-            backbone: str = BACKBONE, head: str = HEAD, profile: str = "zero") -> Plan:
+            backbone: str = BACKBONE, head: str = HEAD, apart: bool = True) -> Plan:
     """The plan for the cases of a fingerprint, with STEPS of each stage; spacing (mm) and patch
-    (D, H, W) by rule, or given. profile: the way of inflating, which decides how early kernels see
-    other slices than their own (`going_with`).
+    (D, H, W) by rule, or given. apart: whether inflation keeps slices apart at first, which decides
+    how early kernels see others than their own (`rules.slots`).
 
     memory: GiB that training may take; a step's patches are of BATCH * VOXELS[device] together at
     most. Errors are those of `ct.Plan.fit`, and ValueError for too little memory.
@@ -225,35 +224,32 @@ def propose(fingerprint: Fingerprint, *, spacing: Sequence[float] | None = None,
     count = BATCH
     if patch is None:
         volume = rules.patch_of_volumes(shape, preprocessing.spacing, voxels)
-        larger = rules.patch_of_volumes(shape, preprocessing.spacing, BATCH * voxels)
-        if prod(larger) > voxels and min(np.divide(larger, shape)) >= WHOLE:
-            volume, count = larger, 1
+        case = rules.patch_of_cases(shape, BATCH * voxels)
+        if case and prod(case) > voxels:
+            volume, count = case, 1
     else:
         volume = int(patch[0]), int(patch[1]), int(patch[2])
     slices = rules.patch_of_slices(shape)
     plan = Plan(
         preprocessing=preprocessing, backbone=backbone,
         **going_with(head, preprocessing.spacing, volume[0],
-                     rules.enlarged(preprocessing.spacing, fingerprint.spacings), profile),
+                     rules.enlarged(preprocessing.spacing, fingerprint.spacings), apart),
         patch_2d=slices, patch_3d=volume, batch_3d=count,
         batch_2d=min(SLICES, max(1, round(count * prod(volume) / prod(slices)))),
         steps_2d=STEPS, steps_3d=STEPS, augmentation="none")
     return varied(plan, fingerprint)
 
 
-def going_with(head: str, spacing: Sequence[float], depth: int, enlarged: bool, profile: str
+def going_with(head: str, spacing: Sequence[float], depth: int, enlarged: bool, apart: bool
                ) -> dict[str, Any]:
     """The head and what of a plan goes with it: decoder, strides and slots along depth, for cases
     of this spacing (mm) and patches of `depth` voxels. Where scans are seen enlarged, the stem's
-    halving undoes it, and a decoder ends there. A profile that mixes slices from the first has
-    kernels of the first stages that are flat, or little of the 2D network would be kept."""
+    halving undoes it, and a decoder ends there."""
     decoder: tuple[int, ...] = models.DECODER if head == "unet" else ()
     kept: tuple[bool, ...] = rules.KEPT[len(decoder) or 3]
     strides = rules.depth_strides(spacing, depth, (False, *kept[1:]) if enlarged else kept)
-    apart = profile in PROFILES and PROFILES[profile].volumes
     return {"head": head, "decoder": decoder[:4] if enlarged else decoder,
-            "depth": rules.slots(spacing, strides, 0 if apart else rules.FLAT),
-            "depth_stride": strides}
+            "depth": rules.slots(spacing, strides, apart), "depth_stride": strides}
 
 
 def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int, int, int]:
@@ -264,10 +260,10 @@ def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int,
 
 def within(plan: Plan, minutes: float, seconds: dict[str, float]) -> Plan:
     """The plan with as many steps of both stages as these minutes hold, at the seconds measured:
-    SHARE_2D of them, and MOST_2D at most, are for slices."""
-    slices = min(SHARE_2D * minutes, MOST_2D)
-    flat, deep = (int(60 * part / seconds[f"step_{stage}"])
-                  for stage, part in (("2d", slices), ("3d", minutes - slices)))
+    SHARE_2D of them, or MOST_2D steps where these take less, are for slices."""
+    slices = min(60 * SHARE_2D * minutes, MOST_2D * seconds["step_2d"])
+    flat, deep = (int(part / seconds[f"step_{stage}"])
+                  for stage, part in (("2d", slices), ("3d", 60 * minutes - slices)))
     if min(flat, deep) < 1:
         raise ValueError(f"found {minutes:g} minutes, in which there is no time for a step of both"
                          f" stages ({seconds['step_2d']:.3g} and {seconds['step_3d']:.3g} seconds"

@@ -18,6 +18,7 @@ from ..data import augment, decathlon, phantom, sampling
 from ..files import read_json
 from ..inflate import inflate
 from ..nn import Module
+from . import rules
 from .fingerprint import fingerprint
 from .plan import Plan, going_with, measure, propose, varied, within
 from .settings import BACKBONE, HEAD, QUICK_SLICES, Settings, SettingsError, starved
@@ -93,7 +94,7 @@ def decide(asked: Settings, training: decathlon.Dataset,
     if plan is None:
         wanted: dict[str, Any] = {
             "spacing": asked.spacing, "patch": asked.patch, "memory": asked.memory,
-            "backbone": asked.backbone, "head": asked.head, "profile": asked.profile}
+            "backbone": asked.backbone, "head": asked.head, "apart": asked.apart}
         found = fingerprint(training, partial(tqdm, desc="read", unit="case"))
         if found.broken:
             raise ValueError("; ".join(found.broken.values()))
@@ -128,16 +129,21 @@ def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | 
     if asked.head and asked.head != plan.head:
         plan = replace(plan, **going_with(asked.head, plan.preprocessing.spacing,
                                           (asked.patch or plan.patch_3d)[0],
-                                          enlarged=plan.depth_stride[0] == 2,
-                                          profile=asked.profile))
+                                          _enlarged(plan), asked.apart))
     if depth == ("plane",):
         depth = (2,) * len(plan.depth_stride)
+    slots = plan.depth
+    if depth:
+        slots = rules.slots(asked.spacing or plan.preprocessing.spacing, [*map(int, depth)],
+                            asked.apart)
+    elif asked.from_2d and not asked.apart:  # whose plan was for its own way
+        slots = (1,) * rules.FLAT + slots[rules.FLAT:]
     slices = asked.batch and (QUICK_SLICES * asked.batch if asked.quick else max(
         1, plan.batch_2d * asked.batch // plan.batch_3d))
     made = replace(plan, **_given({
         "preprocessing": replace(plan.preprocessing, mirror=mirror, **_given(
             {"spacing": asked.spacing, "order": asked.order})),
-        "backbone": asked.backbone, "depth_stride": depth,
+        "backbone": asked.backbone, "depth": slots, "depth_stride": depth,
         "patch_3d": asked.patch, "batch_3d": asked.batch,
         "batch_2d": slices,
         "steps_2d": asked.steps_2d, "steps_3d": asked.steps_3d, "augmentation": asked.augment}))
@@ -145,6 +151,11 @@ def adjusted(plan: Plan, asked: Settings, mirror: tuple[tuple[str, str], ...] | 
     timed = replace(made, preprocessing=spacing, steps_2d=given.steps_2d,
                     steps_3d=given.steps_3d, augmentation=given.augmentation)
     return made if timed == given else replace(made, seconds={})
+
+
+def _enlarged(plan: Plan) -> bool:
+    """Whether it sees scans enlarged: then a decoder ends early, and strides begin so."""
+    return len(plan.decoder) == 4 if plan.decoder else plan.depth_stride[:2] == (2, 1)
 
 
 def outline(asked: Settings, plan: Plan | None, channels: int, classes: int) -> models.Segmenter:

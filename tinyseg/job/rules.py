@@ -19,6 +19,7 @@ SMALL = 64  # voxels along every axis of a case that is seen enlarged
 ENLARGED = 2**19  # voxels of such a case, at most
 COVER = 16  # patches in the median case, at most, before its spacing is coarsened
 COARSE = 2.0  # mm, to which a spacing is coarsened at most
+WHOLE = 0.9  # of each side of a case makes a patch that is as good as whole
 LEAST = 4  # voxels along an axis that nnU-Net's halvings leave (UNet_featuremap_min_edge_length)
 # Which halvings leave depth as it is, rule or not, by how many a trunk has: then inflation keeps
 # what the 2D network knows, as benchmarks/inflation.py prints; benchmarks/README.md has its table.
@@ -79,6 +80,20 @@ def patch_of_volumes(shape: Sequence[int], spacing: Sequence[float], voxels: int
     return d, h, w
 
 
+def patch_of_cases(shape: Sequence[int], voxels: int) -> tuple[int, int, int] | None:
+    """(D, H, W), a case of this shape in multiples of CELL, cut to at most `voxels` where it loses
+    the least; None where some side would be shorter than the share WHOLE of it."""
+    sides = [CELL * ceil(n / CELL) for n in shape]
+    while prod(sides) > voxels:
+        left, axis = max(((side - CELL) / n, i) for i, (side, n) in enumerate(
+            zip(sides, shape, strict=True)))
+        if left < WHOLE:
+            return None
+        sides[axis] -= CELL
+    d, h, w = sides
+    return d, h, w
+
+
 def patch_of_slices(shape: Sequence[int]) -> tuple[int, int]:
     """(H, W), whole slices of a case of this shape, or as much of them as CONTEXT."""
     h, w = (min(CONTEXT, CELL * ceil(n / CELL)) for n in shape[1:])
@@ -102,17 +117,19 @@ def depth_strides(spacing: Sequence[float], depth: int, kept: Sequence[bool] = K
     return tuple(strides)
 
 
-def slots(spacing: Sequence[float], strides: Sequence[int], flat: int = 0) -> tuple[int, ...]:
+def slots(spacing: Sequence[float], strides: Sequence[int], apart: bool = True) -> tuple[int, ...]:
     """Slots along depth of the kernels of the stem and layers 1 to 4, given the strides.
 
     3 where the spacing along depth is under twice that of the plane, on the grid that they answer
-    on, else 1, slice by slice (nnU-Net: get_pool_and_conv_props); and 1 in the first `flat`.
+    on, else 1, slice by slice (nnU-Net: get_pool_and_conv_props). Where inflation mixes slices from
+    the first, not keeping them `apart`, little of the 2D network would be kept: 1 in the first
+    FLAT stages.
     """
     found: list[int] = []
     along, across = spacing[0], min(spacing[1:])
     for stride in strides:  # stem, pool (layer 1 answers on its grid), layers 2 to 4
         along, across = along * stride, across * 2
-        found.append(3 if along < 2 * across and len(found) >= flat else 1)
+        found.append(3 if along < 2 * across and (apart or len(found) >= FLAT) else 1)
     return tuple(found + found[-1:] * (5 - len(found)))
 
 

@@ -98,7 +98,7 @@ class Settings:
     freeze: tuple[str, ...] = option((), "parts of the 3D network that rest, by the beginning of "
                                      "their names", nargs="+", metavar="PREFIX")
     spacing: tuple[float, ...] | None = option(
-        None, "millimetres to resample to (default: the median of the training cases)", type=float,
+        None, "millimetres to resample to (default: by the median of cases)", type=float,
         nargs=3, metavar=("D", "H", "W"))
     order: int | None = option(None, "how scans are interpolated: 1 linear, 3 cubic (default: the "
                                "plan's)", type=int, choices=[1, 3])
@@ -118,7 +118,7 @@ class Settings:
     batch: int | None = option(None, "volumes a step, and slices in proportion (default: the "
                                "plan's; quick 1)", type=int, metavar="N")
     lr: tuple[float, ...] = option((2e-3, 3e-4), "AdamW's rate on slices and on volumes; a 3D "
-                                   "network that starts at random has that of slices", type=float,
+                                   "network that is not inflated has that of slices", type=float,
                                    nargs=2, metavar=("2D", "3D"))
     lr_new: float = option(5.0, "times that is the rate of what begins at random in the 2D "
                            "network: its last layer, and the head on pretrained weights",
@@ -201,6 +201,12 @@ class Settings:
                              or "=" in self.mirror[0]):
             yield ("--from-2d takes plan and network of that run, without --plan, --pretrained, "
                    "--backbone, --head and pairs for --mirror")
+
+    @property
+    def apart(self) -> bool:
+        """Whether the inflated network sees slice by slice before any training."""
+        named = PROFILES.get(self.profile)
+        return bool(named and named.volumes and self.slot == "center")
 
     @property
     def way(self) -> dict[str, Any]:

@@ -25,7 +25,9 @@ SAVE_EVERY = 120.0  # seconds between checkpoints
 FOREGROUND = 0.5  # of all patches is centred on foreground
 RECENT = 50  # steps whose patches drawn anywhere are scored together
 TIMED = 5  # steps after which the time of all is told, the first of them apart
-AVERAGE = 0.99  # decay of the moving average of weights, which is what a stage leaves
+# Decay of the moving average of weights, which is what a stage leaves: the last one, as the best on
+# held-out patches would be chosen by the cases that it is scored on.
+AVERAGE = 0.99
 VALIDATIONS, LEAST = 10, 25  # how often held-out patches are looked at: times a stage, steps apart
 
 Batch = Callable[..., Any]  # (step) -> (images, labels); (step, sampling.patches): with their cases

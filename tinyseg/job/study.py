@@ -28,6 +28,7 @@ LONGER = "2d-longer"  # the same, trained for as many voxels as it and a 3D one 
 RANDOM = "random"  # the way, and the source, of random weights
 SLICES = "slices"  # the source of a 2D network that is trained on the slices of the same cases
 OF_THE_PLAN = ("minutes", "memory", "plan", "head", "backbone")  # with the 2D network
+ALIKE = {"profile": "average"}  # of the runs that make plans: then the slots suit every way
 
 
 def way(word: str) -> dict[str, Any]:
@@ -103,6 +104,8 @@ class Trial:
                 own["lr"] = (asked.get("lr", Settings.lr)[0],) * 2
             return rest | way(self.way) | own | {"from_2d": self.base.folder(out)}
         planner = replace(first, fold=self.fold)
+        if self == planner:
+            own |= ALIKE
         if self == first:
             return asked | source(self.source) | own
         plan = Plan.read(first.folder(out) / "plan.json")
