@@ -28,7 +28,7 @@
 #define WARP_COLUMNS 64
 #endif
 #ifndef STAGES
-#define STAGES 3
+#define STAGES 2
 #endif
 #ifndef NUMBER
 #define NUMBER float                                         // of a factor; unsigned short: bfloat16
@@ -277,12 +277,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     } else {
       const int term = next_term + lane;
       const Place step = tap(min(term, terms - 1) / g.channels, g);
-      const int reached = point(step, g.size) * g.channels + term % g.channels;
+      const long long reached = (long long)point(step, g.size) * g.channels + term % g.channels;
       from_w = w + (g.origin + (long long)next_term * g.pitch), count_here = terms - next_term;
 #pragma unroll 4
       for (int row = warp; row < ROWS; row += THREADS / 32) {
         copy_async<4>(a + swizzled(row, lane / 4, row) + lane % 4,
-                      x + ((long long)points[row] * g.channels + reached),
+                      x + (long long)points[row] * g.channels + reached,
                       lane < count_here && inside(corners[row] + step, g));
       }
       next_term += TERMS;

@@ -204,6 +204,8 @@ def library(name, device=False):
     def asarray(a, dtype=None):
         if isinstance(a, ndarray):
             return a if dtype in (None, a.dtype) else a.astype(dtype)
+        if device and emulator.tape is not None:
+            raise RuntimeError("capturing: nothing can be copied from the host meanwhile")
         a = np.array(a, dtype)  # another memory: always a copy
         return kind(emulator.guarded(a) if device else a)
 

@@ -282,7 +282,6 @@ def posing(cuda, monkeypatch):
             (gpu, "device", lambda name: cuda), (networks, "VOLUME", (10, 40, 40)),
             (networks, "CASES", cases), (parts, "CASES", cases),
             (parts, "TILED", [parts.Layer(parts.CONV(1, 1), (1, 1, 5, 8), 8, 72)]),
-            (parts, "TILES", parts.TILES[:4]),
             (parts, "peaks", partial(parts.peaks, copied=1 << 16, n=64)),
             (parts, "operations", partial(parts.operations, x=(2, 4, 6, 6, 64),
                                           coarse=(2, 2, 4, 4, 3), fine=(8, 20, 20))),

@@ -5,6 +5,7 @@ import re
 import sys
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import emulator
@@ -80,21 +81,24 @@ def test_training(cuda, tiny, launched, rank, size, make, options):
 @pytest.mark.parametrize("rank, options", [
     (2, {}), (2, {"head": "fcn"}), (2, {"head": "deeplabv3"}), (2, {"head": "unet"}),
     (3, {"depth_padding": "edge", "depth_stride": 1}), (2, {"classes": 40}),
+    (2, {"weight": np.array([0.5, 1, 2])}),  # of the host
 ])
 def test_a_captured_step_gives_the_same_bits(cuda, tiny, monkeypatch, rank, options):
     """Batches of two shapes: each is first run, then captured, then launched again. The host reads
     once a step."""
     curves, states, read, to_numpy = [], [], [], train.to_numpy
     monkeypatch.setattr(train, "to_numpy", lambda a: read.append(1) or to_numpy(a))
-    options = {"classes": 3} | ({"width": 8} if options else {}) | options
+    loss = partial(losses.dice_cross_entropy, weight=options.get("weight"))
+    options = {"classes": 3} | ({"width": 8} if options else {}) | {
+        name: value for name, value in options.items() if name != "weight"}
     for capture in False, True:
         net = nn.to_device(models.resnet_seg(tiny, rank=rank, in_channels=1, **options), cuda)
         rng, size = np.random.default_rng(3), (2, 2, 9)[-rank:]
         batches = [(rng.standard_normal((*size, 8 + i % 2, 1), "float32"),
                     rng.integers(0, 3, (*size, 8 + i % 2))) for i in range(7)]
         curves.append([record.loss for record in train.fit(
-            net, batches.__getitem__, losses.dice_cross_entropy, optim.SGD(net.parameters(), 1e-2),
-            7, capture=capture)])
+            net, batches.__getitem__, loss, optim.SGD(net.parameters(), 1e-2), 7,
+            capture=capture)])
         states.append({name: a.get() for name, a in net.state().items()})
     assert curves[0] == curves[1] and len({*curves[0]}) == 7 and len(read) == 2 * 7
     for name, array in states[0].items():

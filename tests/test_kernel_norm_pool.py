@@ -181,9 +181,10 @@ def test_arrays_that_are_strided_or_not_aligned(cuda):
 
     def run(big, small):
         rows, more, mine = big(x), big(other), [small(a) for a in (*vectors, beta)]
-        y = norm.normalize(rows, *mine, more, True)
+        y, moving = norm.normalize(rows, *mine, more, True), [small(a) for a in vectors[:2]]
         return [y, *norm.moments(rows), norm.column_sum(rows), *norm.normalize_adjoint(
-            big(g), rows, big(y.get()), *mine, train=True, relu=True, residual=True)]
+            big(g), rows, big(y.get()), *mine, train=True, relu=True, residual=True),
+            *norm.statistics(rows, *moving, 0.1, 1e-5), *moving]
 
     straight = [a.get().tobytes() for a in run(cuda.asarray, cuda.asarray)]
     assert straight == [a.get().tobytes() for a in run(odd, odd)]

@@ -69,9 +69,8 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"labels {labels.shape} do not fit logits {logits.shape}")
     if labels.dtype.kind not in "iu":
         raise ValueError(f"labels are {labels.dtype}; expected integers")
-    weight = None if weight is None else library.asarray(weight, dtype=logits.dtype)
-    if weight is not None and weight.shape != (classes,):
-        raise ValueError(f"weight {weight.shape} does not fit {classes} classes")
+    if weight is not None and np.shape(weight) != (classes,):
+        raise ValueError(f"weight {np.shape(weight)} does not fit {classes} classes")
     if overlap and classes == 1 and not background:
         raise ValueError("soft Dice without background needs at least two classes")
     if ranks.size == 1 and cuda.serves(logits) and classes <= cuda.loss.MAX_CLASSES:
@@ -79,6 +78,7 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
                                              ignore=ignore, weight=weight, smooth=smooth,
                                              background=background)
         return value, (pull,)
+    weight = None if weight is None else library.asarray(weight, dtype=logits.dtype)
     shape, labels, rows = labels.shape, labels.reshape(-1), logits.reshape(-1, classes)
     counted = library.ones_like(labels, dtype=bool) if ignore is None else labels != ignore
     known = ((labels >= 0) & (labels < classes)) | ~counted

@@ -30,9 +30,10 @@ POINTERS = {"float": "float32", "double": "float64", "int": "int32", "short": "i
 NUMBERS = {"int": "int32", "long long": "int64", "float": "float32"}
 _NULL, _OBJECT = np.uintp(0), np.dtype("O")
 _facts = attrgetter("dtype", "flags.c_contiguous", "data.device_id")
-# An H100: what a launch may ask for at most, and how many multiprocessors its blocks should fill.
-GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 227 << 10  # bytes a block
-MULTIPROCESSORS = 132
+# What a launch may ask for at most: a block of any card since Ampere has 99 KiB of shared memory,
+# of which a kernel may declare a part itself.
+GRID_LIMIT, SHARED_LIMIT = (2**31 - 1, 65535, 65535), 72 << 10
+MULTIPROCESSORS = 132  # of an H100, which blocks should fill
 
 
 class Strided(NamedTuple):
@@ -215,8 +216,8 @@ def launch(file: str, kernel: str, grid: tuple[int, ...], block: tuple[int, ...]
             raise ValueError(f"{file}.{kernel}: grid {grid}; expected at most {GRID_LIMIT}, at "
                              "least one; use a smaller patch or batch")
     if shared > SHARED_LIMIT:
-        raise ValueError(f"{file}.{kernel}: {shared} bytes of shared memory; a block has "
-                         f"{SHARED_LIMIT}")
+        raise ValueError(f"{file}.{kernel}: {shared} bytes of shared memory; at most "
+                         f"{SHARED_LIMIT} serve every card")
     function = _function(library, file, kernel, tuple(constants.items()))
     if shared > 48 << 10 and shared > function.max_dynamic_shared_size_bytes:
         function.max_dynamic_shared_size_bytes = shared  # so much a kernel must ask for

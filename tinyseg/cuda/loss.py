@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 
@@ -13,6 +15,13 @@ from .loader import MULTIPROCESSORS, SHARED_LIMIT, launch
 MAX_CLASSES = 32  # a thread holds all classes of a voxel in registers
 THREADS, BLOCKS = 256, 8 * MULTIPROCESSORS  # as many threads as are in flight at once
 _NOTHING = 2**31  # a label to ignore that no int32 equals
+
+
+@cache
+def _weights(weight: tuple[float, ...], library: ModuleType, device: int) -> Array:
+    """Weights of the host on the current GPU, whose number is `device`. A step that is captured
+    finds here what the one before it brought: it may not bring anything."""
+    return library.asarray(weight, "float32")
 
 
 def _narrow(labels: Array) -> Array:
@@ -56,6 +65,8 @@ def segmentation(logits: Array, labels: Array, *, entropy: bool = False, overlap
     inputs = (library.ascontiguousarray(logits), narrow, voxels,
               _NOTHING if ignore is None else int(ignore))
     if weight is not None:
+        if not isinstance(weight, library.ndarray):
+            weight = _weights(tuple(map(float, weight)), library, logits.device.id)
         weight = library.ascontiguousarray(weight, dtype="float32")
     grid = (min(-(-voxels // THREADS), BLOCKS),)
     partials = library.empty((*grid, 4 * classes + 1), "float32")

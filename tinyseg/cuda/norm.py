@@ -71,7 +71,12 @@ def statistics(rows: Array, running_mean: Array, running_var: Array, momentum: f
     """Mean and 1 / sqrt(variance + eps) of each column, towards which the running statistics move
     by `momentum`: see normalisation._statistics."""
     scale, = _vectors(rows, 1)
-    return _moments(rows, eps, momentum, scale, running_mean, running_var)[0], scale
+    moved = [plain(a) for a in (running_mean, running_var)]
+    mean, _ = _moments(rows, eps, momentum, scale, *moved)
+    for kept, a in zip((running_mean, running_var), moved, strict=True):
+        if kept is not a:  # it began where no 16-byte load may
+            kept[...] = a
+    return mean, scale
 
 
 def _moments(rows: Array, eps: float = 0, momentum: float = 0, *updated: Array

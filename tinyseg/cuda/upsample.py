@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from math import prod
 from types import ModuleType
 
@@ -28,7 +28,7 @@ def coordinates(n: int, m: int, align_corners: bool) -> tuple[np.ndarray, np.nda
     return low, at - low
 
 
-@lru_cache(maxsize=256)
+@cache  # never let go: a captured step knows them by their address
 def _tables(n: int, m: int, align_corners: bool, library: ModuleType,
             device: int) -> tuple[Array, Array, Array]:
     """low (m,), fraction (m,) and start (n + 2,) on the current GPU, whose number is `device`.
