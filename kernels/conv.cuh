@@ -78,10 +78,14 @@ __device__ __forceinline__ int point(const Place& p, const int (&size)[3]) {
   return ((p.n * size[0] + p.d) * size[1] + p.h) * size[2] + p.w;
 }
 
+// The point of the output's grid that position p is written to.
+__device__ __forceinline__ int written(const Place& p, const Geometry& g) {
+  return point({p.n, g.start[0] + p.d * g.step[0], g.start[1] + p.h * g.step[1],
+                g.start[2] + p.w * g.step[2]}, g.grid);
+}
+
 // The first number of row `i` of the output.
 __device__ __forceinline__ long long output(int i, const Geometry& g) {
-  Place p = place(i, g.positions);
-  p = {p.n, g.start[0] + p.d * g.step[0], g.start[1] + p.h * g.step[1], g.start[2] + p.w * g.step[2]};
-  return (long long)point(p, g.grid) * g.filters;
+  return (long long)written(place(i, g.positions), g) * g.filters;
 }
 #endif

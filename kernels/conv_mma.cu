@@ -208,7 +208,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
     const NUMBER* __restrict__ x, const NUMBER* __restrict__ w, float* __restrict__ y,
     const __grid_constant__ Problems problems) {
   DYNAMIC_SHARED(memory);
-  __shared__ int reach[32], shift[32], points[ROWS];         // of each tap, in x and in w; corners
+  __shared__ int reach[32], shift[32];                       // of each tap, in x and in w
+  __shared__ int points[ROWS], outputs[ROWS];                // of each row: its corner in x, and in y
   __shared__ unsigned masks[ROWS], any;                      // taps that a row sees, that any row sees
   __shared__ __align__(16) Place corners[ROWS];
   NUMBER* const buffers = (NUMBER*)memory;
@@ -226,9 +227,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
   if (t == 0) any = 0;
   __syncthreads();
   for (int r = t; r < ROWS; r += THREADS) {
-    const Place at = corner(place(min(first_row + r, count - 1), g.positions), g);
+    const Place p = place(min(first_row + r, count - 1), g.positions), at = corner(p, g);
     corners[r] = at;
     points[r] = point(at, g.size);
+    outputs[r] = written(p, g);
     if (CHUNK > 1) atomicOr(&any, masks[r] = seen(at, g));
   }
   __syncthreads();
@@ -316,8 +318,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) correlate(
   });
   const auto out = [&](int i) -> float* {
     if (first_row + i >= count) return nullptr;
-    return y + first_column + (slices == 1 ? output(first_row + i, g)
-        : ((long long)blockIdx.z * gridDim.x * ROWS + first_row + i) * g.filters);
+    return y + first_column + (slices == 1 ? outputs[i]
+        : (long long)blockIdx.z * gridDim.x * ROWS + first_row + i) * g.filters;
   };
   store(sum, [&](int q) { return row + q * 8 + lane / 4; }, out, column, g.filters - first_column);
 }
