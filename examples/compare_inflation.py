@@ -14,7 +14,8 @@ and the same patches, with several seeds on several folds, and scored on whole h
 What the 2D network is before is its source: slices (trained on those of the same cases), random, a
 checkpoint (resnet18.pth, of ImageNet say), or the folder of another run of the main job.
 
-All else is asked for as of the main job. Words may stand in a file, one a line, that @FILE takes: a
+All have the plan's slots along depth, which leave the first kernels flat, as some ways need it. All
+else is asked for as of the main job. Words may stand in a file, one a line, that @FILE takes: a
 study to keep. Every run has a folder in --out; what is finished there is not done again, so the
 same command goes on after an interruption. It writes there
 

@@ -74,10 +74,13 @@ def test_plans_are_made_for_every_way_and_taken_by_all(tmp_path, done):
     first, *others = study.trials(["random", "zero", "average"], ["slices"], 2, 2)
     assert first.settings(tmp_path, first, {})["profile"] == "average"
     out, _ = done
-    asked = {trial: trial.settings(out, first, {}) for trial in others}
+    asked = {trial: trial.settings(out, first, {"depth_stride": (1, 1, 2)}) for trial in others}
     assert {(trial.way, trial.fold, told["profile"]) for trial, told in asked.items()
             if "profile" in told} == {("2d", 1, "average"), *(
                 (way, fold, way) for way in ("zero", "average") for fold in (0, 1))}
+    assert all(("depth_stride" in told) == ("profile" in told) for trial, told in asked.items()
+               if trial.network == "2d") and not any(
+        "depth_stride" in told for trial, told in asked.items() if trial.network == "3d")
     depths = {tuple(json.loads(path.read_text("utf-8"))["depth"])
               for path in out.glob("fold?_seed?/*/plan.json")}
     assert depths == {(1, 1, 3, 3, 3)}

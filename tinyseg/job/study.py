@@ -27,7 +27,7 @@ FLAT = "2d"  # the way of a 2D network, slice by slice
 LONGER = "2d-longer"  # the same, trained for as many voxels as it and a 3D one together
 RANDOM = "random"  # the way, and the source, of random weights
 SLICES = "slices"  # the source of a 2D network that is trained on the slices of the same cases
-OF_THE_PLAN = ("minutes", "memory", "plan", "head", "backbone")  # with the 2D network
+OF_THE_PLAN = ("minutes", "memory", "plan", "head", "backbone", "depth_stride")  # with the network
 ALIKE = {"profile": "average"}  # of the runs that make plans: then the slots suit every way
 
 
