@@ -34,6 +34,7 @@ CASES = {"2x40x224x224 isotropic": (2, (40, 224, 224), {}),
          "2x40x224x224 inflated": (2, (40, 224, 224),
                                    {"depth": 3, "depth_stride": 1, "depth_dilation": 1}),
          "1x96x96x96 isotropic": (1, (96, 96, 96), {})}
+CLASSES = 3
 
 
 class Hollow:
@@ -163,10 +164,23 @@ def fragments(kernel: str, grid: tuple[int, ...], g: np.void, constants: dict) -
     return turn * grid[1] * done, turn * grid[1] * grid[0] * -(-rows // TERMS)
 
 
+def layer(kernel: str, problems: np.ndarray, swapped: bool) -> tuple[str, ...]:
+    """What a launch computes, in words: which product, of what kernel and grid."""
+    g = problems[0]
+    backwards = swapped or g["channels"] == CLASSES  # of so few, the kernel is turned before
+    what = "w" if kernel == "correlate_dw" else "x" if backwards else "y"
+    taps, stride, dilation, positions = ("x".join(map(str, g[name])) for name in (
+        "taps", "stride", "dilation", "positions" if what == "w" else "grid"))
+    ends = [str(g["channels"]), str(g["filters"])]
+    return (what, taps if len(problems) == 1 else f"{len(problems)} parts of a stride",
+            " -> ".join(reversed(ends) if what == "x" else ends), stride, dilation, positions)
+
+
 @contextmanager
 def counted():
-    """{kernel: launches} and [fragments multiplied, all] of what runs inside."""
-    launches, products = Counter(), np.zeros(2, "int64")
+    """{kernel: launches} and {layer: [launches, fragments multiplied, all]} of what runs inside."""
+    launches: Counter = Counter()
+    layers: dict[tuple[str, ...], np.ndarray] = {}
 
     class Function:
         max_dynamic_shared_size_bytes = loader.SHARED_LIMIT
@@ -177,19 +191,23 @@ def counted():
         def __call__(self, grid, block, arguments, shared_mem=0):
             launches[f"{self.file}.{self.kernel}"] += 1
             if self.file == "conv_mma":
-                for problem in arguments[3].view(GEOMETRY):
-                    products[:] += fragments(self.kernel, grid, problem, self.constants)
+                problems = arguments[3].view(GEOMETRY)
+                found = sum(np.array(fragments(self.kernel, grid, problem, self.constants))
+                            for problem in problems)
+                key = layer(self.kernel, problems, bool(self.constants.get("SWAPPED")))
+                layers[key] = layers.get(key, 0) + np.array([1, *found])
 
     Hollow.asked.clear()
     with mock.patch.dict(sys.modules, cupy=library()), \
             mock.patch.object(loader, "_function", Function):
-        yield launches, products
+        yield launches, layers
 
 
 def step(backbone: str, batch: int, size: tuple[int, ...], options: dict) -> None:
     """Forward, Dice + cross-entropy, backward, SGD."""
     hollow = sys.modules["cupy"]
-    net = ts.models.resnet_seg(backbone, rank=3, in_channels=1, classes=3, **options)
+    net = ts.models.resnet_seg(backbone, rank=3, in_channels=1, classes=CLASSES,
+                                **options)
     optimizer = ts.optim.SGD(ts.to_device(net, hollow).parameters(), 1e-3, momentum=0.9)
     Hollow.asked.clear()
     logits = net(Hollow((batch, *size, 1)))
@@ -199,20 +217,27 @@ def step(backbone: str, batch: int, size: tuple[int, ...], options: dict) -> Non
 
 def table() -> str:
     """All counts, in Markdown."""
+    parts = []
     lines = ["| a training step | launches | in bf16 | of others | reads by the host | fragments | "
              "of all |", "|---|---|---|---|---|---|---|"]
     for case, (batch, size, options) in CASES.items():
         for backbone in "resnet18", "resnet50":
             with counted() as (in_bf16, _), ts.cuda.precision("bf16"):
                 step(backbone, batch, size, options)
-            with counted() as (launches, products):
+            with counted() as (launches, layers):
                 step(backbone, batch, size, options)
-            done, whole = products
+            _, done, whole = sum(layers.values())
             lines.append(f"| {backbone}, {case} | {sum(launches.values())} | "
                          f"{sum(in_bf16.values())} | {Hollow.asked['other']} | "
                          f"{Hollow.asked['read by the host']} | "
                          f"{done / 1e6:.1f} million | {done / whole:.2f} |")
-    return "\n".join(lines) + "\n"
+            if not options:
+                parts += ["", f"{backbone}, {case}, by layer: of the output y, or of the gradient"
+                          " in x or w", "", "| of | kernel | channels | stride | dilation | grid |"
+                          " launches | thousand fragments | of all |", "|---" * 9 + "|"]
+                parts += [f"| {' | '.join(key)} | {n} | {done / 1e3:.1f} | {done / whole:.2f} |"
+                          for key, (n, done, whole) in layers.items()]
+    return "\n".join(lines + parts) + "\n"
 
 
 def keep(table: Callable[[], str], name: str, description: str | None,
