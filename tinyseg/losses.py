@@ -69,8 +69,9 @@ def _segmentation(logits, labels, *, entropy=False, overlap=False, ignore=None, 
         raise ValueError(f"labels {labels.shape} do not fit logits {logits.shape}")
     if labels.dtype.kind not in "iu":
         raise ValueError(f"labels are {labels.dtype}; expected integers")
-    if weight is not None and np.shape(weight) != (classes,):
-        raise ValueError(f"weight {np.shape(weight)} does not fit {classes} classes")
+    found = weight.shape if hasattr(weight, "shape") else np.shape(weight)  # of a list
+    if weight is not None and found != (classes,):
+        raise ValueError(f"weight {found} does not fit {classes} classes")
     if overlap and classes == 1 and not background:
         raise ValueError("soft Dice without background needs at least two classes")
     if ranks.size == 1 and cuda.serves(logits) and classes <= cuda.loss.MAX_CLASSES:
