@@ -261,9 +261,9 @@ def median_shape(fingerprint: Fingerprint, preprocessing: ct.Plan) -> tuple[int,
 def within(plan: Plan, minutes: float, seconds: dict[str, float]) -> Plan:
     """The plan with as many steps of both stages as these minutes hold, at the seconds measured:
     SHARE_2D of them, or MOST_2D steps where these take less, are for slices."""
-    slices = min(60 * SHARE_2D * minutes, MOST_2D * seconds["step_2d"])
-    flat, deep = (int(part / seconds[f"step_{stage}"])
-                  for stage, part in (("2d", slices), ("3d", 60 * minutes - slices)))
+    share, step = 60 * SHARE_2D * minutes, seconds["step_2d"]
+    flat = min(int(share / step), MOST_2D)
+    deep = int((60 * minutes - min(share, MOST_2D * step)) / seconds["step_3d"])
     if min(flat, deep) < 1:
         raise ValueError(f"found {minutes:g} minutes, in which there is no time for a step of both"
                          f" stages ({seconds['step_2d']:.3g} and {seconds['step_3d']:.3g} seconds"
